@@ -1,0 +1,140 @@
+//! One error type for the whole program.
+//!
+//! A variant is named by what the user can look at: a file, a line, a tensor, a step. The cause is reachable only
+//! through [`std::error::Error::source`], so that printing the chain never says a thing twice.
+
+use std::path::{Path, PathBuf};
+
+/// The result of everything that can fail because of the user, the files or the machine.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, where, and (where one is known) what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Flags or a configuration file that cannot be run; all problems found, one each.
+    #[error("invalid configuration: {}", .problems.join("; "))]
+    Config {
+        /// One sentence a problem, each naming the flag.
+        problems: Vec<String>,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// A file or folder that the operating system would not read or write.
+    #[error("cannot {action} {}", .path.display())]
+    Io {
+        /// `read`, `write`, `create`, …
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's word.
+        source: std::io::Error,
+    },
+    /// A file whose content is not what it should be.
+    #[error("{}: {problem}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// A row of a data set that cannot be used.
+    #[error("{}:{line}: {problem}", .path.display())]
+    Row {
+        /// The data file.
+        path: PathBuf,
+        /// 1-based line.
+        line: usize,
+        /// What is wrong with the row.
+        problem: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// Tensors of a checkpoint or an adapter that are missing, extra or misshapen; all of them, one line each.
+    #[error("{}: {} of its tensors do not fit:\n  {}", .path.display(), .problems.len(), .problems.join("\n  "))]
+    Tensors {
+        /// The file or folder.
+        path: PathBuf,
+        /// One sentence a tensor, with both shapes.
+        problems: Vec<String>,
+    },
+    /// A device that is not there, or cannot do what is asked.
+    #[error("device {device}: {problem}")]
+    Device {
+        /// The device as the user names it.
+        device: String,
+        /// What it lacks, with both numbers.
+        problem: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// A number that is no longer finite.
+    #[error("step {step}: {quantity} is {value}, computed from {rows}")]
+    NonFinite {
+        /// 1-based optimizer step.
+        step: usize,
+        /// What it is: `loss`, `grad_norm`.
+        quantity: &'static str,
+        /// The value.
+        value: f64,
+        /// The rows of the step, `file:line` each.
+        rows: String,
+    },
+}
+
+impl Error {
+    /// A configuration error with a single problem.
+    pub fn config(problem: impl Into<String>) -> Self {
+        Self::Config { problems: vec![problem.into()], hint: None }
+    }
+
+    /// An error of a file's content.
+    pub fn file(path: impl AsRef<Path>, problem: impl Into<String>) -> Self {
+        Self::File { path: path.as_ref().to_owned(), problem: problem.into(), hint: None }
+    }
+
+    /// For `map_err`: an error of the operating system, with what was tried on which path.
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// The same error with what to do about it; variants without a hint stay as they are.
+    pub fn with_hint(mut self, text: impl Into<String>) -> Self {
+        if let Self::Config { hint, .. }
+        | Self::File { hint, .. }
+        | Self::Row { hint, .. }
+        | Self::Device { hint, .. } = &mut self
+        {
+            *hint = Some(text.into());
+        }
+        self
+    }
+
+    /// What to do, where one is known.
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            Self::Config { hint, .. }
+            | Self::File { hint, .. }
+            | Self::Row { hint, .. }
+            | Self::Device { hint, .. } => hint.as_deref(),
+            Self::Tensors { .. } => {
+                Some("compare the folder's config.json with the one that the weights were published with")
+            }
+            Self::NonFinite { .. } => {
+                Some("lower --learning_rate or --beta, or take the rows named above out of the data")
+            }
+            Self::Io { .. } => None,
+        }
+    }
+
+    /// The process's exit code: 2 for usage and configuration, 1 for a run that failed.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config { .. } => 2,
+            _ => 1,
+        }
+    }
+}

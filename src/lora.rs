@@ -1,0 +1,294 @@
+//! LoRA adapters: which linears carry one, how they start, and PEFT's file format.
+//!
+//! PEFT stores `lora_A.weight` as `[r, in]` and `lora_B.weight` as `[out, r]`, under
+//! `base_model.model.model.layers.{i}.{module}`; so does this program. An adapter's tensors have one order everywhere: by
+//! layer, by module in the checkpoint's order, A before B.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::model::llama::LINEAR_NAMES;
+use crate::model::load::Checkpoint;
+use crate::model::{Linear, Llama};
+use crate::ops::lora_linear::Lora;
+
+/// The file of an adapter's tensors.
+pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
+/// The file of an adapter's settings.
+pub const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
+
+/// What an adapter is, in PEFT's names; written as `adapter_config.json`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LoraConfig {
+    /// Rank.
+    pub r: usize,
+    /// The update is scaled by `lora_alpha / r`.
+    pub lora_alpha: f64,
+    /// The modules' last names: `q_proj`, …
+    pub target_modules: Vec<String>,
+}
+
+/// Resolves `--lora_target_modules`: `ALL` (every linear but `lm_head`) or module names.
+///
+/// # Errors
+/// Names every unknown module and the known ones.
+pub fn target_modules(names: &[String]) -> Result<Vec<String>> {
+    let known: Vec<&str> = LINEAR_NAMES.iter().map(|name| last_name(name)).collect();
+    if names.iter().any(|name| ["ALL", "all-linear"].contains(&name.as_str())) {
+        return Ok(known.iter().map(|name| (*name).to_owned()).collect());
+    }
+    let unknown: Vec<&str> = names.iter().map(String::as_str).filter(|n| !known.contains(n)).collect();
+    if !unknown.is_empty() || names.is_empty() {
+        return Err(Error::config(format!("--lora_target_modules: no module named `{}`", unknown.join("`, `")))
+            .with_hint(format!("the modules are ALL, or some of {}", known.join(", "))));
+    }
+    Ok(known.into_iter().filter(|k| names.iter().any(|n| n == k)).map(str::to_owned).collect())
+}
+
+fn last_name(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
+}
+
+/// Attaches fresh adapters: A uniform in `±1/sqrt(in)` (PEFT's Kaiming-uniform with `a = √5`), B zero.
+///
+/// The draws depend on the seed alone, not on the device.
+pub fn attach<B: Backend>(model: &mut Llama<B>, config: &LoraConfig, seed: u64) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let device = model.device();
+    for (_, linear) in targeted(model, &config.target_modules) {
+        let [n_out, n_in] = linear.weight.dims();
+        let bound = (n_in as f32).sqrt().recip();
+        let a: Vec<f32> = (0..config.r * n_in).map(|_| rng.random_range(-bound..bound)).collect();
+        linear.lora = Some(Lora {
+            a: Tensor::from_data(TensorData::new(a, [config.r, n_in]), &device),
+            b: Tensor::zeros([n_out, config.r], &device),
+            scale: (config.lora_alpha / config.r as f64) as f32,
+        });
+    }
+}
+
+/// The linears of these modules with their full names, in order.
+fn targeted<'a, B: Backend>(
+    model: &'a mut Llama<B>,
+    target_modules: &'a [String],
+) -> impl Iterator<Item = (String, &'a mut Linear<B>)> {
+    model.layers.iter_mut().enumerate().flat_map(move |(layer, decoder)| {
+        decoder
+            .linears_mut()
+            .into_iter()
+            .filter(|(name, _)| target_modules.iter().any(|target| target == last_name(name)))
+            .map(move |(name, linear)| (format!("model.layers.{layer}.{name}"), linear))
+    })
+}
+
+/// The adapter's tensors with their PEFT names, in order.
+pub fn tensors<B: Backend>(model: &Llama<B>) -> Vec<(String, Tensor<B, 2>)> {
+    let mut tensors = Vec::new();
+    for (layer, decoder) in model.layers.iter().enumerate() {
+        for (module, linear) in decoder.linears() {
+            if let Some(lora) = &linear.lora {
+                let name = |part| format!("base_model.model.model.layers.{layer}.{module}.{part}.weight");
+                tensors.push((name("lora_A"), lora.a.clone()));
+                tensors.push((name("lora_B"), lora.b.clone()));
+            }
+        }
+    }
+    tensors
+}
+
+/// Replaces the adapter's tensors, in the order of [`tensors`].
+///
+/// # Panics
+/// If their number differs from the adapter's.
+pub fn set_tensors<B: Backend>(model: &mut Llama<B>, tensors: Vec<Tensor<B, 2>>) {
+    let mut tensors = tensors.into_iter();
+    for decoder in &mut model.layers {
+        for (_, linear) in decoder.linears_mut() {
+            if let Some(lora) = &mut linear.lora {
+                let mut next = || tensors.next().expect("as many tensors as the adapter has");
+                (lora.a, lora.b) = (next(), next());
+            }
+        }
+    }
+    assert!(tensors.next().is_none(), "as many tensors as the adapter has");
+}
+
+/// `adapter_config.json` as PEFT writes it; what changes the computation and is not computed here must be off.
+#[derive(Debug, Deserialize)]
+struct AdapterConfigFile {
+    peft_type: Option<String>,
+    r: usize,
+    lora_alpha: f64,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(default)]
+    use_dora: bool,
+    bias: Option<String>,
+    modules_to_save: Option<Vec<String>>,
+    #[serde(default)]
+    rank_pattern: BTreeMap<String, usize>,
+    #[serde(default)]
+    alpha_pattern: BTreeMap<String, f64>,
+}
+
+/// Loads a PEFT adapter folder into the model.
+///
+/// Which modules carry the adapter, and each one's rank, is read from the tensors.
+///
+/// # Errors
+/// If the folder or a file is missing or damaged, the adapter is of a kind that is not computed, or its tensors do not fit the model.
+pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfig> {
+    if !folder.is_dir() {
+        return Err(Error::file(folder, "is not an adapter folder: there is no such folder")
+            .with_hint(format!("name a folder that holds {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}")));
+    }
+    let config_path = folder.join(ADAPTER_CONFIG_FILE);
+    let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
+    let config: AdapterConfigFile =
+        serde_json::from_str(&text).map_err(|e| Error::file(&config_path, format!("is not a LoRA configuration: {e}")))?;
+    check_kind(&config).map_err(|problem| Error::file(&config_path, problem))?;
+
+    let weights_path = folder.join(ADAPTER_FILE);
+    let checkpoint = Checkpoint::open_file(&weights_path)?;
+    let device = model.device();
+    let all = target_modules(&["ALL".to_owned()])?;
+    let mut expected = Vec::new();
+    let mut found = Vec::new();
+    for (name, linear) in targeted(model, &all) {
+        let [n_out, n_in] = linear.weight.dims();
+        let names = ["lora_A", "lora_B"].map(|part| format!("base_model.model.{name}.{part}.weight"));
+        if names.iter().all(|name| checkpoint.shape(name).is_none()) {
+            continue;
+        }
+        let r = pattern_value(&config.rank_pattern, &name).unwrap_or(config.r);
+        let alpha = pattern_value(&config.alpha_pattern, &name).unwrap_or(config.lora_alpha);
+        let denominator = if config.use_rslora { (r as f64).sqrt() } else { r as f64 };
+        let [name_a, name_b] = names;
+        expected.push((name_a.clone(), vec![r, n_in]));
+        expected.push((name_b.clone(), vec![n_out, r]));
+        found.push((name, name_a, name_b, (alpha / denominator) as f32));
+    }
+    checkpoint.check(&expected, |_| false)?;
+    if found.is_empty() {
+        return Err(Error::file(&weights_path, "holds no LoRA tensors of this model's layers"));
+    }
+    let mut modules: Vec<String> = Vec::new();
+    let mut found = found.into_iter().peekable();
+    for (name, linear) in targeted(model, &all) {
+        if let Some((_, name_a, name_b, scale)) = found.next_if(|(next, ..)| *next == name) {
+            let (a, b) = (checkpoint.tensor(&name_a, &device), checkpoint.tensor(&name_b, &device));
+            linear.lora = Some(Lora { a, b, scale });
+            let module = last_name(&name).to_owned();
+            if !modules.contains(&module) {
+                modules.push(module);
+            }
+        }
+    }
+    Ok(LoraConfig { r: config.r, lora_alpha: config.lora_alpha, target_modules: modules })
+}
+
+/// The value of the first key that is the module's name or its end after a dot, as PEFT matches plain keys.
+fn pattern_value<T: Copy>(pattern: &BTreeMap<String, T>, module: &str) -> Option<T> {
+    let matches = |key: &str| module.strip_suffix(key).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+    pattern.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
+}
+
+fn check_kind(config: &AdapterConfigFile) -> Result<(), String> {
+    let kind = config.peft_type.as_deref().unwrap_or("LORA");
+    let bias = config.bias.as_deref().unwrap_or("none");
+    let saved = config.modules_to_save.as_deref().unwrap_or_default();
+    if kind != "LORA" {
+        Err(format!("peft_type is `{kind}`, only LORA is computed"))
+    } else if config.use_dora {
+        Err("use_dora is true: DoRA is not computed".to_owned())
+    } else if bias != "none" {
+        Err(format!("bias is `{bias}`: adapters with biases are not computed"))
+    } else if !saved.is_empty() {
+        Err(format!("modules_to_save names {}: whole saved modules are not read", saved.join(", ")))
+    } else if config.r == 0 {
+        Err("r is 0".to_owned())
+    } else {
+        Ok(())
+    }
+}
+
+/// Writes named tensors as a safetensors file in `f32`.
+///
+/// # Errors
+/// If the device cannot be read or the file cannot be written.
+pub fn write_safetensors<B: Backend>(path: &Path, tensors: &[(String, Tensor<B, 2>)]) -> Result<()> {
+    let mut stored = Vec::new();
+    for (name, tensor) in tensors {
+        let data = tensor.clone().into_data().convert::<f32>();
+        let values = data.to_vec::<f32>().map_err(|e| Error::file(path, format!("`{name}` cannot be read: {e:?}")))?;
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        stored.push((name, tensor.dims().to_vec(), bytes));
+    }
+    let views: Result<Vec<_>, _> = stored
+        .iter()
+        .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
+        .collect();
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    let bytes = views
+        .and_then(|views| safetensors::serialize(views, Some(metadata)))
+        .map_err(|e| Error::file(path, format!("cannot be serialised: {e}")))?;
+    std::fs::write(path, bytes).map_err(Error::io("write", path))
+}
+
+/// Writes the adapter in PEFT's format into an existing folder.
+///
+/// # Errors
+/// See [`write_safetensors`].
+pub fn save<B: Backend>(model: &Llama<B>, config: &LoraConfig, base_model: &str, folder: &Path) -> Result<()> {
+    write_safetensors(&folder.join(ADAPTER_FILE), &tensors(model))?;
+    // An adapter that was loaded with patterns or rank-stabilised scaling keeps each module's own rank and scale.
+    let (mut rank_pattern, mut alpha_pattern) = (BTreeMap::new(), BTreeMap::new());
+    for (layer, decoder) in model.layers.iter().enumerate() {
+        for (module, linear) in decoder.linears() {
+            let Some(lora) = &linear.lora else { continue };
+            let r = lora.a.dims()[0];
+            let alpha = if r == config.r && lora.scale == (config.lora_alpha / r as f64) as f32 {
+                config.lora_alpha
+            } else {
+                f64::from(lora.scale) * r as f64
+            };
+            let name = format!("model.layers.{layer}.{module}");
+            if r != config.r {
+                rank_pattern.insert(name.clone(), r);
+            }
+            if alpha != config.lora_alpha {
+                alpha_pattern.insert(name, alpha);
+            }
+        }
+    }
+    let written = serde_json::json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0,
+        "target_modules": config.target_modules,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_to_transform": null,
+        "layers_pattern": null,
+        "modules_to_save": null,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": false,
+        "use_dora": false,
+        "revision": null,
+    });
+    let path = folder.join(ADAPTER_CONFIG_FILE);
+    std::fs::write(&path, format!("{written:#}\n")).map_err(Error::io("write", &path))
+}

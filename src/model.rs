@@ -1,0 +1,15 @@
+//! Llama models as Hugging Face publishes them: the configuration, the layers and the loading of their weights.
+//!
+//! Fields and modules carry the checkpoint's names, so there is no table of renames. Everything runs on packed rows
+//! `[tokens, hidden]`; there is no batch dimension and no padding.
+
+pub mod attention;
+pub mod config;
+pub mod llama;
+pub mod load;
+pub mod mlp;
+pub mod norm;
+pub mod rope;
+
+pub use config::LlamaConfig;
+pub use llama::{DecoderLayer, Linear, Llama};

@@ -1,0 +1,301 @@
+//! Reading safetensors: memory-mapped, one file or many with an index, converted tensor by tensor.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use serde::Deserialize;
+
+use super::attention::Attention;
+use super::llama::{DecoderLayer, LINEAR_NAMES, Linear, Llama};
+use super::mlp::Mlp;
+use super::norm::RmsNorm;
+use super::LlamaConfig;
+use crate::error::{Error, Result};
+use crate::ops::token_logps::Head;
+
+/// The bytes of a file: mapped, or part of the executable.
+type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Tensors of a checkpoint or an adapter by name, not yet read.
+pub struct Checkpoint {
+    /// The folder or file, for messages.
+    path: PathBuf,
+    tensors: BTreeMap<String, StoredTensor>,
+}
+
+/// Where a tensor's values are.
+#[derive(Clone)]
+struct StoredTensor {
+    bytes: Bytes,
+    range: Range<usize>,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl StoredTensor {
+    fn values(&self, elements: Range<usize>) -> Vec<f32> {
+        let stored = &(*self.bytes).as_ref()[self.range.clone()];
+        let width = self.dtype.bitsize() / 8;
+        let stored = &stored[elements.start * width..elements.end * width];
+        let pairs = || stored.chunks_exact(2).map(|b| [b[0], b[1]]);
+        match self.dtype {
+            Dtype::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
+            Dtype::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
+            _ => stored.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        }
+    }
+}
+
+/// A matrix that stays in host memory as its file stores it; rows are converted to `f32` as they are asked for.
+#[derive(Clone)]
+pub struct HostMatrix(StoredTensor);
+
+impl HostMatrix {
+    /// Gathers rows, `[ids] -> [ids · columns]`.
+    ///
+    /// # Panics
+    /// If an id is not a row.
+    pub fn gather(&self, ids: &[u32]) -> Vec<f32> {
+        let n_columns = self.0.shape[1];
+        ids.iter().flat_map(|&id| self.0.values(id as usize * n_columns..(id as usize + 1) * n_columns)).collect()
+    }
+}
+
+impl fmt::Debug for HostMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostMatrix({:?} {:?})", self.0.dtype, self.0.shape)
+    }
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens the weights of a Hugging Face model folder: `model.safetensors.index.json` and its shards, or `model.safetensors`.
+    ///
+    /// # Errors
+    /// If there are no such files, or one of them is damaged.
+    pub fn open_folder(folder: &Path) -> Result<Self> {
+        let index_path = folder.join("model.safetensors.index.json");
+        let single = folder.join("model.safetensors");
+        if !index_path.exists() {
+            if !single.exists() {
+                return Err(Error::file(folder, "holds neither model.safetensors nor model.safetensors.index.json")
+                    .with_hint("only safetensors weights are read; convert a .bin checkpoint with transformers' save_pretrained"));
+            }
+            return Self::open_file(&single);
+        }
+        let text = std::fs::read_to_string(&index_path).map_err(Error::io("read", &index_path))?;
+        let index: Index =
+            serde_json::from_str(&text).map_err(|e| Error::file(&index_path, format!("is not an index: {e}")))?;
+        let mut files: Vec<&String> = index.weight_map.values().collect();
+        files.sort();
+        files.dedup();
+        let mut tensors = BTreeMap::new();
+        for file in files {
+            tensors.extend(Self::open_file(&folder.join(file))?.tensors);
+        }
+        let missing: Vec<String> = index
+            .weight_map
+            .iter()
+            .filter(|(name, _)| !tensors.contains_key(*name))
+            .map(|(name, file)| format!("`{name}` is not in {file}, where the index says it is"))
+            .collect();
+        if !missing.is_empty() {
+            return Err(Error::Tensors { path: index_path, problems: missing });
+        }
+        Ok(Self { path: folder.to_owned(), tensors })
+    }
+
+    /// Opens one safetensors file.
+    ///
+    /// # Errors
+    /// If it cannot be mapped, is truncated or is no safetensors file.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        #[expect(unsafe_code, reason = "mapping a file that another program truncates is undefined; every reader of checkpoints lives with it")]
+        // SAFETY: the map is read-only and lives as long as every tensor that points into it.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("map", path))?;
+        Self::from_bytes(Arc::new(map), path)
+    }
+
+    /// Opens safetensors in memory; `path` is for messages.
+    ///
+    /// # Errors
+    /// See [`open_file`](Self::open_file).
+    pub fn from_bytes(bytes: Bytes, path: &Path) -> Result<Self> {
+        let content = (*bytes).as_ref();
+        let (header_len, metadata) = SafeTensors::read_metadata(content).map_err(|e| damaged(path, content, &e))?;
+        let data_start = header_len + size_of::<u64>();
+        if data_start + metadata.data_len() != content.len() {
+            return Err(truncated(path, data_start + metadata.data_len(), content.len()));
+        }
+        let tensors = metadata.tensors().into_iter().map(|(name, info)| {
+            let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
+            (name, StoredTensor { bytes: bytes.clone(), range, dtype: info.dtype, shape: info.shape.clone() })
+        });
+        Ok(Self { path: path.to_owned(), tensors: tensors.collect() })
+    }
+
+    /// The tensors' names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// A tensor's shape, if it is there.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|t| t.shape.as_slice())
+    }
+
+    /// Checks names, shapes and dtypes of everything that is expected, and that nothing else is there.
+    ///
+    /// # Errors
+    /// Names every missing, extra and misshapen tensor.
+    pub fn check(&self, expected: &[(String, Vec<usize>)], ignored: impl Fn(&str) -> bool) -> Result<()> {
+        let mut problems = Vec::new();
+        for (name, shape) in expected {
+            match self.tensors.get(name) {
+                None => problems.push(format!("`{name}` {shape:?} is missing")),
+                Some(t) if t.shape != *shape => {
+                    problems.push(format!("`{name}` has shape {:?}, expected {shape:?}", t.shape));
+                }
+                Some(t) if !matches!(t.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
+                    problems.push(format!("`{name}` is stored as {:?}, expected F32, F16 or BF16", t.dtype));
+                }
+                Some(_) => {}
+            }
+        }
+        let known: std::collections::BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
+        for name in self.names().filter(|name| !known.contains(name) && !ignored(name)) {
+            problems.push(format!("`{name}` {:?} is not part of the model", self.tensors[name].shape));
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: self.path.clone(), problems }) }
+    }
+
+    /// Reads a tensor that [`check`](Self::check) has seen, converted to `f32`.
+    ///
+    /// # Panics
+    /// If the tensor is not there or has another number of dimensions.
+    pub fn tensor<B: Backend, const D: usize>(&self, name: &str, device: &B::Device) -> Tensor<B, D> {
+        let stored = &self.tensors[name];
+        let values = stored.values(0..stored.shape.iter().product());
+        Tensor::from_data(TensorData::new(values, stored.shape.clone()), device)
+    }
+
+    /// A matrix left in host memory.
+    fn host_matrix(&self, name: &str) -> HostMatrix {
+        HostMatrix(self.tensors[name].clone())
+    }
+
+    /// Reads a matrix in shards of rows of at most `shard_bytes` as `f32`.
+    fn sharded<B: Backend>(&self, name: &str, shard_bytes: usize, device: &B::Device) -> Vec<Tensor<B, 2>> {
+        let stored = &self.tensors[name];
+        let (n_rows, n_columns) = (stored.shape[0], stored.shape[1]);
+        let shard_rows = (shard_bytes / (n_columns * size_of::<f32>())).max(1);
+        let shards = (0..n_rows).step_by(shard_rows).map(|start| {
+            let end = (start + shard_rows).min(n_rows);
+            let values = stored.values(start * n_columns..end * n_columns);
+            Tensor::from_data(TensorData::new(values, [end - start, n_columns]), device)
+        });
+        shards.collect()
+    }
+}
+
+fn damaged(path: &Path, content: &[u8], error: &SafeTensorError) -> Error {
+    // The header's own length is the first 8 bytes; a file shorter than it was cut off.
+    let header = content.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
+    match header {
+        Some(n) if n < 1 << 32 && n as usize + 8 > content.len() => truncated(path, n as usize + 8, content.len()),
+        _ if matches!(error, SafeTensorError::MetadataIncompleteBuffer) => {
+            Error::file(path, format!("is truncated: its header describes more than its {} bytes", content.len()))
+                .with_hint("fetch the file again")
+        }
+        _ => Error::file(path, format!("is not a safetensors file: {error}")).with_hint("fetch the file again"),
+    }
+}
+
+fn truncated(path: &Path, expected: usize, got: usize) -> Error {
+    Error::file(path, format!("is truncated or damaged: its header describes {expected} bytes, the file has {got}"))
+        .with_hint("fetch the file again")
+}
+
+/// Names and shapes of a model's tensors, `[out, in]`, without embedding and head.
+fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let q = config.num_attention_heads * config.head_dim;
+    let kv = config.num_key_value_heads * config.head_dim;
+    let shapes = [[q, hidden], [kv, hidden], [kv, hidden], [hidden, q], [inner, hidden], [inner, hidden], [hidden, inner]];
+    let mut tensors = vec![("model.norm.weight".to_owned(), vec![hidden])];
+    for layer in 0..config.num_hidden_layers {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        tensors.push((name("input_layernorm"), vec![hidden]));
+        tensors.push((name("post_attention_layernorm"), vec![hidden]));
+        tensors.extend(LINEAR_NAMES.iter().zip(shapes).map(|(part, shape)| (name(part), shape.to_vec())));
+    }
+    tensors
+}
+
+/// Loads a Llama model. Matrices of the vocabulary's size are split into shards of at most `shard_bytes`.
+///
+/// A tied model may come with `embed_tokens`, with `lm_head` or with both; the embedding counts.
+///
+/// # Errors
+/// If tensors are missing, extra or misshapen: all of them in one error.
+pub fn load_llama<B: Backend>(
+    checkpoint: &Checkpoint,
+    config: &LlamaConfig,
+    shard_bytes: usize,
+    device: &B::Device,
+) -> Result<Llama<B>> {
+    const EMBED: &str = "model.embed_tokens.weight";
+    const HEAD: &str = "lm_head.weight";
+    let tied = config.tie_word_embeddings;
+    let embed = if tied && checkpoint.shape(EMBED).is_none() && checkpoint.shape(HEAD).is_some() { HEAD } else { EMBED };
+    let head = if tied { embed } else { HEAD };
+    let mut expected = layer_tensors(config);
+    expected.push((embed.to_owned(), vec![config.vocab_size, config.hidden_size]));
+    if !tied {
+        expected.push((head.to_owned(), vec![config.vocab_size, config.hidden_size]));
+    }
+    // Old conversions store the rotary frequencies, which follow from the configuration.
+    checkpoint.check(&expected, |name| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD))?;
+
+    let norm = |name: &str| RmsNorm { weight: checkpoint.tensor(name, device), eps: config.rms_norm_eps };
+    let layers = (0..config.num_hidden_layers).map(|layer| {
+        let linear = |part: &str| {
+            Linear::frozen(checkpoint.tensor(&format!("model.layers.{layer}.{part}.weight"), device))
+        };
+        DecoderLayer {
+            input_layernorm: norm(&format!("model.layers.{layer}.input_layernorm.weight")),
+            self_attn: Attention {
+                q_proj: linear("self_attn.q_proj"),
+                k_proj: linear("self_attn.k_proj"),
+                v_proj: linear("self_attn.v_proj"),
+                o_proj: linear("self_attn.o_proj"),
+                head_dim: config.head_dim,
+            },
+            post_attention_layernorm: norm(&format!("model.layers.{layer}.post_attention_layernorm.weight")),
+            mlp: Mlp {
+                gate_proj: linear("mlp.gate_proj"),
+                up_proj: linear("mlp.up_proj"),
+                down_proj: linear("mlp.down_proj"),
+            },
+        }
+    });
+    Ok(Llama {
+        config: config.clone(),
+        embed_tokens: checkpoint.host_matrix(embed),
+        layers: layers.collect(),
+        norm: norm("model.norm.weight"),
+        lm_head: Head { shards: checkpoint.sharded(head, shard_bytes, device), chunk_bytes: shard_bytes.min(64 << 20) },
+    })
+}

@@ -1,0 +1,203 @@
+//! The head: `lm_head`, log-softmax and gather over the rows that are scored, in chunks.
+//!
+//! `[tokens, vocab]` never exists. A token's log-probability is `z[target] − logsumexp(z)` with `z = W h`, and its derivative by
+//! `h`, `W[target] − Wᵀ softmax(z)`, does not depend on what the loss later weighs it with. So one pass over the chunks computes
+//! both the log-probabilities and `expected = Wᵀ softmax(z)` of every row, and [`token_logps_backward`] applies the weights: two
+//! products with the head a row, no second forward. Softmax and log-sum-exp are `f32`.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
+
+/// One scored token: a target for a row of the hidden states. A row may have more than one target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScoredToken {
+    /// Index into the hidden states' rows.
+    pub row_idx: u32,
+    /// The token id whose log-probability is asked for.
+    pub target: u32,
+}
+
+/// The head's weight `[vocab, hidden]`, in shards of rows so that each fits the device's largest binding.
+#[derive(Debug, Clone)]
+pub struct Head<B: Backend> {
+    /// Consecutive rows of the matrix, `[rows, hidden]` each.
+    pub shards: Vec<Tensor<B, 2>>,
+    /// The most bytes that a chunk's logits may take.
+    pub chunk_bytes: usize,
+}
+
+/// Log-probabilities of the entries and what backward needs.
+#[derive(Debug, Clone)]
+pub struct TokenLogps<B: Backend> {
+    /// `[entries]`, nats.
+    pub logps: Tensor<B, 1>,
+    /// `Wᵀ softmax(W h)` by row, `[rows, hidden]`; there when [`Expected::Keep`] was asked for.
+    pub expected: Option<Tensor<B, 2>>,
+}
+
+/// Whether [`token_logps`] also prepares backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expected {
+    /// Training: keep `Wᵀ softmax(W h)`.
+    Keep,
+    /// Evaluation: log-probabilities alone.
+    Skip,
+}
+
+impl<B: Backend> Head<B> {
+    /// Number of tokens in the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.shards.iter().map(|shard| shard.dims()[0]).sum()
+    }
+
+    /// Computes the logits of a few rows, `[rows, hidden] -> [rows, vocab]`; for generation, not for training.
+    pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
+        let logits = self.shards.iter().map(|w| hidden.clone().matmul(w.clone().transpose()));
+        Tensor::cat(logits.collect(), 1)
+    }
+
+    /// The first token id of every shard.
+    fn first_ids(&self) -> Vec<usize> {
+        let lengths = self.shards.iter().map(|shard| shard.dims()[0]);
+        lengths.scan(0, |first, n| Some(std::mem::replace(first, *first + n))).collect()
+    }
+
+    /// Rows of the weight by token id, `[ids] -> [ids, hidden]`.
+    fn rows(&self, ids: &[u32]) -> Tensor<B, 2> {
+        let mut gathered = Gathered::default();
+        for (shard, first) in self.shards.iter().zip(self.first_ids()) {
+            let range = first..first + shard.dims()[0];
+            gathered.push(ids, |&id| range.contains(&(id as usize)), |picked| {
+                let local: Vec<u32> = picked.iter().map(|&&id| id - first as u32).collect();
+                shard.clone().select(0, indices(&local, &shard.device()))
+            });
+        }
+        gathered.in_order()
+    }
+}
+
+/// Parts picked out of a list in several passes, to be put back into the list's order.
+struct Gathered<B: Backend, const D: usize> {
+    parts: Vec<Tensor<B, D>>,
+    order: Vec<usize>,
+}
+
+impl<B: Backend, const D: usize> Default for Gathered<B, D> {
+    fn default() -> Self {
+        Self { parts: Vec::new(), order: Vec::new() }
+    }
+}
+
+impl<B: Backend, const D: usize> Gathered<B, D> {
+    /// Adds `compute` of the items that `belongs` picks; one row of its result an item.
+    fn push<T>(&mut self, items: &[T], belongs: impl Fn(&T) -> bool, compute: impl FnOnce(&[&T]) -> Tensor<B, D>) {
+        let picked: Vec<(usize, &T)> = items.iter().enumerate().filter(|(_, item)| belongs(item)).collect();
+        if !picked.is_empty() {
+            self.order.extend(picked.iter().map(|(i, _)| i));
+            self.parts.push(compute(&picked.iter().map(|(_, item)| *item).collect::<Vec<_>>()));
+        }
+    }
+
+    fn in_order(self) -> Tensor<B, D> {
+        let rows = Tensor::cat(self.parts, 0);
+        if self.order.is_sorted() {
+            return rows;
+        }
+        let mut place = vec![0; self.order.len()];
+        for (at, &i) in self.order.iter().enumerate() {
+            place[i] = at as u32;
+        }
+        let device = rows.device();
+        rows.select(0, indices(&place, &device))
+    }
+}
+
+fn indices<B: Backend>(values: &[u32], device: &B::Device) -> Tensor<B, 1, Int> {
+    let values: Vec<i32> = values.iter().map(|&v| v as i32).collect();
+    let shape = [values.len()];
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// Computes the log-probabilities of the scored tokens.
+///
+/// # Shapes
+/// - `hidden`: `[rows, hidden]`, only rows that are scored   - `scored`: entries, sorted or not
+///
+/// # Panics
+/// If a row index or a target is out of range.
+pub fn token_logps<B: Backend>(
+    hidden: Tensor<B, 2>,
+    head: &Head<B>,
+    scored: &[ScoredToken],
+    expected: Expected,
+) -> TokenLogps<B> {
+    let [n_rows, n_hidden] = hidden.dims();
+    let device = hidden.device();
+    let chunk_rows = (head.chunk_bytes / (head.vocab_size() * size_of::<f32>())).clamp(1, n_rows);
+    let (mut logps, mut expecteds) = (Gathered::default(), Vec::new());
+    for start in (0..n_rows).step_by(chunk_rows) {
+        let rows = start..(start + chunk_rows).min(n_rows);
+        let h = hidden.clone().slice([rows.clone(), 0..n_hidden]);
+        let logits: Vec<_> = head.shards.iter().map(|w| h.clone().matmul(w.clone().transpose())).collect();
+        let max = Tensor::cat(logits.iter().map(|z| z.clone().max_dim(1)).collect(), 1).max_dim(1);
+        // The target's logit is read from the same product that the sum is taken over: a separate dot product rounds differently,
+        // which is all there is of the log-probability of a token that the model is sure of.
+        let shifted: Vec<_> = logits.into_iter().map(|z| z - max.clone()).collect();
+        let exps: Vec<_> = shifted.iter().map(|z| z.clone().exp()).collect();
+        let sum = Tensor::cat(exps.iter().map(|e| e.clone().sum_dim(1)).collect(), 1).sum_dim(1);
+        let log_sum = sum.clone().log().squeeze_dim::<1>(1);
+        for ((z, shard), first) in shifted.into_iter().zip(&head.shards).zip(head.first_ids()) {
+            let n = shard.dims()[0];
+            let belongs = |token: &ScoredToken| {
+                rows.contains(&(token.row_idx as usize)) && (first..first + n).contains(&(token.target as usize))
+            };
+            logps.push(scored, belongs, |picked| {
+                let local: Vec<u32> = picked.iter().map(|token| token.row_idx - start as u32).collect();
+                let columns = picked.iter().map(|token| token.target - first as u32);
+                let flat: Vec<u32> = local.iter().zip(columns).map(|(row, column)| row * n as u32 + column).collect();
+                let n_logits = z.dims()[0] * n;
+                z.reshape([n_logits]).select(0, indices(&flat, &device))
+                    - log_sum.clone().select(0, indices(&local, &device))
+            });
+        }
+        if expected == Expected::Keep {
+            let products = exps.into_iter().zip(&head.shards).map(|(e, w)| e.matmul(w.clone()));
+            expecteds.extend(products.reduce(|a, b| a + b).map(|total| total / sum));
+        }
+    }
+    TokenLogps {
+        logps: logps.in_order(),
+        expected: (expected == Expected::Keep).then(|| Tensor::cat(expecteds, 0)),
+    }
+}
+
+/// Computes the loss's gradient by the hidden states from its gradient by the log-probabilities.
+///
+/// `dh[row] = Σ_entries dlogp · W[target] − (Σ_entries dlogp) · expected[row]`.
+///
+/// # Shapes
+/// - `dlogps`: `[entries]`   - output: `[rows, hidden]`
+///
+/// # Panics
+/// If the forward pass was made with [`Expected::Skip`].
+pub fn token_logps_backward<B: Backend>(
+    dlogps: Tensor<B, 1>,
+    forward: TokenLogps<B>,
+    head: &Head<B>,
+    scored: &[ScoredToken],
+) -> Tensor<B, 2> {
+    let expected = forward.expected.expect("token_logps_backward: the forward pass kept nothing for backward");
+    let ([n_rows, n_hidden], device) = (expected.dims(), expected.device());
+    let (row_indices, targets): (Vec<u32>, Vec<u32>) = scored.iter().map(|t| (t.row_idx, t.target)).unzip();
+    let row_indices = indices(&row_indices, &device);
+    let weighted = head.rows(&targets) * dlogps.clone().unsqueeze_dim::<2>(1);
+    let by_row = Tensor::<B, 2>::zeros([n_rows, n_hidden], &device).select_assign(
+        0,
+        row_indices.clone(),
+        weighted,
+        IndexingUpdateOp::Add,
+    );
+    let row_weight =
+        Tensor::<B, 1>::zeros([n_rows], &device).select_assign(0, row_indices, dlogps, IndexingUpdateOp::Add);
+    by_row - expected * row_weight.unsqueeze_dim::<2>(1)
+}

@@ -1,0 +1,285 @@
+//! Training: the loop, and in its rooms the step, the optimizer, the schedule, the metrics and the run folder.
+//!
+//! Everything that a step does is a function of the step's number, the seed and the model's state: a run that is resumed from a
+//! checkpoint takes the same rows at the same rates as one that was never interrupted.
+
+pub mod metrics;
+pub mod optim;
+pub mod plan;
+pub mod run_folder;
+pub mod schedule;
+pub mod step;
+
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+use serde_json::{Map, Value, json};
+
+use crate::data::batch::{Batch, LossCompat, pack};
+use crate::data::tokenize::TokenizedPair;
+use crate::error::{Error, Result};
+use crate::lora::{self, LoraConfig};
+use crate::model::Llama;
+use crate::ops::Kernels;
+use metrics::{StepMetrics, StepTrace};
+use optim::{AdamW, AdamWConfig, clip_grad_norm};
+use plan::Plan;
+use run_folder::{RunFolder, TrainerState};
+use schedule::Schedule;
+use step::{GradientCheckpointing, evaluate, forward_backward};
+
+/// What the loop is told; names as in Hugging Face's `TrainingArguments` and TRL's `ORPOConfig`.
+#[derive(Debug, Clone)]
+pub struct TrainSettings {
+    /// Which rows each step takes.
+    pub plan: Plan,
+    /// Weight of the odds-ratio term.
+    pub beta: f32,
+    /// Whose loss is computed.
+    pub loss_compat: LossCompat,
+    /// The learning rate by step.
+    pub schedule: Schedule,
+    /// The optimizer.
+    pub adamw: AdamWConfig,
+    /// Largest global norm of the gradients; 0 for no clipping.
+    pub max_grad_norm: f64,
+    /// What is kept for backward.
+    pub gradient_checkpointing: GradientCheckpointing,
+    /// Steps between lines of the log.
+    pub logging_steps: usize,
+    /// Steps between evaluations.
+    pub eval_steps: usize,
+    /// Steps between checkpoints.
+    pub save_steps: usize,
+}
+
+/// What the loop trains on.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainData<'a> {
+    /// Rows to learn from.
+    pub train: &'a [TokenizedPair],
+    /// Rows to evaluate on; may be empty.
+    pub val: &'a [TokenizedPair],
+}
+
+/// Who watches a run.
+pub trait Observer {
+    /// An optimizer step is done.
+    fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize);
+    /// A line was written to the log.
+    fn on_log(&mut self, line: &Map<String, Value>);
+    /// Memory in use, in bytes.
+    fn memory_bytes(&self) -> u64;
+}
+
+/// What a run came to.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// Optimizer steps made by this process.
+    pub n_steps: usize,
+    /// Metrics before the first step and after the last: of the validation rows, or of the first and last logged steps.
+    pub before: StepMetrics,
+    /// See `before`.
+    pub after: StepMetrics,
+    /// Whether the two are of the validation rows.
+    pub is_validation: bool,
+    /// The last checkpoint.
+    pub checkpoint: std::path::PathBuf,
+    /// Seconds in the loop.
+    pub elapsed_s: f64,
+}
+
+/// Trains the model's adapter.
+///
+/// # Errors
+/// If a loss or a gradient is no longer finite, the device fails, a file cannot be written, or the adapter came out as it went in. The
+/// checkpoints written before stay.
+pub fn train<B: Kernels>(
+    model: &mut Llama<B>,
+    lora_config: &LoraConfig,
+    data: TrainData<'_>,
+    settings: &TrainSettings,
+    run: &mut RunFolder,
+    resume: Option<TrainerState<B>>,
+    observer: &mut dyn Observer,
+) -> Result<Summary> {
+    let started = Instant::now();
+    let max_steps = settings.schedule.max_steps;
+    let initial = adapter(model);
+    let mut optimizer = AdamW::new(settings.adamw, &initial);
+    let mut first_step = 0;
+    if let Some(state) = resume {
+        first_step = state.global_step;
+        state.restore(&mut optimizer);
+    }
+    let mut before = match data.val {
+        [] => None,
+        val => Some(evaluate_all(model, val, settings)?),
+    };
+    let mut window = Window::default();
+    for step in first_step..max_steps {
+        let micro_batches = settings.plan.micro_batches(step);
+        let (grads, metrics) = accumulate(model, data.train, &micro_batches, settings, &mut window)?;
+        let (grads, grad_norm) = clip_grad_norm(grads, settings.max_grad_norm)?;
+        check_finite(step, &metrics, grad_norm, data.train, &micro_batches)?;
+        let learning_rate = settings.schedule.at(step);
+        let updated = optimizer.update(learning_rate, adapter(model), grads);
+        lora::set_tensors(model, updated);
+
+        let done = step + 1;
+        let is_last = done == max_steps;
+        observer.on_step(done, &metrics, window.n_tokens);
+        if done.is_multiple_of(settings.logging_steps) || is_last {
+            let mean = StepMetrics::mean(&window.metrics);
+            before.get_or_insert(mean);
+            let trace = StepTrace {
+                grad_norm,
+                learning_rate,
+                tokens_per_second: window.tokens_per_second(),
+                memory_bytes: observer.memory_bytes(),
+            };
+            let line = log_line(done, settings.plan.epoch(done), &mean.to_json(""), Some(&trace));
+            run.log(&line)?;
+            observer.on_log(&line);
+            window = Window { last: Some(mean), ..Window::default() };
+        }
+        if !data.val.is_empty() && (done.is_multiple_of(settings.eval_steps) || is_last) {
+            let paused = Instant::now();
+            let metrics = evaluate_all(model, data.val, settings)?;
+            let line = log_line(done, settings.plan.epoch(done), &metrics.to_json("eval_"), None);
+            run.log(&line)?;
+            observer.on_log(&line);
+            window.last_eval = Some(metrics);
+            window.paused_s += paused.elapsed().as_secs_f64();
+        }
+        if done.is_multiple_of(settings.save_steps) || is_last {
+            let paused = Instant::now();
+            run.save(model, lora_config, &optimizer, done, &settings.plan)?;
+            window.paused_s += paused.elapsed().as_secs_f64();
+        }
+    }
+    check_moved(&initial, &adapter(model))?;
+    let last = window.last_eval.or(window.last);
+    let (Some(before), Some(after), Some(checkpoint)) = (before, last, run.last_checkpoint()) else {
+        return Err(Error::config(format!("nothing to train: {first_step} of {max_steps} steps are done already")));
+    };
+    Ok(Summary {
+        n_steps: max_steps - first_step,
+        before,
+        after,
+        is_validation: !data.val.is_empty(),
+        checkpoint: checkpoint.to_owned(),
+        elapsed_s: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// What has happened since the last line of the log.
+#[derive(Default)]
+struct Window {
+    metrics: Vec<StepMetrics>,
+    n_tokens: usize,
+    started: Option<Instant>,
+    paused_s: f64,
+    last: Option<StepMetrics>,
+    last_eval: Option<StepMetrics>,
+}
+
+impl Window {
+    fn tokens_per_second(&self) -> f64 {
+        let elapsed_s = self.started.map_or(0.0, |at| at.elapsed().as_secs_f64()) - self.paused_s;
+        if elapsed_s > 0.0 { self.n_tokens as f64 / elapsed_s } else { 0.0 }
+    }
+}
+
+fn adapter<B: Kernels>(model: &Llama<B>) -> Vec<Tensor<B, 2>> {
+    lora::tensors(model).into_iter().map(|(_, tensor)| tensor).collect()
+}
+
+/// Forward and backward of a step's micro-batches: their mean gradient and their mean metrics.
+fn accumulate<B: Kernels>(
+    model: &Llama<B>,
+    rows: &[TokenizedPair],
+    micro_batches: &[Vec<usize>],
+    settings: &TrainSettings,
+    window: &mut Window,
+) -> Result<(Vec<Tensor<B, 2>>, StepMetrics)> {
+    window.started.get_or_insert_with(Instant::now);
+    let grad_scale = 1.0 / micro_batches.len() as f32;
+    let mut total: Option<Vec<Tensor<B, 2>>> = None;
+    let mut all = Vec::with_capacity(micro_batches.len());
+    for indices in micro_batches {
+        let batch = pack_rows(rows, indices, settings.loss_compat);
+        window.n_tokens += batch.n_tokens();
+        let (metrics, grads) =
+            forward_backward(model, &batch, settings.beta, grad_scale, settings.gradient_checkpointing)?;
+        all.push(metrics);
+        total = Some(match total {
+            Some(total) => total.into_iter().zip(grads).map(|(a, b)| a + b).collect(),
+            None => grads,
+        });
+    }
+    window.metrics.extend(&all);
+    Ok((total.unwrap_or_default(), StepMetrics::mean(&all)))
+}
+
+fn pack_rows(rows: &[TokenizedPair], indices: &[usize], compat: LossCompat) -> Batch {
+    let pairs: Vec<&TokenizedPair> = indices.iter().map(|&i| &rows[i]).collect();
+    pack(&pairs, compat)
+}
+
+fn evaluate_all<B: Kernels>(
+    model: &Llama<B>,
+    rows: &[TokenizedPair],
+    settings: &TrainSettings,
+) -> Result<StepMetrics> {
+    let indices: Vec<usize> = (0..rows.len()).collect();
+    let metrics: Result<Vec<StepMetrics>> = indices
+        .chunks(settings.plan.batch_size)
+        .map(|indices| evaluate(model, &pack_rows(rows, indices, settings.loss_compat), settings.beta))
+        .collect();
+    Ok(StepMetrics::mean(&metrics?))
+}
+
+fn check_finite(
+    step: usize,
+    metrics: &StepMetrics,
+    grad_norm: f64,
+    rows: &[TokenizedPair],
+    micro_batches: &[Vec<usize>],
+) -> Result<()> {
+    for (quantity, value) in [("loss", metrics.loss), ("grad_norm", grad_norm)] {
+        if !value.is_finite() {
+            let locations: Vec<String> =
+                micro_batches.iter().flatten().map(|&i| rows[i].location.to_string()).collect();
+            return Err(Error::NonFinite { step: step + 1, quantity, value, rows: locations.join(", ") });
+        }
+    }
+    Ok(())
+}
+
+/// A run that moved nothing has trained nothing, whatever its log says.
+fn check_moved<B: Kernels>(before: &[Tensor<B, 2>], after: &[Tensor<B, 2>]) -> Result<()> {
+    let moved = before.iter().zip(after).map(|(b, a)| (a.clone() - b.clone()).abs().max());
+    let moved = optim::read(Tensor::cat(moved.collect(), 0).max())?[0];
+    if moved > 0.0 {
+        return Ok(());
+    }
+    Err(Error::config(format!("the adapter did not change in the whole run (largest change {moved})"))
+        .with_hint("the learning rate is 0 in every step: raise --learning_rate, or --max_steps above the warm-up"))
+}
+
+fn log_line(
+    step: usize,
+    epoch: f64,
+    metrics: &Map<String, Value>,
+    trace: Option<&StepTrace>,
+) -> Map<String, Value> {
+    let mut line = Map::new();
+    line.insert("step".to_owned(), json!(step));
+    line.insert("epoch".to_owned(), json!(epoch));
+    line.extend(metrics.clone());
+    if let Some(Ok(Value::Object(trace))) = trace.map(serde_json::to_value) {
+        line.extend(trace);
+    }
+    line
+}

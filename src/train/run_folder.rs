@@ -1,0 +1,245 @@
+//! The folder of a run: its log and its checkpoints.
+//!
+//! A checkpoint folder is complete or absent: it is written beside its place, flushed to the disk, and then renamed.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Tensor, backend::Backend};
+use serde_json::{Map, Value, json};
+
+use super::optim::AdamW;
+use super::plan::Plan;
+use crate::data::dataset::Shuffle;
+use crate::error::{Error, Result};
+use crate::lora::{self, LoraConfig};
+use crate::model::Llama;
+use crate::model::load::Checkpoint;
+
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const STATE_FILE: &str = "trainer_state.json";
+
+/// What every checkpoint carries besides the adapter.
+#[derive(Debug, Clone)]
+pub struct CheckpointTexts {
+    /// `base_model_name_or_path` of the adapter's configuration.
+    pub base_model: String,
+    /// The resolved configuration, `args.json`.
+    pub args: String,
+    /// The adapter's card, `README.md`.
+    pub card: String,
+}
+
+/// An open run folder.
+#[derive(Debug)]
+pub struct RunFolder {
+    folder: PathBuf,
+    log: File,
+    log_history: Vec<Value>,
+    texts: CheckpointTexts,
+    save_total_limit: usize,
+    checkpoints: Vec<PathBuf>,
+}
+
+impl RunFolder {
+    /// Creates the folder with its `args.json` and an empty `logging.jsonl`; a resumed run's log goes on after its first
+    /// `resumed_step` steps.
+    ///
+    /// # Errors
+    /// If something cannot be written.
+    pub fn create(
+        folder: &Path,
+        texts: CheckpointTexts,
+        save_total_limit: usize,
+        log_history: Vec<Value>,
+    ) -> Result<Self> {
+        fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        let args = folder.join("args.json");
+        fs::write(&args, &texts.args).map_err(Error::io("write", &args))?;
+        let path = folder.join("logging.jsonl");
+        let log = OpenOptions::new().create(true).write(true).truncate(true).open(&path);
+        let mut log = log.map_err(Error::io("write", &path))?;
+        for line in &log_history {
+            writeln!(log, "{line}").map_err(Error::io("write", &path))?;
+        }
+        Ok(Self { folder: folder.to_owned(), log, log_history, texts, save_total_limit, checkpoints: Vec::new() })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The newest checkpoint of this run.
+    pub fn last_checkpoint(&self) -> Option<&Path> {
+        self.checkpoints.last().map(PathBuf::as_path)
+    }
+
+    /// Appends a line to `logging.jsonl`.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn log(&mut self, line: &Map<String, Value>) -> Result<()> {
+        let line = Value::Object(line.clone());
+        let path = || self.folder.join("logging.jsonl");
+        writeln!(self.log, "{line}").map_err(|e| Error::io("write", path())(e))?;
+        self.log_history.push(line);
+        Ok(())
+    }
+
+    /// Saves `checkpoint-{step}` and removes the oldest beyond the limit.
+    ///
+    /// # Errors
+    /// If something cannot be written; what was there before stays, and nothing half-written is left.
+    pub fn save<B: Backend>(
+        &mut self,
+        model: &Llama<B>,
+        lora_config: &LoraConfig,
+        optimizer: &AdamW<B>,
+        step: usize,
+        plan: &Plan,
+    ) -> Result<()> {
+        let place = self.folder.join(format!("checkpoint-{step}"));
+        if self.checkpoints.contains(&place) {
+            return Ok(());
+        }
+        let partial = self.folder.join(format!(".checkpoint-{step}.partial"));
+        let written = self.write_checkpoint(&partial, model, lora_config, optimizer, step, plan);
+        if let Err(error) = written.and_then(|()| put_in_place(&partial, &place)) {
+            // The first error is the one to report; a folder that cannot be removed either tells nothing new.
+            let _ = fs::remove_dir_all(&partial);
+            return Err(error);
+        }
+        self.checkpoints.push(place);
+        while self.checkpoints.len() > self.save_total_limit.max(1) {
+            let oldest = self.checkpoints.remove(0);
+            fs::remove_dir_all(&oldest).map_err(Error::io("remove", &oldest))?;
+        }
+        Ok(())
+    }
+
+    fn write_checkpoint<B: Backend>(
+        &self,
+        folder: &Path,
+        model: &Llama<B>,
+        lora_config: &LoraConfig,
+        optimizer: &AdamW<B>,
+        step: usize,
+        plan: &Plan,
+    ) -> Result<()> {
+        if folder.exists() {
+            fs::remove_dir_all(folder).map_err(Error::io("remove", folder))?;
+        }
+        fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        lora::save(model, lora_config, &self.texts.base_model, folder)?;
+        let names = || lora::tensors(model).into_iter().map(|(name, _)| name);
+        let moments = |part: &str, values: &[Tensor<B, 2>]| -> Vec<(String, Tensor<B, 2>)> {
+            names().zip(values).map(|(name, value)| (format!("{name}.{part}"), value.clone())).collect()
+        };
+        let mut state = moments("exp_avg", &optimizer.exp_avg);
+        state.extend(moments("exp_avg_sq", &optimizer.exp_avg_sq));
+        lora::write_safetensors(&folder.join(OPTIMIZER_FILE), &state)?;
+        let state = json!({
+            "global_step": step,
+            "epoch": plan.epoch(step),
+            "n_rows": plan.n_rows,
+            "batch_size": plan.batch_size,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "shuffle_seed": shuffle_seed(plan),
+            "log_history": self.log_history,
+        });
+        let texts = [
+            (STATE_FILE, format!("{state:#}\n")),
+            ("args.json", self.texts.args.clone()),
+            ("README.md", self.texts.card.clone()),
+        ];
+        for (name, text) in texts {
+            let path = folder.join(name);
+            fs::write(&path, text).map_err(Error::io("write", &path))?;
+        }
+        Ok(())
+    }
+}
+
+/// The seed of the epochs' orders; null for the file's order.
+fn shuffle_seed(plan: &Plan) -> Option<u64> {
+    match plan.shuffle {
+        Shuffle::Seeded(seed) => Some(seed),
+        Shuffle::Off => None,
+    }
+}
+
+/// Flushes a folder's files and renames it to its place.
+fn put_in_place(partial: &Path, place: &Path) -> Result<()> {
+    for entry in fs::read_dir(partial).map_err(Error::io("read", partial))? {
+        let path = entry.map_err(Error::io("read", partial))?.path();
+        File::open(&path).and_then(|file| file.sync_all()).map_err(Error::io("flush", &path))?;
+    }
+    if place.exists() {
+        fs::remove_dir_all(place).map_err(Error::io("remove", place))?;
+    }
+    fs::rename(partial, place).map_err(Error::io("write", place))
+}
+
+/// What a checkpoint says of the run that wrote it.
+#[derive(Debug)]
+pub struct TrainerState<B: Backend> {
+    /// Optimizer steps done.
+    pub global_step: usize,
+    /// The log up to there.
+    pub log_history: Vec<Value>,
+    exp_avg: Vec<Tensor<B, 2>>,
+    exp_avg_sq: Vec<Tensor<B, 2>>,
+}
+
+impl<B: Backend> TrainerState<B> {
+    /// Reads a checkpoint's state and optimizer; the model already carries the checkpoint's adapter.
+    ///
+    /// # Errors
+    /// If a file is missing or damaged, or the run was cut into other steps than `plan`.
+    pub fn read(checkpoint: &Path, model: &Llama<B>, plan: &Plan) -> Result<Self> {
+        let path = checkpoint.join(STATE_FILE);
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let state: Value =
+            serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("is not a trainer state: {e}")))?;
+        let expected = [
+            ("n_rows", json!(plan.n_rows)),
+            ("batch_size", json!(plan.batch_size)),
+            ("gradient_accumulation_steps", json!(plan.gradient_accumulation_steps)),
+            ("shuffle_seed", json!(shuffle_seed(plan))),
+        ];
+        let differing: Vec<String> = expected
+            .iter()
+            .filter(|(name, value)| state[*name] != *value)
+            .map(|(name, value)| format!("{name} was {} and is {value}", state[*name]))
+            .collect();
+        if !differing.is_empty() {
+            return Err(Error::file(&path, format!("belongs to another run: {}", differing.join(", ")))
+                .with_hint("resume with the data and the flags of the first run (its args.json), or start anew with --adapters"));
+        }
+        let Some(global_step) = state["global_step"].as_u64() else {
+            return Err(Error::file(&path, "has no global_step"));
+        };
+        let file = Checkpoint::open_file(&checkpoint.join(OPTIMIZER_FILE))?;
+        let tensors = lora::tensors(model);
+        let names = |part: &str| tensors.iter().map(|(name, t)| (format!("{name}.{part}"), t.dims().to_vec())).collect();
+        let (first, second): (Vec<_>, Vec<_>) = (names("exp_avg"), names("exp_avg_sq"));
+        file.check(&[first.clone(), second.clone()].concat(), |_| false)?;
+        let device = model.device();
+        let load = |names: Vec<(String, Vec<usize>)>| names.iter().map(|(name, _)| file.tensor(name, &device)).collect();
+        let log_history = state["log_history"].as_array().cloned().unwrap_or_default();
+        Ok(Self {
+            global_step: global_step as usize,
+            log_history,
+            exp_avg: load(first),
+            exp_avg_sq: load(second),
+        })
+    }
+
+    /// Puts the optimizer where it was.
+    pub fn restore(self, optimizer: &mut AdamW<B>) {
+        optimizer.n_updates = self.global_step;
+        (optimizer.exp_avg, optimizer.exp_avg_sq) = (self.exp_avg, self.exp_avg_sq);
+    }
+}
