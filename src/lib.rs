@@ -5,3 +5,4 @@ pub mod model;
 pub mod ops;
 pub mod data;
 pub mod train;
+pub mod config;

@@ -1,0 +1,377 @@
+//! The resolved configuration of a run: what `args.json` holds and `--config` reads back.
+//!
+//! [`TrainArgs::default`] holds the only defaults. A run's values come, each over the one before, from these defaults, from the demo's
+//! own settings (where no model is named), from `--config FILE` and from the flags.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::train::schedule::LrSchedulerType;
+
+/// What `orpo-wgpu train` is told. Names are ms-swift's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainArgs {
+    /// Registry name of the model, for the name of the output folder
+    #[arg(long, help_heading = "Model")]
+    pub model_type: Option<String>,
+    /// A Hugging Face model folder [default: the demo inside this program]
+    #[arg(long, help_heading = "Model")]
+    pub model_id_or_path: Option<PathBuf>,
+    /// Start from this PEFT adapter folder
+    #[arg(long, help_heading = "Model")]
+    pub adapters: Option<PathBuf>,
+    /// What is trained: `lora`
+    #[arg(long, default_value = "lora", help_heading = "Model")]
+    pub sft_type: String,
+    /// Modules that carry an adapter: ALL (every linear but lm_head) or names such as q_proj,v_proj
+    #[arg(long, value_delimiter = ',', default_value = "ALL", help_heading = "Model")]
+    pub lora_target_modules: Vec<String>,
+    /// Rank of the adapters
+    #[arg(long, default_value_t = Self::default().lora_rank, help_heading = "Model")]
+    pub lora_rank: usize,
+    /// The update is scaled by lora_alpha / lora_rank
+    #[arg(long, default_value_t = Self::default().lora_alpha, help_heading = "Model")]
+    pub lora_alpha: f64,
+    /// Must be 0: ORPO disables dropout, as TRL does
+    #[arg(long, default_value_t = Self::default().lora_dropout, help_heading = "Model")]
+    pub lora_dropout: f64,
+    /// Data type of the computation: AUTO or fp32
+    #[arg(long, default_value = "AUTO", help_heading = "Model")]
+    pub dtype: String,
+    /// Bits of the frozen weights: 0 (as stored)
+    #[arg(long, default_value_t = Self::default().quantization_bit, help_heading = "Model")]
+    pub quantization_bit: u32,
+
+    /// Data sets: files, folders or registry names, separated by commas; NAME#500 samples 500 rows [default: the demo's pairs]
+    #[arg(long, value_delimiter = ',', help_heading = "Data")]
+    pub dataset: Vec<String>,
+    /// Data sets to evaluate on, instead of a part of --dataset
+    #[arg(long, value_delimiter = ',', help_heading = "Data")]
+    pub val_dataset: Vec<String>,
+    /// Share of the rows that is held out for evaluation
+    #[arg(long, default_value_t = Self::default().dataset_test_ratio, help_heading = "Data")]
+    pub dataset_test_ratio: f64,
+    /// Shuffle the rows; false keeps the file's order
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().dataset_shuffle, help_heading = "Data")]
+    pub dataset_shuffle: bool,
+    /// Other names of the columns, as JSON: {"question":"query"}
+    #[arg(long, value_parser = parse_columns, help_heading = "Data")]
+    pub columns: Option<Columns>,
+    /// System prompt of rows that have none of their own
+    #[arg(long, help_heading = "Data")]
+    pub system: Option<String>,
+    /// Chat format: AUTO, llama3 or default-generation (plain text)
+    #[arg(long, default_value = "AUTO", help_heading = "Data")]
+    pub template_type: String,
+    /// Longest prompt plus answer, in tokens
+    #[arg(long, default_value_t = Self::default().max_length, help_heading = "Data")]
+    pub max_length: usize,
+    /// What happens to longer rows: delete (left out, and listed) or truncation_right (the answers are cut)
+    #[arg(long, default_value = "delete", help_heading = "Data")]
+    pub truncation_strategy: String,
+    /// A row that cannot be used is an error
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().strict, help_heading = "Data")]
+    pub strict: bool,
+
+    /// Weight of the odds-ratio term
+    #[arg(long, default_value_t = Self::default().beta, help_heading = "Training")]
+    pub beta: f64,
+    /// Tokens of the NLL term: swift (chosen response), trl (prompt and chosen response) or llamafactory (mean by pair)
+    #[arg(long, default_value = "swift", help_heading = "Training")]
+    pub loss_compat: String,
+    /// Pairs of a micro-batch
+    #[arg(long, default_value_t = Self::default().batch_size, help_heading = "Training")]
+    pub batch_size: usize,
+    /// Micro-batches of an optimizer step [default: 16 / batch_size, rounded up]
+    #[arg(long, help_heading = "Training")]
+    pub gradient_accumulation_steps: Option<usize>,
+    /// Passes over the data
+    #[arg(long, default_value_t = Self::default().num_train_epochs, help_heading = "Training")]
+    pub num_train_epochs: f64,
+    /// Optimizer steps of the run, instead of num_train_epochs
+    #[arg(long, help_heading = "Training")]
+    pub max_steps: Option<usize>,
+    /// Learning rate after the warm-up
+    #[arg(long, default_value_t = Self::default().learning_rate, help_heading = "Training")]
+    pub learning_rate: f64,
+    /// How the rate falls
+    #[arg(long, value_enum, default_value_t, help_heading = "Training")]
+    pub lr_scheduler_type: LrSchedulerType,
+    /// Share of the steps in which the rate rises
+    #[arg(long, default_value_t = Self::default().warmup_ratio, help_heading = "Training")]
+    pub warmup_ratio: f64,
+    /// AdamW's decay
+    #[arg(long, default_value_t = Self::default().weight_decay, help_heading = "Training")]
+    pub weight_decay: f64,
+    /// Decay of AdamW's first moment
+    #[arg(long, default_value_t = Self::default().adam_beta1, help_heading = "Training")]
+    pub adam_beta1: f64,
+    /// Decay of AdamW's second moment
+    #[arg(long, default_value_t = Self::default().adam_beta2, help_heading = "Training")]
+    pub adam_beta2: f64,
+    /// Added to the root of AdamW's second moment
+    #[arg(long, default_value_t = Self::default().adam_epsilon, help_heading = "Training")]
+    pub adam_epsilon: f64,
+    /// Largest global norm of the gradients; 0 for no clipping
+    #[arg(long, default_value_t = Self::default().max_grad_norm, help_heading = "Training")]
+    pub max_grad_norm: f64,
+    /// Run each layer again in backward instead of keeping its activations
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().gradient_checkpointing, help_heading = "Training")]
+    pub gradient_checkpointing: bool,
+    /// Seed of everything random
+    #[arg(long, default_value_t = Self::default().seed, help_heading = "Training")]
+    pub seed: u64,
+    /// Where to compute: auto, cpu, wgpu or wgpu:1
+    #[arg(long, default_value = "auto", help_heading = "Training")]
+    pub device: String,
+
+    /// Steps between lines of the log
+    #[arg(long, default_value_t = Self::default().logging_steps, help_heading = "Output")]
+    pub logging_steps: usize,
+    /// Steps between evaluations
+    #[arg(long, default_value_t = Self::default().eval_steps, help_heading = "Output")]
+    pub eval_steps: usize,
+    /// Steps between checkpoints
+    #[arg(long, default_value_t = Self::default().save_steps, help_heading = "Output")]
+    pub save_steps: usize,
+    /// Checkpoints that are kept
+    #[arg(long, default_value_t = Self::default().save_total_limit, help_heading = "Output")]
+    pub save_total_limit: usize,
+    /// Folder for runs
+    #[arg(long, default_value = "output", help_heading = "Output")]
+    pub output_dir: PathBuf,
+    /// Write into {output_dir}/{model_type}/v{N}-{time} instead of into the folder itself
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().add_output_dir_suffix, help_heading = "Output")]
+    pub add_output_dir_suffix: bool,
+    /// Go on from this checkpoint folder
+    #[arg(long, help_heading = "Output")]
+    pub resume_from_checkpoint: Option<PathBuf>,
+    /// Trackers: tensorboard or none
+    #[arg(long, default_value = "tensorboard", help_heading = "Output")]
+    pub report_to: String,
+    /// Taken for the sake of ms-swift's commands; nothing is asked of a hub
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().check_model_is_latest, help_heading = "Output")]
+    pub check_model_is_latest: bool,
+}
+
+/// `--columns`: the user's names to ours.
+pub type Columns = BTreeMap<String, String>;
+
+fn parse_columns(text: &str) -> Result<Columns, String> {
+    serde_json::from_str(text).map_err(|e| format!("expected a JSON object such as {{\"question\":\"query\"}}: {e}"))
+}
+
+impl Default for TrainArgs {
+    fn default() -> Self {
+        Self {
+            model_type: None,
+            model_id_or_path: None,
+            adapters: None,
+            sft_type: "lora".to_owned(),
+            lora_target_modules: vec!["ALL".to_owned()],
+            lora_rank: 8,
+            lora_alpha: 32.0,
+            lora_dropout: 0.0,
+            dtype: "AUTO".to_owned(),
+            quantization_bit: 0,
+            dataset: Vec::new(),
+            val_dataset: Vec::new(),
+            dataset_test_ratio: 0.01,
+            dataset_shuffle: true,
+            columns: None,
+            system: None,
+            template_type: "AUTO".to_owned(),
+            max_length: 2048,
+            truncation_strategy: "delete".to_owned(),
+            strict: false,
+            beta: 0.1,
+            loss_compat: "swift".to_owned(),
+            batch_size: 1,
+            gradient_accumulation_steps: None,
+            num_train_epochs: 1.0,
+            max_steps: None,
+            learning_rate: 1e-4,
+            lr_scheduler_type: LrSchedulerType::default(),
+            warmup_ratio: 0.05,
+            weight_decay: 0.1,
+            adam_beta1: 0.9,
+            adam_beta2: 0.95,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            gradient_checkpointing: true,
+            seed: 42,
+            device: "auto".to_owned(),
+            logging_steps: 5,
+            eval_steps: 50,
+            save_steps: 50,
+            save_total_limit: 2,
+            output_dir: PathBuf::from("output"),
+            add_output_dir_suffix: true,
+            resume_from_checkpoint: None,
+            report_to: "tensorboard".to_owned(),
+            check_model_is_latest: true,
+        }
+    }
+}
+
+impl TrainArgs {
+    /// Resolves a run's configuration from the parsed command line of [`TrainArgs`] and its `--config FILE`.
+    ///
+    /// `demo` is what applies over the defaults where neither names a model.
+    ///
+    /// # Errors
+    /// If the file cannot be read or holds something that is not a setting, or settings cannot be run: all of them in one error.
+    pub fn resolve(matches: &ArgMatches, config: Option<&Path>, demo: &Map<String, Value>) -> Result<Self> {
+        let parsed = Self::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
+        let mut given = config.map(read_config).transpose()?.unwrap_or_default();
+        let parsed = to_map(&parsed);
+        let from_user = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+        given.extend(parsed.into_iter().filter(|(id, _)| from_user(id)));
+        // A null says nothing: `args.json` writes one for every setting that was left open.
+        given.retain(|_, value| !value.is_null());
+        let mut settings = to_map(&Self::default());
+        if !given.contains_key("model_id_or_path") {
+            settings.extend(demo.clone());
+        }
+        settings.extend(given);
+        let mut args: Self =
+            serde_json::from_value(Value::Object(settings)).map_err(|e| Error::config(e.to_string()))?;
+        let accumulation = 16usize.div_ceil(args.batch_size.max(1));
+        args.gradient_accumulation_steps.get_or_insert(accumulation);
+        args.validate()?;
+        Ok(args)
+    }
+
+    /// Checks the settings against each other and against what this build does.
+    fn validate(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        let mut require = |holds: bool, problem: String| {
+            if !holds {
+                problems.push(problem);
+            }
+        };
+        let positive = [
+            ("lora_rank", self.lora_rank),
+            ("batch_size", self.batch_size),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps.unwrap_or(1)),
+            ("max_steps", self.max_steps.unwrap_or(1)),
+            ("max_length", self.max_length),
+            ("logging_steps", self.logging_steps),
+            ("eval_steps", self.eval_steps),
+            ("save_steps", self.save_steps),
+            ("save_total_limit", self.save_total_limit),
+        ];
+        for (name, value) in positive {
+            require(value > 0, format!("--{name} is 0, expected at least 1"));
+        }
+        let in_range = [
+            ("dataset_test_ratio", self.dataset_test_ratio),
+            ("warmup_ratio", self.warmup_ratio),
+            ("adam_beta1", self.adam_beta1),
+            ("adam_beta2", self.adam_beta2),
+        ];
+        for (name, value) in in_range {
+            require((0.0..1.0).contains(&value), format!("--{name} is {value}, expected at least 0 and less than 1"));
+        }
+        let not_negative = [
+            ("beta", self.beta),
+            ("learning_rate", self.learning_rate),
+            ("weight_decay", self.weight_decay),
+            ("max_grad_norm", self.max_grad_norm),
+            ("adam_epsilon", self.adam_epsilon),
+        ];
+        for (name, value) in not_negative {
+            require(value >= 0.0 && value.is_finite(), format!("--{name} is {value}, expected a finite number of at least 0"));
+        }
+        for (name, value) in [("num_train_epochs", self.num_train_epochs), ("lora_alpha", self.lora_alpha)] {
+            require(value > 0.0 && value.is_finite(), format!("--{name} is {value}, expected a finite number above 0"));
+        }
+        require(
+            self.lora_dropout == 0.0,
+            format!("--lora_dropout is {}: ORPO runs without dropout (TRL and ms-swift set it to 0 in silence)", self.lora_dropout),
+        );
+        require(self.sft_type == "lora", format!("--sft_type is `{}`: this build trains `lora`", self.sft_type));
+        require(
+            ["AUTO", "auto", "fp32"].contains(&self.dtype.as_str()),
+            format!("--dtype is `{}`: this build computes in `fp32`", self.dtype),
+        );
+        require(
+            self.quantization_bit == 0,
+            format!("--quantization_bit is {}: this build keeps the weights in fp32 (0)", self.quantization_bit),
+        );
+        require(
+            ["tensorboard", "none"].contains(&self.report_to.as_str()),
+            format!("--report_to is `{}`, expected tensorboard or none", self.report_to),
+        );
+        require(
+            self.adapters.is_none() || self.resume_from_checkpoint.is_none(),
+            "--adapters starts anew and --resume_from_checkpoint goes on: give one of them".to_owned(),
+        );
+        if problems.is_empty() { Ok(()) } else { Err(Error::Config { problems, hint: None }) }
+    }
+
+    /// The configuration as `args.json` holds it.
+    pub fn to_json(&self) -> String {
+        format!("{:#}\n", Value::Object(to_map(self)))
+    }
+}
+
+fn to_map(args: &TrainArgs) -> Map<String, Value> {
+    match serde_json::to_value(args) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    }
+}
+
+/// Reads `--config FILE`: JSON when the file's name says so, else TOML.
+fn read_config(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let is_json = path.extension().is_some_and(|e| e == "json");
+    // Parsed as the settings themselves first, whose messages know line, column and the names that exist.
+    let (checked, value) = if is_json {
+        (serde_json::from_str::<TrainArgs>(&text).map(drop).map_err(|e| e.to_string()), serde_json::from_str(&text).ok())
+    } else {
+        (toml::from_str::<TrainArgs>(&text).map(drop).map_err(|e| e.to_string()), toml::from_str(&text).ok())
+    };
+    match (checked, value) {
+        (Ok(()), Some(Value::Object(map))) => Ok(map),
+        (checked, _) => {
+            let problem = checked.err().unwrap_or_else(|| "is not a table of settings".to_owned());
+            Err(Error::Config {
+                problems: vec![format!("{}: {}", path.display(), problem.trim())],
+                hint: Some("a setting is named as its flag, without the dashes: learning_rate = 1e-4".to_owned()),
+            })
+        }
+    }
+}
+
+/// Adds the form with dashes to every flag with underscores: `--learning_rate` is also `--learning-rate`.
+pub fn with_dashed_aliases(command: clap::Command) -> clap::Command {
+    command.mut_args(|arg| {
+        let id = arg.get_id().as_str().to_owned();
+        let dashed = id.replace('_', "-");
+        let is_flag = arg.get_long().is_some();
+        match is_flag && dashed != id {
+            true => arg.long(id).alias(dashed),
+            false => arg,
+        }
+    })
+}
+
+/// The flags of [`TrainArgs`] alone, for tests and documentation.
+pub fn train_command() -> clap::Command {
+    #[derive(clap::Parser)]
+    #[command(name = "train")]
+    struct Train {
+        #[command(flatten)]
+        _args: TrainArgs,
+    }
+    with_dashed_aliases(Train::command())
+}

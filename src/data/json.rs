@@ -1,0 +1,123 @@
+//! The JSON values of a text, each with its line.
+
+use std::path::Path;
+
+use serde_json::{Deserializer, Value};
+
+use super::dataset::Location;
+use crate::error::{Error, Result};
+
+/// Reads a text file.
+///
+/// # Errors
+/// [`Error::Io`] when it cannot be read, [`Error::Row`] naming the first line that is not UTF-8.
+pub(super) fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = 1 + valid.iter().filter(|byte| **byte == b'\n').count();
+        Location { path: path.into(), line }.error("not UTF-8").with_hint("save the file as UTF-8")
+    })
+}
+
+/// Calls `each` with every JSON value of a text and the 1-based line on which it begins.
+///
+/// The text is either one array, whose elements are the values, or one value a line. Empty lines and a byte order mark
+/// are ignored.
+///
+/// # Errors
+/// [`Error::Row`] at the first place that is not JSON; what `each` returns.
+pub(super) fn each_value(
+    text: &str,
+    path: &Path,
+    mut each: impl FnMut(usize, Value) -> Result<()>,
+) -> Result<()> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    if text.trim_start().starts_with('[') {
+        return each_element(text, path, each);
+    }
+    for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let value = serde_json::from_str(line)
+            .map_err(|error| not_json(path, i + 1, &reason(&error), error.column()))?;
+        each(i + 1, value)?;
+    }
+    Ok(())
+}
+
+/// The elements of an array, each parsed on its own so that its line is known.
+fn each_element(text: &str, path: &Path, mut each: impl FnMut(usize, Value) -> Result<()>) -> Result<()> {
+    let mut cursor = Cursor { text, offset: 0, line: 1 };
+    let broken = |at: &Cursor, problem: &str| Err(not_json(path, at.line, problem, at.column()));
+    cursor.skip_to_token();
+    cursor.skip(1);
+    cursor.skip_to_token();
+    let mut is_first = true;
+    while !cursor.rest().starts_with(']') {
+        if !is_first {
+            if !cursor.rest().starts_with(',') {
+                return broken(&cursor, "expected `,` or `]` after an element of the array");
+            }
+            cursor.skip(1);
+            cursor.skip_to_token();
+        }
+        is_first = false;
+        let mut values = Deserializer::from_str(cursor.rest()).into_iter::<Value>();
+        match values.next() {
+            Some(Ok(value)) => each(cursor.line, value)?,
+            Some(Err(error)) => {
+                // serde_json counts from where it began to read, and a column of 0 is the line's end before.
+                let (line, column) = match error.line() {
+                    0 | 1 => (cursor.line, cursor.column() + error.column().saturating_sub(1)),
+                    lines => (cursor.line + lines - 1, error.column()),
+                };
+                return Err(not_json(path, line, &reason(&error), column));
+            }
+            None => return broken(&cursor, "the array does not end"),
+        }
+        cursor.skip(values.byte_offset());
+        cursor.skip_to_token();
+    }
+    cursor.skip(1);
+    cursor.skip_to_token();
+    if cursor.rest().is_empty() { Ok(()) } else { broken(&cursor, "something follows the array") }
+}
+
+/// A place in a text.
+struct Cursor<'t> {
+    text: &'t str,
+    offset: usize,
+    line: usize,
+}
+
+impl<'t> Cursor<'t> {
+    fn rest(&self) -> &'t str {
+        &self.text[self.offset..]
+    }
+
+    fn skip(&mut self, n_bytes: usize) {
+        self.line += self.rest()[..n_bytes].matches('\n').count();
+        self.offset += n_bytes;
+    }
+
+    fn skip_to_token(&mut self) {
+        let rest = self.rest();
+        self.skip(rest.len() - rest.trim_start().len());
+    }
+
+    /// 1-based, in bytes, as `serde_json` counts.
+    fn column(&self) -> usize {
+        1 + self.offset - self.text[..self.offset].rfind('\n').map_or(0, |newline| newline + 1)
+    }
+}
+
+/// `serde_json`'s reason without its place.
+fn reason(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.rsplit_once(" at line ").map_or(text.as_str(), |(reason, _)| reason).to_owned()
+}
+
+fn not_json(path: &Path, line: usize, reason: &str, column: usize) -> Error {
+    Location { path: path.into(), line }
+        .error(format!("not JSON: {reason} (column {column})"))
+        .with_hint("a .jsonl file has one JSON object a line, a .json file one array of objects")
+}

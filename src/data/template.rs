@@ -1,0 +1,187 @@
+//! Chat templates: a conversation to pieces of control tokens and text.
+//!
+//! A piece is either a control token or text, and text is encoded so that it never becomes a control token. What a
+//! user writes can therefore not end a turn or open another one.
+//!
+//! `llama3`, as ms-swift writes it (`swift/llm/utils/template.py`, 2.0.5):
+//!
+//! ```text
+//! <|begin_of_text|>
+//! <|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>          only with a system prompt
+//! (<|start_header_id|>user<|end_header_id|>\n\n{query}<|eot_id|>
+//!  <|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>)*
+//! ```
+//!
+//! There is no default system prompt and an empty one is none. Content is not trimmed, which Llama's own
+//! `chat_template` does. System and user content is encoded together with the `\n\n` before it, an answer on its own:
+//! in generation, too, the answer begins after the `\n\n` has been encoded.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::tokenize::TextTokenizer;
+use crate::error::{Error, Result};
+
+/// How a conversation is written as tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Template {
+    /// `llama3`: the format of the Llama-3 Instruct models.
+    Llama3,
+    /// `default-generation`: text that goes on, for models without a chat format.
+    ///
+    /// `BOS {system}\n{question}\n{answer}\n…{query}` is one text, and `{answer} EOS` another, which follows without a
+    /// separator. BOS is there if the tokenizer puts one before a text, a line if there is something to write on it.
+    Default,
+}
+
+/// A part of a rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// A control token, by its id.
+    Control(u32),
+    /// Text, to be encoded on its own.
+    Text(String),
+}
+
+/// The control tokens that Llama-3's format and its models use.
+const LLAMA3_CONTROL: [&str; 5] =
+    ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"];
+
+impl Template {
+    /// Every template, in the order of the help text.
+    pub const ALL: [Self; 2] = [Self::Llama3, Self::Default];
+
+    /// The name that `--template_type` knows it by.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llama3 => "llama3",
+            Self::Default => "default-generation",
+        }
+    }
+
+    /// Finds the template of a model by its tokenizer and the `chat_template` of its `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the model comes with a chat template that is not Llama-3's: training would teach it
+    /// another format than it is used with, and only the user can want that.
+    pub fn detect(tokenizer: &TextTokenizer, chat_template: Option<&str>) -> Result<Self> {
+        let has_tokens = LLAMA3_CONTROL.iter().all(|token| tokenizer.token_to_id(token).is_some());
+        let is_llama3 =
+            |text: &str| ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"].iter().all(|t| text.contains(t));
+        match chat_template {
+            None if has_tokens => Ok(Self::Llama3),
+            None => Ok(Self::Default),
+            Some(text) if has_tokens && is_llama3(text) => Ok(Self::Llama3),
+            Some(_) => Err(Error::Config {
+                problems: vec![format!(
+                    "--template_type AUTO: the chat template beside {} is not Llama-3's",
+                    tokenizer.path().display()
+                )],
+                hint: Some(
+                    "--template_type default-generation trains on plain text, --template_type llama3 on Llama-3's format"
+                        .to_owned(),
+                ),
+            }),
+        }
+    }
+
+    /// Looks up the template's control tokens.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the tokenizer lacks one of them.
+    pub fn renderer(self, tokenizer: &TextTokenizer) -> Result<Renderer> {
+        let lacks = |what: &str| {
+            Error::file(tokenizer.path(), format!("it has no {what}, which template {self} needs"))
+                .with_hint("choose another --template_type, or the model's own tokenizer.json")
+        };
+        let id = |token: &str| tokenizer.token_to_id(token).ok_or_else(|| lacks(&format!("token `{token}`")));
+        Ok(Renderer(match self {
+            Self::Llama3 => Control::Llama3 {
+                begin_of_text: id("<|begin_of_text|>")?,
+                start_header: id("<|start_header_id|>")?,
+                end_header: id("<|end_header_id|>")?,
+                eot: id("<|eot_id|>")?,
+            },
+            Self::Default => Control::Default {
+                bos: tokenizer.bos_id(),
+                eos: tokenizer.eos_id().ok_or_else(|| lacks("end-of-text token"))?,
+            },
+        }))
+    }
+}
+
+impl fmt::Display for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Template {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|template| template.name() == name).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(|template| template.name()).collect();
+            Error::config(format!("--template_type `{name}`: expected AUTO, {}", names.join(", ")))
+        })
+    }
+}
+
+/// A template with the control tokens of one tokenizer.
+#[derive(Debug, Clone, Copy)]
+pub struct Renderer(Control);
+
+#[derive(Debug, Clone, Copy)]
+enum Control {
+    Llama3 { begin_of_text: u32, start_header: u32, end_header: u32, eot: u32 },
+    Default { bos: Option<u32>, eos: u32 },
+}
+
+impl Renderer {
+    /// Renders everything up to the answer: an empty `system` is none, `history` is oldest first.
+    pub fn prompt(&self, system: Option<&str>, history: &[(String, String)], query: &str) -> Vec<Piece> {
+        let system = system.filter(|system| !system.is_empty());
+        match self.0 {
+            Control::Llama3 { begin_of_text, start_header, end_header, eot } => {
+                let header = |role: &str, text: String| {
+                    let role = Piece::Text(role.to_owned());
+                    [Piece::Control(start_header), role, Piece::Control(end_header), Piece::Text(text)]
+                };
+                let said = |role: &str, text: &str| {
+                    header(role, format!("\n\n{text}")).into_iter().chain([Piece::Control(eot)])
+                };
+                let to_answer = || header("assistant", "\n\n".to_owned());
+                let mut pieces = vec![Piece::Control(begin_of_text)];
+                pieces.extend(system.into_iter().flat_map(|system| said("system", system)));
+                for (question, answer) in history {
+                    pieces.extend(said("user", question));
+                    pieces.extend(to_answer());
+                    pieces.extend(self.answer(answer));
+                }
+                pieces.extend(said("user", query));
+                pieces.extend(to_answer());
+                pieces
+            }
+            Control::Default { bos, .. } => {
+                let turns = history.iter().flat_map(|(question, answer)| [question.as_str(), answer]);
+                let lines: Vec<_> =
+                    system.into_iter().chain(turns).chain([query]).filter(|line| !line.is_empty()).collect();
+                let text = (!lines.is_empty()).then(|| Piece::Text(lines.join("\n")));
+                bos.map(Piece::Control).into_iter().chain(text).collect()
+            }
+        }
+    }
+
+    /// Renders an answer with the control token that ends it.
+    pub fn answer(&self, answer: &str) -> Vec<Piece> {
+        vec![Piece::Text(answer.to_owned()), Piece::Control(self.end_of_answer())]
+    }
+
+    /// The control token that ends an answer.
+    pub fn end_of_answer(&self) -> u32 {
+        match self.0 {
+            Control::Llama3 { eot, .. } => eot,
+            Control::Default { eos, .. } => eos,
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Training against TRL: the cases of `tests/fixtures/goldens`, made by `tests/fixtures/make_goldens.py`.
+//!
+//! Every case is run from the files that a user would give: a model folder, a PEFT adapter to start from and a file of pairs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Tensor;
+use orpo_wgpu::data::batch::{LossCompat, pack};
+use orpo_wgpu::data::dataset::{self, Shuffle, Strictness};
+use orpo_wgpu::data::template::Template;
+use orpo_wgpu::data::tokenize::{TextTokenizer, TokenizedPair, TruncationStrategy, tokenize_rows};
+use orpo_wgpu::lora;
+use orpo_wgpu::model::attention::AttentionLayout;
+use orpo_wgpu::model::load::{Checkpoint, load_llama};
+use orpo_wgpu::model::{Llama, LlamaConfig};
+use orpo_wgpu::ops::Kernels;
+use orpo_wgpu::train::metrics::StepMetrics;
+use orpo_wgpu::train::optim::AdamWConfig;
+use orpo_wgpu::train::plan::Plan;
+use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder};
+use orpo_wgpu::train::schedule::{LrSchedulerType, Schedule};
+use orpo_wgpu::train::step::{GradientCheckpointing, forward_backward};
+use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
+use serde_json::{Map, Value};
+
+use crate::support::assert_close;
+
+const CASES: [&str; 4] = ["gqa", "tied_rope", "odd", "history_system"];
+
+/// A golden case, opened as the program opens a user's files.
+struct Case {
+    folder: PathBuf,
+    golden: Value,
+    flags: BTreeMap<String, String>,
+    pairs: Vec<TokenizedPair>,
+}
+
+impl Case {
+    fn open(name: &str) -> Self {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(name);
+        let golden: Value =
+            serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
+        let words: Vec<&str> = golden["args"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+        let flags = words.chunks(2).map(|f| (f[0].trim_start_matches("--").to_owned(), f[1].to_owned())).collect();
+        let specs = [folder.join("pairs.jsonl").display().to_string()];
+        let rows = dataset::load(&specs, &BTreeMap::new(), Strictness::Strict, 0).unwrap().rows;
+        let tokenizer = TextTokenizer::from_folder(folder.join("model")).unwrap();
+        let (pairs, _) = tokenize_rows(
+            &rows,
+            &tokenizer,
+            Template::Llama3,
+            2048,
+            TruncationStrategy::Delete,
+            None,
+            Strictness::Strict,
+        )
+        .unwrap();
+        Self { folder, golden, flags, pairs }
+    }
+
+    fn flag<T: std::str::FromStr<Err: std::fmt::Debug>>(&self, name: &str) -> T {
+        self.flags[name].parse().unwrap()
+    }
+
+    /// The model without adapter. Small shards, so that the head is cut into several.
+    fn model<B: Kernels>(&self, device: &B::Device) -> Llama<B> {
+        let config = LlamaConfig::read(&self.folder.join("model/config.json")).unwrap();
+        let checkpoint = Checkpoint::open_folder(&self.folder.join("model")).unwrap();
+        load_llama(&checkpoint, &config, 200 * config.hidden_size * 4, device).unwrap()
+    }
+
+    fn adapted<B: Kernels>(&self, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {
+        let mut model = self.model(device);
+        let config = lora::load(&mut model, &self.folder.join("adapter")).unwrap();
+        (model, config)
+    }
+
+    fn settings(&self, compat: LossCompat) -> TrainSettings {
+        let max_steps = self.flag("max_steps");
+        let kind = match self.flags["lr_scheduler_type"].as_str() {
+            "constant" => LrSchedulerType::Constant,
+            "linear" => LrSchedulerType::Linear,
+            _ => LrSchedulerType::Cosine,
+        };
+        TrainSettings {
+            plan: Plan {
+                n_rows: self.pairs.len(),
+                batch_size: self.flag("batch_size"),
+                gradient_accumulation_steps: self.flag("gradient_accumulation_steps"),
+                shuffle: Shuffle::Off,
+            },
+            beta: self.flag("beta"),
+            loss_compat: compat,
+            schedule: Schedule {
+                learning_rate: self.flag("learning_rate"),
+                kind,
+                warmup_steps: (self.flag::<f64>("warmup_ratio") * max_steps as f64).ceil() as usize,
+                max_steps,
+            },
+            adamw: AdamWConfig {
+                adam_beta1: self.flag("adam_beta1"),
+                adam_beta2: self.flag("adam_beta2"),
+                adam_epsilon: self.flag("adam_epsilon"),
+                weight_decay: self.flag("weight_decay"),
+            },
+            max_grad_norm: self.flag("max_grad_norm"),
+            gradient_checkpointing: GradientCheckpointing::PerLayer,
+            logging_steps: 1,
+            eval_steps: 1000,
+            save_steps: 1000,
+        }
+    }
+}
+
+fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().unwrap().iter().flat_map(|v| v.as_f64().map_or_else(|| floats(v), |v| vec![v as f32])).collect()
+}
+
+fn values<B: Kernels, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+    tensor.into_data().convert::<f32>().to_vec().unwrap()
+}
+
+#[test]
+fn rows_become_the_ids_that_trl_saw() {
+    for name in CASES {
+        let case = Case::open(name);
+        let tokens = case.golden["tokens"].as_array().unwrap();
+        assert_eq!(case.pairs.len(), tokens.len(), "{name}: rows");
+        for (pair, tokens) in case.pairs.iter().zip(tokens) {
+            let ids = |part: &str| floats(&tokens[part]).iter().map(|&id| id as u32).collect::<Vec<_>>();
+            let whole = |answer: &[u32]| [pair.prompt.as_slice(), answer].concat();
+            assert_eq!(pair.prompt, ids("prompt"), "{name} {}", pair.location);
+            assert_eq!(whole(&pair.chosen), ids("chosen"), "{name} {}", pair.location);
+            assert_eq!(whole(&pair.rejected), ids("rejected"), "{name} {}", pair.location);
+        }
+    }
+}
+
+/// Logits and log-probabilities of a sequence, with and without the adapter, against transformers and PEFT.
+fn check_forward<B: Kernels>(device: &B::Device) {
+    for name in CASES {
+        let case = Case::open(name);
+        let forward = &case.golden["forward"];
+        let ids: Vec<u32> = floats(&forward["ids"]).iter().map(|&id| id as u32).collect();
+        for (kind, model) in [("base", case.model::<B>(device)), ("adapter", case.adapted::<B>(device).0)] {
+            let layout = AttentionLayout::causal(&model.config, 0, ids.len(), device);
+            let logits = model.lm_head.logits(model.forward(&ids, &layout));
+            let [n_rows, vocab] = logits.dims();
+            let logps = burn::tensor::activation::log_softmax(logits.clone(), 1);
+            let all = values(logps);
+            let logps: Vec<f32> =
+                ids[1..].iter().enumerate().map(|(row, &id)| all[row * vocab + id as usize]).collect();
+            let last = values(logits.slice([n_rows - 2..n_rows, 0..vocab]));
+            assert_close(&logps, &floats(&forward[kind]["logps"]), 2e-5, 1e-5, &format!("{name} {kind} logps"));
+            assert_close(&last, &floats(&forward[kind]["last_logits"]), 1e-4, 1e-4, &format!("{name} {kind} logits"));
+        }
+    }
+}
+
+/// Relative distance of two lists of tensors: the norm of their difference over the norm of `want`.
+fn relative_distance(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
+    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
+    let flat = |tensors: &[Vec<f32>]| tensors.iter().flatten().map(|&v| f64::from(v)).collect::<Vec<_>>();
+    let (got, want) = (flat(got), flat(want));
+    assert_eq!(got.len(), want.len());
+    let difference = square(&mut got.iter().zip(&want).map(|(g, w)| g - w));
+    (difference / square(&mut want.iter().copied())).sqrt()
+}
+
+/// Every gradient of the first step, tensor by tensor, against TRL's.
+fn check_first_gradients<B: Kernels>(device: &B::Device) {
+    for name in CASES {
+        let case = Case::open(name);
+        let (model, _) = case.adapted::<B>(device);
+        for (compat, file) in [(LossCompat::Trl, "grads.safetensors"), (LossCompat::Swift, "grads_swift.safetensors")] {
+            let golden = Checkpoint::open_file(&case.folder.join(file)).unwrap();
+            for checkpointing in [GradientCheckpointing::PerLayer, GradientCheckpointing::Off] {
+                let settings = case.settings(compat);
+                let micro_batches = settings.plan.micro_batches(0);
+                let mut total: Option<Vec<Tensor<B, 2>>> = None;
+                for indices in &micro_batches {
+                    let rows: Vec<_> = indices.iter().map(|&i| &case.pairs[i]).collect();
+                    let scale = 1.0 / micro_batches.len() as f32;
+                    let (_, grads) =
+                        forward_backward(&model, &pack(&rows, compat), settings.beta, scale, checkpointing).unwrap();
+                    total = Some(match total {
+                        None => grads,
+                        Some(total) => total.into_iter().zip(grads).map(|(a, b)| a + b).collect(),
+                    });
+                }
+                let names: Vec<String> = lora::tensors(&model).into_iter().map(|(name, _)| name).collect();
+                assert_eq!(names.len(), golden.names().count(), "{name}: number of gradients");
+                for (tensor, grad) in names.iter().zip(total.unwrap()) {
+                    let want = values(golden.tensor::<B, 2>(tensor, device));
+                    let distance = relative_distance(&[values(grad)], &[want]);
+                    assert!(distance < 1e-4, "{name} {compat} {checkpointing:?} {tensor}: off by {distance:e} of its norm");
+                }
+            }
+        }
+    }
+}
+
+/// Keeps the lines of the log.
+#[derive(Default)]
+struct Recorder(Vec<Map<String, Value>>);
+
+impl Observer for Recorder {
+    fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _n_tokens: usize) {}
+    fn on_log(&mut self, line: &Map<String, Value>) {
+        self.0.push(line.clone());
+    }
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// Ten steps in each form of the loss, every logged figure against TRL's.
+fn check_trajectories<B: Kernels>(device: &B::Device) {
+    for name in CASES {
+        let case = Case::open(name);
+        for compat in LossCompat::ALL {
+            let (mut model, lora_config) = case.adapted::<B>(device);
+            let folder = tempfile::tempdir().unwrap();
+            let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+            let mut run = RunFolder::create(folder.path(), texts, 2, Vec::new()).unwrap();
+            let mut recorder = Recorder::default();
+            let data = TrainData { train: &case.pairs, val: &[] };
+            let settings = case.settings(compat);
+            train(&mut model, &lora_config, data, &settings, &mut run, None, &mut recorder).unwrap();
+            let golden = case.golden["trajectories"][compat.name()].as_array().unwrap();
+            assert_eq!(recorder.0.len(), golden.len(), "{name} {compat}: lines of the log");
+            for (line, golden) in recorder.0.iter().zip(golden) {
+                for (key, want) in golden.as_object().unwrap() {
+                    let (got, want) = (line[key].as_f64().unwrap(), want.as_f64().unwrap());
+                    // The loss is held to 1e-4 of itself; what it is the difference of, and its logarithms, to the same absolute size.
+                    let (atol, rtol) = if key == "loss" { (0.0, 1e-4) } else { (1e-4, 3e-4) };
+                    let bound = atol + rtol * want.abs();
+                    let step = &line["step"];
+                    assert!((got - want).abs() <= bound, "{name} {compat} step {step} {key}: {got} against {want}");
+                }
+            }
+            if compat == LossCompat::Swift {
+                let after = Checkpoint::open_file(&case.folder.join("adapter_after.safetensors")).unwrap();
+                let (got, want): (Vec<_>, Vec<_>) = lora::tensors(&model)
+                    .into_iter()
+                    .map(|(name, t)| (values(t), values(after.tensor::<B, 2>(&name, device))))
+                    .unzip();
+                let distance = relative_distance(&got, &want);
+                assert!(distance < 1e-3, "{name}: the adapter after ten steps is off by {distance:e} of its norm");
+            }
+        }
+    }
+}
+
+#[test]
+fn cpu_forward_is_that_of_transformers() {
+    check_forward::<burn_flex::Flex>(&Default::default());
+}
+
+#[test]
+fn cpu_first_gradients_are_those_of_trl() {
+    check_first_gradients::<burn_flex::Flex>(&Default::default());
+}
+
+#[test]
+fn cpu_trajectories_are_those_of_trl() {
+    check_trajectories::<burn_flex::Flex>(&Default::default());
+}
