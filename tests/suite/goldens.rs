@@ -29,15 +29,15 @@ use crate::support::assert_close;
 const CASES: [&str; 4] = ["gqa", "tied_rope", "odd", "history_system"];
 
 /// A golden case, opened as the program opens a user's files.
-struct Case {
+pub(crate) struct Case {
     folder: PathBuf,
     golden: Value,
     flags: BTreeMap<String, String>,
-    pairs: Vec<TokenizedPair>,
+    pub(crate) pairs: Vec<TokenizedPair>,
 }
 
 impl Case {
-    fn open(name: &str) -> Self {
+    pub(crate) fn open(name: &str) -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(name);
         let golden: Value =
             serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
@@ -70,7 +70,7 @@ impl Case {
         load_llama(&checkpoint, &config, 200 * config.hidden_size * 4, device).unwrap()
     }
 
-    fn adapted<B: Kernels>(&self, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {
+    pub(crate) fn adapted<B: Kernels>(&self, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {
         let mut model = self.model(device);
         let config = lora::load(&mut model, &self.folder.join("adapter")).unwrap();
         (model, config)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Every check of the project: format, lints, tests (the shaders' on a software Vulkan adapter where there is no GPU), documentation.
+# Installs what they need beyond a Rust toolchain, which on Debian and Ubuntu is that adapter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+has_vulkan() {
+    /sbin/ldconfig -p | grep 'libvulkan\.so\.1' >/dev/null || return 1
+    compgen -G '/usr/share/vulkan/icd.d/*.json' >/dev/null || compgen -G '/etc/vulkan/icd.d/*.json' >/dev/null
+}
+if [ "$(uname)" = Linux ] && ! has_vulkan; then
+    if ! command -v apt-get >/dev/null; then
+        echo "no Vulkan driver: install one (Mesa's lavapipe is enough), or set ORPO_WGPU_SKIP_GPU=1 to leave the GPU tests out" >&2
+        exit 1
+    fi
+    as_root=$([ "$(id -u)" = 0 ] || echo sudo)
+    $as_root apt-get update -qq
+    $as_root apt-get install -y -qq --no-install-recommends libvulkan1 mesa-vulkan-drivers
+fi
+for component in rustfmt clippy; do
+    cargo "${component/rust/}" --version >/dev/null 2>&1 || rustup component add "$component"
+done
+
+set -x
+cargo fmt --check
+cargo clippy --locked --all-targets -- -D warnings
+cargo test --locked
+RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items

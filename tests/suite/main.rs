@@ -1,0 +1,4 @@
+//! The one test binary.
+mod goldens;
+mod packing;
+mod support;
