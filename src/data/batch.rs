@@ -177,7 +177,11 @@ impl Batch {
     /// Appends a pair; its weight is not known before the last one.
     fn push(&mut self, pair: &TokenizedPair, compat: LossCompat) {
         let (n_prompt, n_chosen, n_rejected) = (pair.prompt.len(), pair.chosen.len(), pair.rejected.len());
-        assert!(n_prompt > 0 && n_chosen > 0 && n_rejected > 0, "{}: a part of the pair is empty", pair.location);
+        assert!(
+            n_prompt > 0 && n_chosen > 0 && n_rejected > 0,
+            "{}: a part of the pair is empty",
+            pair.location
+        );
 
         // Rows that are computed: all but the last of each. Both rows have the prompt, so the prefix has it too.
         let common = pair.chosen.iter().zip(&pair.rejected).take_while(|(c, r)| c == r).count();
@@ -250,7 +254,11 @@ mod tests {
         visible.sort_unstable();
         let positions: Vec<_> = visible.iter().map(|(position, _)| *position).collect();
         let own = batch.positions[i] as usize;
-        assert_eq!(positions, (0..=own).collect::<Vec<_>>(), "row {i} must see every position up to its own once");
+        assert_eq!(
+            positions,
+            (0..=own).collect::<Vec<_>>(),
+            "row {i} must see every position up to its own once"
+        );
         visible.into_iter().map(|(_, token)| token).collect()
     }
 
@@ -310,7 +318,10 @@ mod tests {
                     assert_eq!(scored(&batch, span.rejected_start..span.end), rejected, "{pair:?}");
 
                     // Nothing is computed twice, and no last token at all.
-                    let (c, r) = ([&pair.prompt[..], &pair.chosen].concat(), [&pair.prompt[..], &pair.rejected].concat());
+                    let (c, r) = (
+                        [&pair.prompt[..], &pair.chosen].concat(),
+                        [&pair.prompt[..], &pair.rejected].concat(),
+                    );
                     let (c, r) = (&c[..c.len() - 1], &r[..r.len() - 1]);
                     let common = c.iter().zip(r).take_while(|(x, y)| x == y).count();
                     assert_eq!(segment.prefix_len, common, "{pair:?}");
@@ -318,7 +329,8 @@ mod tests {
                     n_shared_targets += usize::from(common > n_prompt);
                 }
                 assert_eq!(entries as usize, batch.entries.len(), "no entry is left over");
-                let mut used: Vec<u32> = batch.entries.iter().map(|e| batch.rows[e.row_idx as usize]).collect();
+                let mut used: Vec<u32> =
+                    batch.entries.iter().map(|e| batch.rows[e.row_idx as usize]).collect();
                 used.sort_unstable();
                 used.dedup();
                 assert_eq!(batch.rows, used, "rows are exactly those that predict something, ascending");
@@ -344,7 +356,8 @@ mod tests {
     fn the_nll_is_that_of_each_trainer() {
         let pairs = [pair(&[1, 2, 3], &[4, 5, 6, 2], &[3, 3]), pair(&[2, 6], &[1, 4], &[5, 1, 2, 6, 3])];
         let logp = |seed: f64, t: f64, target: u32| {
-            let logit = |v: f64| 2.0 * (1.3 * seed + 0.7 * t + 1.9 * v).sin() + 0.5 * (0.31 * seed * v + t).cos();
+            let logit =
+                |v: f64| 2.0 * (1.3 * seed + 0.7 * t + 1.9 * v).sin() + 0.5 * (0.31 * seed * v + t).cos();
             let sum: f64 = (0..7).map(|v| logit(f64::from(v)).exp()).sum();
             logit(f64::from(target)) - sum.ln()
         };
@@ -382,7 +395,10 @@ mod tests {
     #[test]
     fn an_empty_batch_is_one() {
         let batch = pack(&[], LossCompat::Swift);
-        assert_eq!((batch.n_tokens(), batch.rows.len(), batch.entries.len(), batch.pairs.len()), (0, 0, 0, 0));
+        assert_eq!(
+            (batch.n_tokens(), batch.rows.len(), batch.entries.len(), batch.pairs.len()),
+            (0, 0, 0, 0)
+        );
     }
 
     #[test]

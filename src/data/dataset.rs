@@ -1,6 +1,6 @@
 //! Preference rows: reading them from files, sampling, splitting and ordering them.
 //!
-//! What a row may look like is in `row.rs`, what a data set may be named in [`source`](super::source). All randomness
+//! What a row may look like is in `row.rs`, what a data set may be named in [`source`]. All randomness
 //! comes from xoshiro256++ seeded with the caller's seed, so the same seed gives the same rows on every machine.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -233,7 +233,10 @@ pub fn summarize(skipped: &[Skipped]) -> String {
 /// # Panics
 /// If `test_ratio` is not in `[0, 1)`.
 pub fn split(rows: Vec<Row>, test_ratio: f64, shuffle: Shuffle) -> (Vec<Row>, Vec<Row>) {
-    assert!((0.0..1.0).contains(&test_ratio), "test_ratio is {test_ratio}, expected at least 0 and less than 1");
+    assert!(
+        (0.0..1.0).contains(&test_ratio),
+        "test_ratio is {test_ratio}, expected at least 0 and less than 1"
+    );
     // 100 · 0.29 is 28.999999999999996 in f64, and means 29.
     let n_val = (rows.len() as f64 * test_ratio + 1e-9).floor() as usize;
     let mut order: Vec<usize> = (0..rows.len()).collect();
@@ -278,6 +281,185 @@ enum Draw {
 }
 
 fn rng(seed: u64, draw: Draw, idx: u64) -> Xoshiro256PlusPlus {
-    let stream = (draw as u64 + 1).wrapping_mul(0xd1b5_4a32_d192_ed03) ^ idx.wrapping_mul(0x8cb9_2ba7_2f3d_8dd7);
+    let stream =
+        (draw as u64 + 1).wrapping_mul(0xd1b5_4a32_d192_ed03) ^ idx.wrapping_mul(0x8cb9_2ba7_2f3d_8dd7);
     Xoshiro256PlusPlus::seed_from_u64(seed ^ stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"{"query": "q", "response": "c", "rejected_response": "r"}"#;
+    const EQUAL: &str = r#"{"query": "q", "response": "c", "rejected_response": "c"}"#;
+
+    fn none() -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
+
+    fn parse(text: &str, strict: Strictness) -> Result<Dataset> {
+        parse_rows(text, Path::new("rows.jsonl"), &none(), strict)
+    }
+
+    /// `n` rows of which the `i`-th (from 0) asks `i` and stands on line `i + 1`.
+    fn rows(n: usize) -> Vec<Row> {
+        let line = |i: usize| GOOD.replace(r#""q""#, &format!(r#""{i}""#));
+        let text: Vec<_> = (0..n).map(line).collect();
+        parse(&text.join("\n"), Strictness::Strict).unwrap().rows
+    }
+
+    fn queries(rows: &[Row]) -> Vec<usize> {
+        rows.iter().map(|row| row.query.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn bad_rows_are_left_out_with_file_line_and_reason() {
+        let text = format!("{GOOD}\n\n{EQUAL}\n[]\n{GOOD}\n");
+        let dataset = parse(&text, Strictness::Lenient).unwrap();
+        let lines: Vec<_> = dataset.rows.iter().map(|row| row.location.to_string()).collect();
+        assert_eq!(lines, ["rows.jsonl:1", "rows.jsonl:5"]);
+        let skipped: Vec<_> = dataset.skipped.iter().map(Skipped::to_string).collect();
+        assert_eq!(
+            skipped,
+            [
+                "rows.jsonl:3: the chosen and the rejected answer are equal",
+                "rows.jsonl:4: expected a JSON object, found a list"
+            ]
+        );
+        let error = parse(&text, Strictness::Strict).unwrap_err();
+        assert!(matches!(error, Error::Row { line: 3, .. }), "{error:?}");
+        assert_eq!(error.to_string(), skipped[0]);
+    }
+
+    #[test]
+    fn what_is_not_json_ends_the_load_at_once() {
+        for strict in [Strictness::Lenient, Strictness::Strict] {
+            let error = parse(&format!("{GOOD}\n{EQUAL}\n{{\"query\"\n"), strict).unwrap_err().to_string();
+            let expected = if strict == Strictness::Strict {
+                "rows.jsonl:2: the chosen"
+            } else {
+                "rows.jsonl:3: not JSON"
+            };
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn folders_and_several_sets_are_joined_in_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: String| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, text).unwrap();
+            path.to_string_lossy().into_owned()
+        };
+        let asking = |query: &str| GOOD.replace(r#""q""#, &format!("{query:?}"));
+        write("set/b.jsonl", format!("{}\n{EQUAL}\n{}", asking("2"), asking("3")));
+        write("set/a.json", format!("[{},\n{}]", asking("0"), asking("1")));
+        let other =
+            write("other.jsonl", r#"{"frage": "4", "response": "c", "rejected_response": "r"}"#.to_owned());
+        let set = folder.path().join("set").to_string_lossy().into_owned();
+        let columns = BTreeMap::from([("frage".to_owned(), "query".to_owned())]);
+
+        let dataset = load(&[set.clone(), other.clone()], &columns, Strictness::Lenient, 42).unwrap();
+        assert_eq!(queries(&dataset.rows), [0, 1, 2, 3, 4]);
+        assert_eq!(dataset.rows[1].location.to_string(), format!("{set}/a.json:2"));
+        assert_eq!(dataset.skipped[0].location.to_string(), format!("{set}/b.jsonl:2"));
+
+        let sampled = load(&[format!("{set}#2"), other], &columns, Strictness::Lenient, 42).unwrap();
+        assert_eq!(sampled.rows.len(), 3);
+        assert_eq!(sampled.rows[2].query, "4");
+
+        let error = load(&[set], &columns, Strictness::Lenient, 42).unwrap_err();
+        assert!(error.to_string().contains("--columns renames `frage`, which no row has"), "{error}");
+        assert!(matches!(error, Error::Config { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn a_set_without_usable_rows_says_how_many_and_why() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("bad.jsonl");
+        let spec = [file.to_string_lossy().into_owned()];
+        std::fs::write(&file, format!("{EQUAL}\n[]\n{EQUAL}\n1\n\"x\"\n{{}}\n")).unwrap();
+        let error = load(&spec, &none(), Strictness::Lenient, 42).unwrap_err();
+        let file_1 = format!("{}:1", file.display());
+        let expected = format!(
+            "{}: none of its 6 rows can be used: {file_1}: the chosen and the rejected answer are equal (2 rows); ",
+            file.display()
+        );
+        assert!(error.to_string().starts_with(&expected), "{error}");
+        assert!(error.to_string().ends_with("found a number; …"), "three reasons: {error}");
+        assert!(error.hint().unwrap().contains("--columns"), "{error:?}");
+
+        std::fs::write(&file, "\n").unwrap();
+        let error = load(&spec, &none(), Strictness::Lenient, 42).unwrap_err();
+        assert_eq!(error.to_string(), format!("{}: it has no rows", file.display()));
+    }
+
+    #[test]
+    fn a_sample_has_the_asked_size_in_file_order() {
+        let rng = |seed| rng(seed, Draw::Sample, 0);
+        let drawn = queries(&sample(rows(20), 5, &mut rng(42)));
+        assert_eq!(drawn.len(), 5);
+        assert!(
+            drawn.is_sorted() && drawn.windows(2).all(|w| w[0] < w[1]),
+            "file order, no row twice: {drawn:?}"
+        );
+        assert_eq!(drawn, queries(&sample(rows(20), 5, &mut rng(42))), "the same seed, the same rows");
+        assert_ne!(drawn, queries(&sample(rows(20), 5, &mut rng(43))), "another seed, other rows");
+        assert_eq!(queries(&sample(rows(4), 4, &mut rng(42))), [0, 1, 2, 3]);
+        let repeated = queries(&sample(rows(4), 10, &mut rng(42)));
+        assert_eq!(repeated[..8], [0, 1, 2, 3, 0, 1, 2, 3]);
+        assert!(repeated[8] < repeated[9] && repeated.len() == 10, "{repeated:?}");
+    }
+
+    #[test]
+    fn a_split_has_the_asked_sizes_and_loses_nothing() {
+        for (n, ratio, n_val) in
+            [(100, 0.01, 1), (99, 0.01, 0), (100, 0.29, 29), (10, 0.0, 0), (7, 0.5, 3), (0, 0.1, 0)]
+        {
+            for shuffle in [Shuffle::Seeded(42), Shuffle::Off] {
+                let (train, val) = split(rows(n), ratio, shuffle);
+                assert_eq!((train.len(), val.len()), (n - n_val, n_val), "{n} · {ratio}");
+                let (train, val) = (queries(&train), queries(&val));
+                assert!(train.is_sorted() && val.is_sorted(), "{train:?} {val:?}");
+                let mut all = [train, val].concat();
+                all.sort_unstable();
+                assert_eq!(all, (0..n).collect::<Vec<_>>());
+            }
+        }
+        assert_eq!(queries(&split(rows(10), 0.2, Shuffle::Off).1), [8, 9], "the last rows");
+        let val = |seed| queries(&split(rows(50), 0.2, Shuffle::Seeded(seed)).1);
+        assert_eq!(val(42), val(42));
+        assert_ne!(val(42), val(43));
+        assert_ne!(val(42), (40..50).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn no_row_is_both_trained_on_and_validated_with() {
+        let repeated = sample(rows(10), 25, &mut rng(42, Draw::Sample, 0));
+        let (train, val) = split(repeated, 0.2, Shuffle::Seeded(1));
+        assert_eq!(val.len(), 5);
+        assert!(!train.is_empty(), "something must be left to train on");
+        let (train, val) = (queries(&train), queries(&val));
+        assert!(train.iter().all(|query| !val.contains(query)), "{train:?} {val:?}");
+    }
+
+    /// The numbers themselves are pinned: another order would change every published run.
+    #[test]
+    fn epochs_have_orders_of_their_own() {
+        let order = |seed, epoch| epoch_order(10, epoch, Shuffle::Seeded(seed));
+        assert_eq!(order(42, 0), PINNED[0]);
+        assert_eq!(order(42, 1), PINNED[1]);
+        assert_ne!(order(43, 0), order(42, 0));
+        for epoch in 0..50 {
+            let mut all = order(42, epoch);
+            all.sort_unstable();
+            assert_eq!(all, (0..10).collect::<Vec<_>>(), "epoch {epoch}");
+        }
+        assert_eq!(epoch_order(4, 3, Shuffle::Off), [0, 1, 2, 3]);
+        assert!(epoch_order(0, 0, Shuffle::Seeded(42)).is_empty());
+    }
+
+    const PINNED: [[usize; 10]; 2] = [[3, 2, 7, 1, 8, 6, 0, 4, 5, 9], [1, 5, 9, 2, 4, 3, 6, 7, 8, 0]];
 }

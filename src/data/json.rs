@@ -121,3 +121,68 @@ fn not_json(path: &Path, line: usize, reason: &str, column: usize) -> Error {
         .error(format!("not JSON: {reason} (column {column})"))
         .with_hint("a .jsonl file has one JSON object a line, a .json file one array of objects")
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn values(text: &str) -> Result<Vec<(usize, Value)>> {
+        let mut values = Vec::new();
+        each_value(text, Path::new("rows"), |line, value| {
+            values.push((line, value));
+            Ok(())
+        })?;
+        Ok(values)
+    }
+
+    #[test]
+    fn lines_and_arrays_give_values_with_their_lines() {
+        let two = |first, second| vec![(first, json!({"a": 1})), (second, json!({"b": "]\n"}))];
+        for (text, expected) in [
+            ("{\"a\": 1}\n{\"b\": \"]\\n\"}", two(1, 2)),
+            ("\u{feff}{\"a\": 1}\r\n\r\n  \n{\"b\": \"]\\n\"}\r\n", two(1, 4)),
+            ("[{\"a\": 1}, {\"b\": \"]\\n\"}]", two(1, 1)),
+            ("\u{feff}\n[\n  {\n    \"a\": 1\n  },\n  {\"b\": \"]\\n\"}\n]\n", two(3, 6)),
+            ("", vec![]),
+            (" \n\n", vec![]),
+            ("[]", vec![]),
+            ("[\n]\n", vec![]),
+            ("1\n\"x\"", vec![(1, json!(1)), (2, json!("x"))]),
+            ("[1, \"x\"]", vec![(1, json!(1)), (1, json!("x"))]),
+        ] {
+            assert_eq!(values(text).unwrap(), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_json_is_named_by_line_and_column() {
+        for (text, expected) in [
+            ("{\"a\": 1}\n\n{\"a\": }", "rows:3: not JSON: expected value (column 7)"),
+            ("{\"a\": 1} {}", "rows:1: not JSON: trailing characters (column 10)"),
+            ("{\n  \"a\": 1\n}", "rows:1: not JSON: EOF while parsing an object (column 1)"),
+            ("[{\"a\": 1},\n {\"a\": }]", "rows:2: not JSON: expected value (column 8)"),
+            ("[{\"a\": 1},\n {\n\"a\": }]", "rows:3: not JSON: expected value (column 6)"),
+            ("[{}\n{}]", "rows:2: not JSON: expected `,` or `]` after an element of the array (column 1)"),
+            ("[{},\n", "rows:2: not JSON: the array does not end (column 1)"),
+            ("[{}", "rows:1: not JSON: expected `,` or `]` after an element of the array (column 4)"),
+            ("[{},]", "rows:1: not JSON: expected value (column 5)"),
+            ("[{}]\n{}", "rows:2: not JSON: something follows the array (column 1)"),
+        ] {
+            let error = values(text).unwrap_err();
+            assert_eq!(error.to_string(), expected, "{text:?}");
+            assert!(error.hint().is_some(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf8_are_named_by_their_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("gbk.jsonl");
+        std::fs::write(&file, b"{}\n{\"\xe4\xb8\xad\": 1}\n{\"\xd6\xd0\": 1}\n").unwrap();
+        let error = read_text(&file).unwrap_err();
+        assert_eq!(error.to_string(), format!("{}:3: not UTF-8", file.display()));
+        assert_eq!(error.hint(), Some("save the file as UTF-8"));
+    }
+}

@@ -19,7 +19,8 @@ use super::dataset::{Location, Row};
 use super::source::{Columns, SHAREAI};
 use crate::error::{Error, Result};
 
-const SWIFT: Columns = Columns { query: "query", response: "response", rejected_response: "rejected_response" };
+const SWIFT: Columns =
+    Columns { query: "query", response: "response", rejected_response: "rejected_response" };
 const TRL: Columns = Columns { query: "prompt", response: "chosen", rejected_response: "rejected" };
 
 /// The text forms, in the order in which they are looked for.
@@ -108,7 +109,8 @@ fn pair(object: &Object) -> Parsed<(Context, String, String)> {
     if object.get(TRL.response).is_some_and(Value::is_array) && has(TRL.rejected_response) {
         return conversations(object);
     }
-    let Some(columns) = FORMS.iter().find(|c| has(c.query) && has(c.response) && has(c.rejected_response)) else {
+    let Some(columns) = FORMS.iter().find(|c| has(c.query) && has(c.response) && has(c.rejected_response))
+    else {
         return Err(unknown_form(object));
     };
     let context = match &object[columns.query] {
@@ -129,7 +131,9 @@ fn conversations(object: &Object) -> Parsed<(Context, String, String)> {
     let chosen = messages(object, TRL.response)?;
     if let [Message { role: Role::Assistant, content }] = chosen[..] {
         let context = match object.get(TRL.query) {
-            None | Some(Value::Null) => return Err("`chosen` has only an answer, and there is no `prompt`".to_owned()),
+            None | Some(Value::Null) => {
+                return Err("`chosen` has only an answer, and there is no `prompt`".to_owned());
+            }
             Some(Value::Array(_)) => context(&messages(object, TRL.query)?, TRL.query)?,
             Some(_) => Context {
                 system: None,
@@ -208,7 +212,8 @@ fn context(messages: &[Message], column: &str) -> Parsed<Context> {
         [Message { role: Role::System, content }, rest @ ..] => (Some((*content).to_owned()), rest),
         _ => (None, messages),
     };
-    let unordered = || format!("`{column}` must take turns, user and assistant, with a user message before the answer");
+    let unordered =
+        || format!("`{column}` must take turns, user and assistant, with a user message before the answer");
     let Some((query, turns)) = turns.split_last() else { return Err(unordered()) };
     let history = turns
         .chunks(2)
@@ -269,7 +274,8 @@ fn unknown_form(object: &Object) -> String {
     let quoted = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     for columns in FORMS {
         let names = [columns.query, columns.response, columns.rejected_response];
-        let (found, missing): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| object.contains_key(*name));
+        let (found, missing): (Vec<_>, Vec<_>) =
+            names.into_iter().partition(|name| object.contains_key(*name));
         if found.len() == 2 {
             return format!("no column {} beside {}", quoted(&missing), quoted(&found));
         }
@@ -277,5 +283,204 @@ fn unknown_form(object: &Object) -> String {
     match object.keys().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => format!("the row has no columns; {ACCEPTED}"),
         ref found => format!("unknown form, with the columns {}; {ACCEPTED}", quoted(found)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn parsed(value: Value, renames: &[(&str, &str)]) -> Parsed<Row> {
+        let renames =
+            renames.iter().map(|(theirs, ours)| ((*theirs).to_owned(), (*ours).to_owned())).collect();
+        parse(value, &renames, Location { path: Path::new("rows.jsonl").into(), line: 7 })
+    }
+
+    /// A row as `[system, history…, query, chosen, rejected]`, `-` for no system prompt.
+    fn flat(row: &Row) -> String {
+        let system = row.system.as_deref().unwrap_or("-");
+        let history: Vec<_> =
+            row.history.iter().map(|(question, answer)| format!("{question}>{answer}")).collect();
+        format!("{system}|{}|{}|{}|{}", history.join(","), row.query, row.response, row.rejected_response)
+    }
+
+    #[test]
+    fn every_form_gives_its_row() {
+        let user = |text: &str| json!({"role": "user", "content": text});
+        let assistant = |text: &str| json!({"role": "assistant", "content": text});
+        let system = json!({"role": "system", "content": "s"});
+        for (value, expected) in [
+            (json!({"query": "q", "response": "c", "rejected_response": "r"}), "-||q|c|r"),
+            (
+                json!({"query": "q", "response": "c", "rejected_response": "r", "system": null, "history": null,
+                       "id": 3}),
+                "-||q|c|r",
+            ),
+            (
+                json!({"query": "q", "response": "c", "rejected_response": "r", "system": "s",
+                       "history": [["a", "b"], ["d", "e"]]}),
+                "s|a>b,d>e|q|c|r",
+            ),
+            (json!({"query": "", "response": "c", "rejected_response": "r", "system": ""}), "|||c|r"),
+            (json!({"question": "q", "answer_zh": "c", "answer_en": "r"}), "-||q|c|r"),
+            (json!({"prompt": "q", "chosen": "c", "rejected": "r"}), "-||q|c|r"),
+            (
+                json!({"prompt": [user("q")], "chosen": [assistant("c")], "rejected": [assistant("r")]}),
+                "-||q|c|r",
+            ),
+            (
+                json!({"prompt": [system, user("a"), assistant("b"), user("q")], "chosen": [assistant("c")], "rejected": [assistant("r")]}),
+                "s|a>b|q|c|r",
+            ),
+            (json!({"prompt": [system, user("q")], "chosen": "c", "rejected": "r"}), "s||q|c|r"),
+            (json!({"prompt": "q", "chosen": [assistant("c")], "rejected": [assistant("r")]}), "-||q|c|r"),
+            (
+                json!({"prompt": "q", "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]}),
+                "-||q|c|r",
+            ),
+            (
+                json!({"chosen": [system, user("a"), assistant("b"), user("q"), assistant("c")],
+                       "rejected": [system, user("a"), assistant("b"), user("q"), assistant("r")], "system": "other"}),
+                "s|a>b|q|c|r",
+            ),
+            (
+                json!({"messages": [user("a"), assistant("b"), user("q"), assistant("c")], "rejected_response": "r", "system": "s"}),
+                "s|a>b|q|c|r",
+            ),
+            (
+                json!({"messages": [user("q"), assistant("c")], "rejected_messages": [user("q"), assistant("r")]}),
+                "-||q|c|r",
+            ),
+            (json!({"messages": null, "query": "q", "response": "c", "rejected_response": "r"}), "-||q|c|r"),
+        ] {
+            assert_eq!(flat(&parsed(value.clone(), &[]).unwrap()), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn columns_are_renamed_first_and_all_at_once() {
+        let value = json!({"question": "q", "response": "r", "rejected_response": "c", "query": "not this"});
+        let swapped =
+            [("response", "rejected_response"), ("rejected_response", "response"), ("question", "query")];
+        assert_eq!(flat(&parsed(value, &swapped).unwrap()), "-||q|c|r");
+    }
+
+    #[test]
+    fn what_cannot_be_used_says_why() {
+        let user = json!({"role": "user", "content": "q"});
+        let assistant = |text: &str| json!({"role": "assistant", "content": text});
+        for (value, expected) in [
+            (json!([1]), "expected a JSON object, found a list"),
+            (json!("text"), "expected a JSON object, found a string"),
+            (
+                json!({"query": "q", "response": "same", "rejected_response": "same"}),
+                "the chosen and the rejected answer are equal",
+            ),
+            (
+                json!({"query": "q", "response": " \n", "rejected_response": "r"}),
+                "the chosen answer is empty",
+            ),
+            (json!({"query": "q", "response": "c", "rejected_response": ""}), "the rejected answer is empty"),
+            (
+                json!({"query": "q", "response": "c", "rejected_response": null}),
+                "`rejected_response` is null",
+            ),
+            (
+                json!({"query": "q", "response": "c"}),
+                "no column `rejected_response` beside `query`, `response`",
+            ),
+            (json!({"chosen": "c", "rejected": "r"}), "no column `prompt` beside `chosen`, `rejected`"),
+            (
+                json!({"query": 5, "response": "c", "rejected_response": "r"}),
+                "`query` must be a string, found a number",
+            ),
+            (
+                json!({"query": "q", "response": true, "rejected_response": "r"}),
+                "`response` must be a string, found a boolean",
+            ),
+            (
+                json!({"query": "q", "response": "c", "rejected_response": "r", "system": {}}),
+                "`system` must be a string, found an object",
+            ),
+            (
+                json!({"query": "q", "response": "c", "rejected_response": "r", "history": "h"}),
+                "`history` must be a list of [question, answer], found a string",
+            ),
+            (
+                json!({"query": "q", "response": "c", "rejected_response": "r", "history": [["a", "b"], ["c"]]}),
+                "`history[1]` must be a list of two strings, [question, answer]",
+            ),
+            (
+                json!({"text": "t", "label": 1}),
+                "unknown form, with the columns `text`, `label`; accepted are `query` + `response` + `rejected_response`, `prompt`",
+            ),
+            (json!({}), "the row has no columns; accepted are"),
+            (
+                json!({"messages": [user, assistant("c")]}),
+                "`messages` needs a column `rejected_response` beside it",
+            ),
+            (
+                json!({"messages": [user], "rejected_response": "r"}),
+                "`messages` does not end with an assistant message",
+            ),
+            (
+                json!({"messages": [user, user, assistant("c")], "rejected_response": "r"}),
+                "`messages` must take turns",
+            ),
+            (json!({"messages": [assistant("c")], "rejected_response": "r"}), "`messages` must take turns"),
+            (
+                json!({"messages": [{"role": "tool", "content": ""}], "rejected_response": "r"}),
+                "`messages[0].role` is `tool`, expected system, user or assistant",
+            ),
+            (
+                json!({"messages": [user, {"role": "assistant"}], "rejected_response": "r"}),
+                "`messages[1]` has no `content`",
+            ),
+            (
+                json!({"messages": [user, {"role": "assistant", "content": [1]}], "rejected_response": "r"}),
+                "`messages[1].content` must be a string, found a list",
+            ),
+            (
+                json!({"messages": "m", "rejected_response": "r"}),
+                "`messages` must be a list of messages, found a string",
+            ),
+            (
+                json!({"chosen": [assistant("c")], "rejected": [assistant("r")]}),
+                "`chosen` has only an answer, and there is no `prompt`",
+            ),
+            (
+                json!({"chosen": [user, assistant("c")], "rejected": [assistant("r")]}),
+                "`rejected` differs from the chosen conversation before its last message",
+            ),
+            (
+                json!({"chosen": [user, assistant("c")], "rejected": [user]}),
+                "`rejected` does not end with an assistant message",
+            ),
+            (
+                json!({"prompt": "q", "chosen": [assistant("c")], "rejected": "r"}),
+                "`rejected` must be a list of messages, found a string",
+            ),
+            (
+                json!({"prompt": [user, assistant("a")], "chosen": [assistant("c")], "rejected": [assistant("r")]}),
+                "`prompt` must take turns",
+            ),
+        ] {
+            let reason = parsed(value.clone(), &[]).unwrap_err();
+            assert!(reason.starts_with(expected), "{value}\n   gave: {reason}\nwanted: {expected}");
+        }
+    }
+
+    #[test]
+    fn renames_must_go_to_our_columns() {
+        let renames = |ours: &str| BTreeMap::from([("frage".to_owned(), ours.to_owned())]);
+        check_renames(&renames("query")).unwrap();
+        check_renames(&renames("history")).unwrap();
+        let error = check_renames(&renames("qeury")).unwrap_err();
+        assert!(error.to_string().contains("--columns renames `frage` to `qeury`"), "{error}");
+        assert!(error.hint().unwrap().contains("rejected_response"), "{error:?}");
     }
 }

@@ -153,13 +153,17 @@ fn not_found(name: &str, base: &Path) -> (String, String) {
     let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let neighbours = here.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
     let nearby: Vec<String> = neighbours
-        .filter_map(|file| Some(Path::new(name).with_file_name(file.file_name()?).to_string_lossy().into_owned()))
+        .filter_map(|file| {
+            Some(Path::new(name).with_file_name(file.file_name()?).to_string_lossy().into_owned())
+        })
         .chain(REGISTRY.iter().map(|known| known.name.to_owned()))
         .collect();
     let closest = nearby.iter().map(|other| (edits(name, other), other)).min();
     let names: Vec<_> = REGISTRY.iter().map(|known| known.name).collect();
     let hint = match closest {
-        Some((distance, other)) if distance <= 2.max(name.len() / 5) => format!("did you mean `{other}`?"),
+        Some((distance, other)) if distance * 4 <= name.len() && !name.is_empty() => {
+            format!("did you mean `{other}`?")
+        }
         _ => format!("pass a .jsonl or .json file, a folder of them, or a known name: {}", names.join(", ")),
     };
     match name.split('/').collect::<Vec<_>>()[..] {
@@ -210,4 +214,104 @@ fn extension(path: &Path) -> String {
 /// The extension of a file that is neither JSON nor without one (as a pipe is).
 fn other_format(path: &Path) -> Option<String> {
     Some(extension(path)).filter(|extension| !matches!(extension.as_str(), "jsonl" | "json" | ""))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{create_dir, write};
+
+    use super::*;
+
+    fn specs(specs: &[&str]) -> Vec<String> {
+        specs.iter().map(|spec| (*spec).to_owned()).collect()
+    }
+
+    fn files(base: &Path, spec: &str) -> Vec<String> {
+        let source = resolve(&specs(&[spec]), base).unwrap().remove(0);
+        let name = |file: &PathBuf| file.strip_prefix(base).unwrap().to_string_lossy().into_owned();
+        source.files.iter().map(name).collect()
+    }
+
+    #[test]
+    fn files_folders_samples_and_known_names_are_found() {
+        let base = tempfile::tempdir().unwrap();
+        let base = base.path();
+        for file in ["b.jsonl", "a.json", "dataset_infos.json", ".hidden.jsonl", "notes.md"] {
+            create_dir(base.join("folder")).ok();
+            write(base.join("folder").join(file), "").unwrap();
+        }
+        write(base.join("one.jsonl"), "").unwrap();
+        write(base.join("odd#3"), "").unwrap();
+        assert_eq!(files(base, "one.jsonl"), ["one.jsonl"]);
+        assert_eq!(files(base, "folder"), ["folder/a.json", "folder/b.jsonl"]);
+        assert_eq!(files(base, "odd#3"), ["odd#3"], "a file of that very name is no sample");
+        let sampled = resolve(&specs(&["one.jsonl#20", "folder/#5", "one.jsonl"]), base).unwrap();
+        assert_eq!(sampled.iter().map(|source| source.sample).collect::<Vec<_>>(), [Some(20), Some(5), None]);
+
+        let known = &REGISTRY[0];
+        for local in ["shareai-llama3-dpo-zh-en-emoji.jsonl", "DPO-zh-en-emoji/data.jsonl"] {
+            create_dir(base.join("DPO-zh-en-emoji")).ok();
+            write(base.join(local), "").unwrap();
+            for name in [known.name, known.modelscope_id, known.huggingface_id] {
+                assert_eq!(files(base, name), [local], "{name}");
+            }
+            std::fs::remove_file(base.join(local)).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error_with_advice() {
+        let base = tempfile::tempdir().unwrap();
+        let base = base.path();
+        write(base.join("pairs.jsonl"), "").unwrap();
+        write(base.join("table.parquet"), "").unwrap();
+        create_dir(base.join("empty")).unwrap();
+        for (spec, problem, hint) in [
+            ("pears.jsonl", "no such file, folder or known name", "did you mean `pairs.jsonl`?"),
+            ("pears.jsonl#9", "no such file, folder or known name", "did you mean `pairs.jsonl`?"),
+            ("shareai-llama3-dpo-zh-emoji", "no such file", "did you mean `shareai-llama3-dpo-zh-en-emoji`?"),
+            (
+                "zzz",
+                "no such file",
+                "pass a .jsonl or .json file, a folder of them, or a known name: shareai-",
+            ),
+            ("", "no such file", "pass a .jsonl"),
+            (
+                REGISTRY[0].name,
+                "this build does not download",
+                "hjh0119/shareAI-Llama3-DPO-zh-en-emoji from ModelScope or shareAI/DPO-zh-en-emoji",
+            ),
+            (
+                "owner/prefs",
+                "this build does not download from a hub",
+                "download owner/prefs and pass its folder",
+            ),
+            ("table.parquet", "`.parquet` files are not read, only .jsonl and .json", "to_json"),
+            ("empty", "the folder holds no .jsonl and no .json file", "to_json"),
+            ("pairs.jsonl#0", "`#0` is not a number of rows", "`pairs.jsonl#500`"),
+            ("pairs.jsonl#all", "`#all` is not a number of rows", "`pairs.jsonl#500`"),
+        ] {
+            let error = resolve(&specs(&[spec]), base).unwrap_err();
+            assert!(matches!(error, Error::Config { .. }), "{error:?}");
+            assert!(error.to_string().contains(&format!("data set `{spec}`: ")), "{error}");
+            assert!(error.to_string().contains(problem), "{spec}: {error}");
+            assert!(error.hint().unwrap().contains(hint), "{spec}: {:?}", error.hint());
+        }
+        let both = resolve(&specs(&["x.jsonl", "pairs.jsonl", "y.jsonl"]), base).unwrap_err().to_string();
+        assert!(both.contains("`x.jsonl`") && both.contains("`y.jsonl`"), "all problems at once: {both}");
+        assert_eq!(
+            resolve(&[], base).unwrap_err().to_string(),
+            "invalid configuration: no data set is given"
+        );
+    }
+
+    #[test]
+    fn edits_are_levenshteins() {
+        for (a, b, distance) in
+            [("", "", 0), ("", "ab", 2), ("kitten", "sitting", 3), ("猫狗", "狗", 1), ("ab", "ab", 0)]
+        {
+            assert_eq!(edits(a, b), distance, "{a} {b}");
+            assert_eq!(edits(b, a), distance, "{b} {a}");
+        }
+    }
 }

@@ -44,7 +44,7 @@ pub enum Piece {
 }
 
 /// The control tokens that Llama-3's format and its models use.
-const LLAMA3_CONTROL: [&str; 5] =
+pub(super) const LLAMA3_CONTROL: [&str; 5] =
     ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"];
 
 impl Template {
@@ -66,8 +66,9 @@ impl Template {
     /// another format than it is used with, and only the user can want that.
     pub fn detect(tokenizer: &TextTokenizer, chat_template: Option<&str>) -> Result<Self> {
         let has_tokens = LLAMA3_CONTROL.iter().all(|token| tokenizer.token_to_id(token).is_some());
-        let is_llama3 =
-            |text: &str| ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"].iter().all(|t| text.contains(t));
+        let is_llama3 = |text: &str| {
+            ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"].iter().all(|t| text.contains(t))
+        };
         match chat_template {
             None if has_tokens => Ok(Self::Llama3),
             None => Ok(Self::Default),
@@ -183,5 +184,106 @@ impl Renderer {
             Control::Llama3 { eot, .. } => eot,
             Control::Default { eos, .. } => eos,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::tests::{llama3_like, sentencepiece_like};
+    use super::*;
+
+    const SH: &str = "<|start_header_id|>";
+    const EH: &str = "<|end_header_id|>";
+    const EOT: &str = "<|eot_id|>";
+
+    /// Pieces as one line, control tokens spelled out and text quoted.
+    fn spelled(tokenizer: &TextTokenizer, pieces: &[Piece]) -> String {
+        pieces
+            .iter()
+            .map(|piece| match piece {
+                Piece::Control(id) => tokenizer.decode_with_control(&[*id]).unwrap(),
+                Piece::Text(text) => format!("{text:?}"),
+            })
+            .collect()
+    }
+
+    fn history() -> Vec<(String, String)> {
+        vec![("hi".to_owned(), " hello".to_owned())]
+    }
+
+    #[test]
+    fn llama3_keeps_control_and_text_apart() {
+        let tokenizer = llama3_like();
+        let renderer = Template::Llama3.renderer(&tokenizer).unwrap();
+        let prompt =
+            |system, history: &[_], query| spelled(&tokenizer, &renderer.prompt(system, history, query));
+        let ask = format!(r#"{SH}"assistant"{EH}"\n\n""#);
+        let plain = format!(r#"<|begin_of_text|>{SH}"user"{EH}"\n\n x "{EOT}{ask}"#);
+        assert_eq!(prompt(None, &[], " x "), plain, "not trimmed");
+        assert_eq!(prompt(Some(""), &[], " x "), plain, "an empty system prompt is none");
+        assert_eq!(
+            prompt(Some("be\nkind"), &history(), "x"),
+            format!(
+                r#"<|begin_of_text|>{SH}"system"{EH}"\n\nbe\nkind"{EOT}{SH}"user"{EH}"\n\nhi"{EOT}{ask}" hello"{EOT}{SH}"user"{EH}"\n\nx"{EOT}{ask}"#
+            )
+        );
+        assert_eq!(
+            prompt(None, &[], EOT),
+            format!(r#"<|begin_of_text|>{SH}"user"{EH}"\n\n{EOT}"{EOT}{ask}"#),
+            "what looks like a control token stays text"
+        );
+        assert_eq!(spelled(&tokenizer, &renderer.answer("\nyes")), format!(r#""\nyes"{EOT}"#));
+        assert_eq!(Some(renderer.end_of_answer()), tokenizer.token_to_id(EOT));
+    }
+
+    #[test]
+    fn default_generation_is_plain_text() {
+        let tokenizer = sentencepiece_like();
+        let renderer = Template::Default.renderer(&tokenizer).unwrap();
+        let prompt =
+            |system, history: &[_], query| spelled(&tokenizer, &renderer.prompt(system, history, query));
+        assert_eq!(prompt(None, &[], "Once upon"), r#"<s>"Once upon""#);
+        assert_eq!(prompt(Some("s"), &history(), "q"), r#"<s>"s\nhi\n hello\nq""#);
+        assert_eq!(prompt(Some(""), &[], ""), "<s>");
+        assert_eq!(spelled(&tokenizer, &renderer.answer("a time")), r#""a time"</s>"#);
+        assert_eq!(renderer.end_of_answer(), 2);
+    }
+
+    #[test]
+    fn the_template_is_found_by_the_tokenizer_and_its_chat_template() {
+        let (llama3, stories) = (llama3_like(), sentencepiece_like());
+        assert_eq!(Template::detect(&llama3, None).unwrap(), Template::Llama3);
+        let own = "{{ '<|start_header_id|>' + role + '<|end_header_id|>' + text | trim + '<|eot_id|>' }}";
+        assert_eq!(Template::detect(&llama3, Some(own)).unwrap(), Template::Llama3);
+        assert_eq!(Template::detect(&stories, None).unwrap(), Template::Default);
+        let chatml = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}";
+        for (tokenizer, chat_template) in [(&llama3, chatml), (&stories, chatml), (&stories, own)] {
+            let error = Template::detect(tokenizer, Some(chat_template)).unwrap_err();
+            assert!(matches!(error, Error::Config { .. }), "{error:?}");
+            assert!(error.to_string().contains("--template_type AUTO"), "{error}");
+            assert!(error.hint().unwrap().contains("--template_type default-generation"), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_control_token_is_named() {
+        let error = Template::Llama3.renderer(&sentencepiece_like()).unwrap_err();
+        assert!(
+            error.to_string().contains("no token `<|begin_of_text|>`, which template llama3 needs"),
+            "{error}"
+        );
+        assert!(error.hint().unwrap().contains("--template_type"), "{error:?}");
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for template in Template::ALL {
+            assert_eq!(template.to_string().parse::<Template>().unwrap(), template);
+        }
+        let error = "chatml".parse::<Template>().unwrap_err().to_string();
+        assert!(
+            error.contains("--template_type `chatml`: expected AUTO, llama3, default-generation"),
+            "{error}"
+        );
     }
 }

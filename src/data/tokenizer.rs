@@ -84,8 +84,15 @@ impl TextTokenizer {
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         let eos = USUAL_EOS.iter().find_map(|token| inner.token_to_id(token));
         let bos = added_before(&inner).map_err(wrong)?;
-        let tokenizer =
-            Self { inner, path: path.to_owned(), vocab_size, bos, eos, stop_ids: Vec::new(), chat_template: None };
+        let tokenizer = Self {
+            inner,
+            path: path.to_owned(),
+            vocab_size,
+            bos,
+            eos,
+            stop_ids: Vec::new(),
+            chat_template: None,
+        };
         Ok(tokenizer.with_stop_ids(&[]))
     }
 
@@ -216,7 +223,7 @@ impl TextTokenizer {
 
     /// Begins to decode ids that arrive one by one.
     pub fn decode_stream(&self) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, window: Vec::new(), n_context: 0, n_shown: 0 }
+        DecodeStream { tokenizer: self, window: Vec::new(), n_context: 0 }
     }
 
     fn is_control(&self, id: u32) -> bool {
@@ -227,14 +234,15 @@ impl TextTokenizer {
 
 /// The text of ids that arrive one by one: what [`decode`](TextTokenizer::decode) gives for all of them, in parts that
 /// never end within a character.
+///
+/// They may differ around bytes that form no character: a byte-fallback decoder gives up on the whole run of bytes
+/// that such a byte stands in, the stream keeps what it has returned of the run.
 #[derive(Debug)]
 pub struct DecodeStream<'t> {
     tokenizer: &'t TextTokenizer,
-    /// The ids of the last part, as context (a decoder may strip a text's first space), and those not yet complete.
+    /// The ids of the last part, as context (a decoder may strip a text's first space), and those since then.
     window: Vec<u32>,
     n_context: usize,
-    /// Bytes of the window's text that have been returned.
-    n_shown: usize,
 }
 
 impl DecodeStream<'_> {
@@ -247,16 +255,13 @@ impl DecodeStream<'_> {
             return Ok(String::new());
         }
         self.window.push(id);
-        let text = self.tokenizer.decode(&self.window)?;
-        // Bytes that are not (yet) a character decode to U+FFFD.
-        let complete = text.trim_end_matches('\u{fffd}');
-        let part = complete.get(self.n_shown..).unwrap_or_default().to_owned();
-        self.n_shown += part.len();
-        if complete.len() == text.len() && !part.is_empty() {
-            self.window.drain(..self.n_context);
-            self.n_context = self.window.len();
-            self.n_shown = self.tokenizer.decode(&self.window)?.len();
+        let part = self.pending()?;
+        // Bytes that are not yet a character decode to U+FFFD.
+        if part.is_empty() || part.ends_with('\u{fffd}') {
+            return Ok(String::new());
         }
+        self.window.drain(..self.n_context);
+        self.n_context = self.window.len();
         Ok(part)
     }
 
@@ -265,8 +270,16 @@ impl DecodeStream<'_> {
     /// # Errors
     /// As [`decode`](TextTokenizer::decode).
     pub fn finish(self) -> Result<String> {
+        self.pending()
+    }
+
+    fn pending(&self) -> Result<String> {
+        let (context, pending) = self.window.split_at(self.n_context);
         let text = self.tokenizer.decode(&self.window)?;
-        Ok(text.get(self.n_shown..).unwrap_or_default().to_owned())
+        match text.strip_prefix(&self.tokenizer.decode(context)?) {
+            Some(part) => Ok(part.to_owned()),
+            None => self.tokenizer.decode(pending),
+        }
     }
 }
 
@@ -327,7 +340,223 @@ impl ChatTemplate {
     fn into_default(self) -> Option<String> {
         match self {
             Self::One(template) => Some(template),
-            Self::Named(all) => all.into_iter().find(|named| named.name == "default").map(|named| named.template),
+            Self::Named(all) => {
+                all.into_iter().find(|named| named.name == "default").map(|named| named.template)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::collections::BTreeMap;
+
+    use rand::rngs::Xoshiro256PlusPlus;
+    use rand::{RngExt, SeedableRng};
+    use serde_json::{Value, json};
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+    use super::*;
+
+    /// A tokenizer of Llama-3's make: byte-level BPE, `ignore_merges`, a beginning of text by the post-processor.
+    ///
+    /// It knows every byte, `\n\n`, `hi`, and ` hello`, which no merges lead to.
+    pub(in crate::data) fn llama3_like() -> TextTokenizer {
+        TextTokenizer::from_bytes(llama3_json().to_string().as_bytes(), "llama3/tokenizer.json").unwrap()
+    }
+
+    fn llama3_json() -> Value {
+        let mut vocab: Vec<String> = ByteLevel::alphabet().into_iter().map(String::from).collect();
+        vocab.sort();
+        vocab.extend(["ĊĊ", "hi", "Ġhello"].map(str::to_owned));
+        let control = super::super::template::LLAMA3_CONTROL;
+        let split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+        json!({
+            "version": "1.0",
+            "added_tokens": added(&control, vocab.len()),
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": false},
+                {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+            ]},
+            "post_processor": begins_with(control[0], vocab.len()),
+            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "ignore_merges": true, "vocab": numbered(&vocab), "merges": ["Ċ Ċ", "h i"]},
+        })
+    }
+
+    /// A tokenizer of Llama-2's make: SentencePiece's word-start mark, byte fallback, `<s>` by the post-processor.
+    pub(in crate::data) fn sentencepiece_like() -> TextTokenizer {
+        TextTokenizer::from_bytes(sentencepiece_json().to_string().as_bytes(), "sp/tokenizer.json").unwrap()
+    }
+
+    fn sentencepiece_json() -> Value {
+        let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).into();
+        vocab.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+        vocab.push("▁".to_owned());
+        vocab.extend(('a'..='z').map(String::from));
+        vocab.extend(["▁a", "▁o"].map(str::to_owned));
+        json!({
+            "version": "1.0",
+            "added_tokens": added(&["<unk>", "<s>", "</s>"], 0),
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ]},
+            "post_processor": begins_with("<s>", 1),
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]},
+            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": true, "byte_fallback": true,
+                      "vocab": numbered(&vocab), "merges": ["▁ a", "▁ o"]},
+        })
+    }
+
+    fn numbered(vocab: &[String]) -> BTreeMap<&String, usize> {
+        vocab.iter().zip(0..).collect()
+    }
+
+    fn added(tokens: &[&str], first_id: usize) -> Value {
+        let token = |(i, content): (usize, &&str)| {
+            json!({"id": first_id + i, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        };
+        tokens.iter().enumerate().map(token).collect()
+    }
+
+    fn begins_with(token: &str, id: usize) -> Value {
+        let special = json!({"SpecialToken": {"id": token, "type_id": 0}});
+        let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+        json!({"type": "TemplateProcessing", "single": [special, text], "pair": [special, text],
+               "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}}})
+    }
+
+    #[test]
+    fn text_never_becomes_a_control_token() {
+        for tokenizer in [llama3_like(), sentencepiece_like()] {
+            for control in ["<|eot_id|>", "<|begin_of_text|>", "<s>", "</s>"] {
+                let text = format!("a {control}{control} b");
+                let ids = tokenizer.encode(&text).unwrap();
+                assert!(ids.iter().all(|id| !tokenizer.is_control(*id)), "{text} became {ids:?}");
+                assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+            }
+        }
+    }
+
+    #[test]
+    fn whole_words_of_the_vocabulary_need_no_merges() {
+        let tokenizer = llama3_like();
+        let hello = tokenizer.token_to_id("Ġhello").unwrap();
+        assert_eq!(tokenizer.encode(" hello").unwrap(), [hello]);
+        assert_eq!(tokenizer.encode("\n\n").unwrap(), [tokenizer.token_to_id("ĊĊ").unwrap()]);
+        assert_eq!(tokenizer.decode(&[hello, hello]).unwrap(), " hello hello");
+    }
+
+    #[test]
+    fn the_limits_that_a_tokenizer_was_saved_with_are_dropped() {
+        let mut json = llama3_json();
+        json["truncation"] =
+            json!({"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
+        json["padding"] = json!({"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null,
+                                 "pad_id": 0, "pad_type_id": 0, "pad_token": "!"});
+        let tokenizer = TextTokenizer::from_bytes(json.to_string().as_bytes(), "limited").unwrap();
+        assert_eq!(tokenizer.encode("0123456789").unwrap().len(), 10);
+    }
+
+    #[test]
+    fn a_folder_says_what_begins_and_ends_a_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+        let open = || TextTokenizer::from_folder(folder.path());
+        let error = open().unwrap_err();
+        assert!(error.to_string().ends_with("tokenizer.json: there is no such file"), "{error}");
+        assert!(error.hint().unwrap().contains("save_pretrained"), "{error:?}");
+
+        write("tokenizer.json", llama3_json().to_string());
+        let tokenizer = open().unwrap();
+        let id = |token: &str| tokenizer.token_to_id(token);
+        assert_eq!(tokenizer.bos_id(), id("<|begin_of_text|>"));
+        assert_eq!(tokenizer.eos_id(), id("<|end_of_text|>"));
+        assert_eq!(tokenizer.chat_template(), None);
+        assert_eq!(tokenizer.vocab_size(), 256 + 3 + 5);
+
+        let config = json!({"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|eot_id|>", "special": true},
+                            "add_bos_token": false, "model_max_length": 1e30,
+                            "chat_template": [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]});
+        write("tokenizer_config.json", config.to_string());
+        let tokenizer = open().unwrap();
+        assert_eq!(tokenizer.bos_id(), None);
+        assert_eq!(tokenizer.eos_id(), id("<|eot_id|>"));
+        assert_eq!(tokenizer.chat_template(), Some("D"));
+        let stops = [id("<|end_of_text|>"), id("<|eot_id|>")].map(Option::unwrap);
+        assert_eq!(tokenizer.stop_ids(), stops);
+        assert_eq!(tokenizer.with_stop_ids(&[7, stops[1]]).stop_ids(), [7, stops[0], stops[1]]);
+
+        write("chat_template.jinja", "J".to_owned());
+        assert_eq!(open().unwrap().chat_template(), Some("J"));
+        write("tokenizer_config.json", "{".to_owned());
+        assert!(open().unwrap_err().to_string().contains("tokenizer_config.json: EOF"), "names the file");
+        write("tokenizer.json", "{}".to_owned());
+        assert!(
+            open().unwrap_err().to_string().contains("tokenizer.json: not a tokenizer"),
+            "names the file"
+        );
+    }
+
+    fn streamed(tokenizer: &TextTokenizer, ids: &[u32]) -> Vec<String> {
+        let mut stream = tokenizer.decode_stream();
+        let mut parts: Vec<_> = ids.iter().map(|id| stream.push(*id).unwrap()).collect();
+        parts.push(stream.finish().unwrap());
+        parts
+    }
+
+    #[test]
+    fn a_stream_gives_the_same_text_in_whole_characters() {
+        for tokenizer in [llama3_like(), sentencepiece_like()] {
+            for text in ["a  b", " hello hello", "Großmutter 中文 🤔 1️⃣\n\n ok", "a\u{fffd}b", "🤔"]
+            {
+                let ids = tokenizer.encode(text).unwrap();
+                let parts = streamed(&tokenizer, &ids);
+                assert_eq!(parts.concat(), text, "{parts:?}");
+                assert!(text.contains('\u{fffd}') || !parts.concat().contains('\u{fffd}'), "{parts:?}");
+                assert!(
+                    parts.iter().filter(|part| !part.is_empty()).count() > 1 || text == "🤔",
+                    "{parts:?}"
+                );
+            }
+            let control = tokenizer.eos_id().unwrap();
+            let ids =
+                [tokenizer.encode("a b").unwrap(), vec![control], tokenizer.encode("c").unwrap()].concat();
+            assert_eq!(streamed(&tokenizer, &ids).concat(), tokenizer.decode(&ids).unwrap());
+        }
+        let tokenizer = llama3_like();
+        let parts = streamed(&tokenizer, &tokenizer.encode("中").unwrap());
+        assert_eq!(parts, ["", "", "中", ""], "nothing before the character's last byte");
+        let cut = &tokenizer.encode("中").unwrap()[..2];
+        assert_eq!(streamed(&tokenizer, cut), ["", "", "\u{fffd}"], "half a character only at the very end");
+    }
+
+    /// Ids in any order, so that most bytes form no character.
+    #[test]
+    fn a_stream_of_noise_ends_as_it_decodes() {
+        let mut rng = Xoshiro256PlusPlus::seed_from_u64(3);
+        let tokenizer = llama3_like();
+        for _ in 0..300 {
+            let n = rng.random_range(1..20);
+            let ids: Vec<u32> = (0..n).map(|_| rng.random_range(0..tokenizer.vocab_size() as u32)).collect();
+            assert_eq!(streamed(&tokenizer, &ids).concat(), tokenizer.decode(&ids).unwrap(), "{ids:?}");
+        }
+        // Byte fallback gives up on a whole run of bytes; what is not a byte must come through.
+        let tokenizer = sentencepiece_like();
+        for _ in 0..300 {
+            let n = rng.random_range(1..20);
+            let ids: Vec<u32> =
+                (0..n).map(|_| rng.random_range(131..tokenizer.vocab_size() as u32)).collect();
+            let letters = |text: String| text.chars().filter(char::is_ascii).collect::<String>();
+            let decoded = tokenizer.decode(&ids).unwrap();
+            assert_eq!(letters(streamed(&tokenizer, &ids).concat()), letters(decoded), "{ids:?}");
         }
     }
 }

@@ -1,12 +1,114 @@
-//! Shared helpers.
+//! What the tests share: comparison, the device to test on, reproducible numbers.
 
-/// Asserts `|got − want| ≤ atol + rtol · |want|` everywhere; a NaN in only one of the two is a failure.
+use std::io::Write;
+
+use burn_wgpu::WgpuDevice;
+
+/// Compares element by element: `|got − want| <= atol + rtol · |want|`.
+///
+/// # Panics
+/// If an element of `what` is farther off, if only one of the two is NaN, or if the lengths differ.
+#[track_caller]
 pub(crate) fn assert_close(got: &[f32], want: &[f32], atol: f32, rtol: f32, what: &str) {
+    assert!(rtol <= 0.1, "{what}: a relative tolerance of {rtol} shows nothing");
     assert_eq!(got.len(), want.len(), "{what}: number of values");
-    let bad = |(g, w): (f32, f32)| g.is_nan() != w.is_nan() || (g - w).abs() > atol + rtol * w.abs();
-    let n = got.iter().zip(want).filter(|&(&g, &w)| bad((g, w))).count();
-    let worst = (0..got.len()).max_by(|&i, &j| (got[i] - want[i]).abs().total_cmp(&(got[j] - want[j]).abs()));
-    if let (true, Some(i)) = (n > 0, worst) {
-        panic!("{what}: {n} of {} differ, worst at {i}: {} against {} (atol {atol}, rtol {rtol})", got.len(), got[i], want[i]);
+    let excess = |i: usize| {
+        let (got, want) = (f64::from(got[i]), f64::from(want[i]));
+        match (got.is_nan(), want.is_nan()) {
+            (true, true) => 0.0,
+            (false, false) if got == want => 0.0,
+            (false, false) => (got - want).abs() - f64::from(rtol) * want.abs() - f64::from(atol),
+            _ => f64::INFINITY,
+        }
+    };
+    // An infinity against a number gives inf − inf = NaN, which is no less wrong.
+    let is_wrong = |excess: f64| excess > 0.0 || excess.is_nan();
+    let wrong: Vec<_> = (0..got.len()).map(|i| (i, excess(i))).filter(|&(_, e)| is_wrong(e)).collect();
+    if let Some(&(worst, _)) = wrong.iter().max_by(|a, b| a.1.total_cmp(&b.1)) {
+        panic!(
+            "{what}: {} of {} differ, worst at {worst}: {} against {} (atol {atol}, rtol {rtol})",
+            wrong.len(),
+            got.len(),
+            got[worst],
+            want[worst]
+        );
     }
+}
+
+/// Gives the device to test on: the first adapter, software or not.
+///
+/// `None` leaves the test out, which happens only where there is no adapter and `ORPO_WGPU_SKIP_GPU=1` allows it.
+///
+/// # Panics
+/// If there is no adapter and it was not allowed.
+pub(crate) fn adapter() -> Option<WgpuDevice> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    if !adapters.is_empty() {
+        return Some(WgpuDevice::DefaultDevice);
+    }
+    let is_allowed = std::env::var("ORPO_WGPU_SKIP_GPU").is_ok_and(|value| value == "1");
+    assert!(
+        is_allowed,
+        "no wgpu adapter; a software one will do, and ORPO_WGPU_SKIP_GPU=1 leaves these tests out"
+    );
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    // Written to the stream itself: the harness keeps what the macros print to itself when a test passes.
+    writeln!(std::io::stderr(), "LEFT OUT: {test}, as there is no wgpu adapter")
+        .expect("standard error can be written");
+    None
+}
+
+/// Reproducible numbers in `[-1, 1)`.
+pub(crate) struct Numbers(u64);
+
+impl Numbers {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    /// `len` numbers in `[-size, size)`.
+    pub(crate) fn vec(&mut self, len: usize, size: f32) -> Vec<f32> {
+        (0..len).map(|_| self.next() * size).collect()
+    }
+}
+
+#[test]
+fn close_numbers_pass() {
+    assert_close(
+        &[1.0, f32::NAN, f32::INFINITY, 0.0],
+        &[1.00001, f32::NAN, f32::INFINITY, 1e-6],
+        1e-5,
+        1e-4,
+        "y",
+    );
+}
+
+#[test]
+#[should_panic(expected = "y: 1 of 3 differ, worst at 2: -3 against 3")]
+fn a_changed_sign_fails() {
+    assert_close(&[1.0, 2.0, -3.0], &[1.0, 2.0, 3.0], 1e-5, 1e-4, "y");
+}
+
+#[test]
+#[should_panic(expected = "worst at 0")]
+fn a_nan_in_one_fails() {
+    assert_close(&[f32::NAN, 1.0], &[0.0, 1.0], 1e-5, 1e-4, "y");
+}
+
+#[test]
+#[should_panic(expected = "worst at 1")]
+fn an_infinity_in_one_fails() {
+    assert_close(&[0.0, 1.0], &[0.0, f32::INFINITY], 1e-5, 1e-4, "y");
+}
+
+#[test]
+#[should_panic(expected = "number of values")]
+fn a_missing_element_fails() {
+    assert_close(&[0.0], &[0.0, 1.0], 1e-5, 1e-4, "y");
 }

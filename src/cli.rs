@@ -1,0 +1,65 @@
+//! The command line: what the user typed to what runs. One file a subcommand; the flags of `train` are in [`crate::config`].
+
+pub mod devices;
+pub mod infer;
+pub mod open;
+pub mod progress;
+pub mod train;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::config::{TrainArgs, with_dashed_aliases};
+use crate::demo;
+use crate::error::{Error, Result};
+
+/// Fine-tunes Llama-3 with ORPO + LoRA on the GPU you own, then lets you talk to the result.
+#[derive(Debug, Parser)]
+#[command(name = "orpo-wgpu", version, propagate_version = true, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train an adapter; without a model, the demo inside this program
+    Train(Box<TrainCommand>),
+    /// Talk to a model and its adapter; without a model, to the demo and its newest adapter
+    Infer(infer::InferArgs),
+    /// List the devices, and which one `--device auto` takes
+    Devices(devices::DevicesArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct TrainCommand {
+    /// Settings from a TOML or JSON file, such as a run's args.json; flags win
+    #[arg(long)]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    _args: TrainArgs,
+}
+
+/// The whole command line, with every flag in both spellings.
+pub fn command() -> clap::Command {
+    Cli::command().mut_subcommands(with_dashed_aliases)
+}
+
+/// Parses and runs a command line.
+///
+/// # Errors
+/// What the subcommand says. Usage errors, help and version end the process as clap does: with code 2, and 0.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
+    let matches = command().get_matches_from(args);
+    let cli = Cli::from_arg_matches(&matches).map_err(|e| Error::config(e.to_string()))?;
+    match (cli.command, matches.subcommand()) {
+        (Command::Train(command), Some((_, matches))) => {
+            train::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
+        }
+        (Command::Infer(args), _) => infer::run(args),
+        (Command::Devices(args), _) => devices::run(&args),
+        (Command::Train(_), None) => unreachable!("a parsed subcommand has matches"),
+    }
+}

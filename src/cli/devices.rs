@@ -1,0 +1,103 @@
+//! `orpo-wgpu devices`: what there is to compute on, and what `--device auto` takes.
+
+use comfy_table::{ContentArrangement, Table, presets};
+use serde_json::json;
+
+use crate::device::{self, Adapter, DeviceRequest, Selected};
+use crate::error::Result;
+
+/// What `orpo-wgpu devices` is told.
+#[derive(Debug, Clone, clap::Args)]
+pub struct DevicesArgs {
+    /// Print JSON, with sizes in bytes
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// None: a machine without adapters has the CPU.
+pub fn run(args: &DevicesArgs) -> Result<()> {
+    let adapters = device::adapters();
+    let selected = device::select_from(DeviceRequest::Auto, &adapters)?;
+    if args.json {
+        println!("{:#}", json!({ "adapters": adapters, "auto": selected.choice.to_string() }));
+        return Ok(());
+    }
+    match adapters.is_empty() {
+        true => println!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER),
+        false => println!("{}\n", table(&adapters)),
+    }
+    println!("{}", auto(&selected));
+    Ok(())
+}
+
+fn auto(Selected { choice, note }: &Selected) -> String {
+    match note {
+        None => format!("--device auto takes {choice} ({})", choice.describe()),
+        Some(note) => format!("--device auto takes {choice}: {note}"),
+    }
+}
+
+fn table(adapters: &[Adapter]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["--device", "name", "kind", "driver", "memory", "largest tensor", "kernels"]);
+    for adapter in adapters {
+        let ids = format!("{:04x}:{:04x}", adapter.vendor_id, adapter.device_id);
+        table.add_row([
+            format!("wgpu:{}", adapter.index),
+            format!("{}\n{ids}", adapter.name),
+            adapter.device_type.to_string(),
+            format!("{}\n{}", adapter.api, adapter.driver),
+            adapter.memory_bytes.map_or_else(|| "unknown".to_owned(), size),
+            format!(
+                "{}\nbuffer {}\nbinding {}",
+                size(adapter.shard_bytes()),
+                size(adapter.max_buffer_size),
+                size(adapter.max_storage_buffer_binding_size)
+            ),
+            kernels(adapter),
+        ]);
+    }
+    table
+}
+
+fn kernels(adapter: &Adapter) -> String {
+    let f16 = if adapter.f16 { "f16" } else { "no f16" };
+    let subgroups = match adapter.subgroups {
+        Some((min, max)) if min == max => format!("subgroups of {min}"),
+        Some((min, max)) => format!("subgroups of {min} to {max}"),
+        None => "no subgroups".to_owned(),
+    };
+    let matrices = match adapter.cooperative_matrices.is_empty() {
+        true => "no cooperative matrices".to_owned(),
+        false => format!("cooperative matrices {}", adapter.cooperative_matrices.join(", ")),
+    };
+    [f16.to_owned(), subgroups, matrices].join("\n")
+}
+
+/// `139.8 GiB`
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 1024.0 {
+        (value, unit) = (value / 1024.0, unit + 1);
+    }
+    let digits = usize::from(value.fract() > 0.0);
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(128 << 20), "128 MiB");
+        assert_eq!(size((1 << 31) - 1), "2.0 GiB");
+        assert_eq!(size(u64::MAX), "16 EiB");
+    }
+}

@@ -1,0 +1,114 @@
+//! Opening what a run needs: a model folder, or the demo.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::data::template::Template;
+use crate::data::tokenize::TextTokenizer;
+use crate::demo;
+use crate::error::{Error, Result};
+use crate::model::config::TokenIds;
+use crate::model::load::{Checkpoint, load_llama};
+use crate::model::{Llama, LlamaConfig};
+use crate::ops::Kernels;
+
+/// A model whose folder has been looked at and whose weights are not loaded.
+pub struct OpenModel {
+    /// The shape.
+    pub config: LlamaConfig,
+    /// The tokenizer, with the ids that end an answer.
+    pub tokenizer: TextTokenizer,
+    /// How conversations are written.
+    pub template: Template,
+    /// The folder as the user gave it, or `demo`.
+    pub name: String,
+    source: Source,
+}
+
+enum Source {
+    Demo,
+    Folder(PathBuf),
+}
+
+impl OpenModel {
+    /// Opens a model folder, or the demo where none is named.
+    ///
+    /// # Errors
+    /// If the folder, its `config.json` or its tokenizer is missing or cannot be used.
+    pub fn open(folder: Option<&Path>, template_type: &str) -> Result<Self> {
+        let (config, tokenizer, name, source) = match folder {
+            None => (demo::config()?, demo::tokenizer()?, demo::NAME.to_owned(), Source::Demo),
+            Some(folder) => {
+                check_folder(folder)?;
+                let config = LlamaConfig::read(&folder.join("config.json"))?;
+                let tokenizer = TextTokenizer::from_folder(folder)?;
+                (config, tokenizer, folder.display().to_string(), Source::Folder(folder.to_owned()))
+            }
+        };
+        let mut stop_ids = config.eos_token_ids.clone();
+        if let Source::Folder(folder) = &source {
+            stop_ids.extend(generation_eos(folder)?);
+        }
+        let tokenizer = tokenizer.with_stop_ids(&stop_ids);
+        let template = match template_type {
+            "AUTO" | "auto" => Template::detect(&tokenizer, tokenizer.chat_template())?,
+            named => named.parse()?,
+        };
+        Ok(Self { config, tokenizer, template, name, source })
+    }
+
+    /// Loads the weights onto a device. Matrices of the vocabulary's size come in shards of at most `shard_bytes`.
+    ///
+    /// # Errors
+    /// If the weights are missing, damaged or do not fit `config.json`.
+    pub fn load<B: Kernels>(&self, device: &B::Device, shard_bytes: usize) -> Result<Llama<B>> {
+        let checkpoint = match &self.source {
+            Source::Demo => demo::checkpoint()?,
+            Source::Folder(folder) => Checkpoint::open_folder(folder)?,
+        };
+        load_llama(&checkpoint, &self.config, shard_bytes, device)
+    }
+
+    /// Checks that the model has a row for every token of these ids.
+    ///
+    /// # Errors
+    /// Names the first token outside the vocabulary.
+    pub fn check_ids<'a>(&self, mut ids: impl Iterator<Item = &'a u32>) -> Result<()> {
+        let vocab_size = self.config.vocab_size;
+        match ids.find(|id| **id as usize >= vocab_size) {
+            None => Ok(()),
+            Some(id) => Err(Error::file(
+                self.tokenizer.path(),
+                format!("gives token {id}, but the model's vocab_size is {vocab_size}"),
+            )
+            .with_hint("tokenizer.json and config.json are of different models")),
+        }
+    }
+}
+
+fn check_folder(folder: &Path) -> Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    let problem = if folder.exists() { "is not a folder" } else { "there is no such folder" };
+    Err(Error::file(folder, problem).with_hint(
+        "--model_id_or_path takes a folder with config.json, tokenizer.json and safetensors weights; \
+         nothing is downloaded: fetch the model first, for example with `hf download ID --local-dir FOLDER`",
+    ))
+}
+
+/// `eos_token_id` of a folder's `generation_config.json`, where there is one.
+fn generation_eos(folder: &Path) -> Result<Vec<u32>> {
+    #[derive(Deserialize)]
+    struct GenerationConfig {
+        eos_token_id: Option<TokenIds>,
+    }
+    let path = folder.join("generation_config.json");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let config: GenerationConfig = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
+    Ok(config.eos_token_id.map(TokenIds::into_vec).unwrap_or_default())
+}

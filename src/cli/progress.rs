@@ -1,0 +1,60 @@
+//! What a run shows while it runs: a bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value};
+
+use crate::train::Observer;
+use crate::train::metrics::StepMetrics;
+
+/// Shows loss, tokens per second and time left.
+pub struct Progress<'a> {
+    bar: ProgressBar,
+    memory_bytes: &'a dyn Fn() -> u64,
+    window_started: Instant,
+}
+
+impl<'a> Progress<'a> {
+    /// A bar of `max_steps`, of which `done` are done; `memory_bytes` is asked once a line of the log.
+    pub fn new(max_steps: usize, done: usize, memory_bytes: &'a dyn Fn() -> u64) -> Self {
+        let bar = ProgressBar::new(max_steps as u64).with_position(done as u64);
+        // The template is a constant, and the default style serves as well should it ever be wrong.
+        let style = "{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed, {eta} left";
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.reset_eta();
+        Self { bar, memory_bytes, window_started: Instant::now() }
+    }
+
+    /// Leaves the bar as it is.
+    pub fn finish(&self) {
+        self.bar.abandon();
+    }
+}
+
+impl Observer for Progress<'_> {
+    fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize) {
+        let tokens_per_second = n_tokens as f64 / self.window_started.elapsed().as_secs_f64();
+        self.bar.set_position(step as u64);
+        self.bar.set_message(format!("loss {:.4}  {tokens_per_second:.0} tokens/s", metrics.loss));
+    }
+
+    fn on_log(&mut self, line: &Map<String, Value>) {
+        self.window_started = Instant::now();
+        if std::io::stderr().is_terminal() {
+            return;
+        }
+        let figure = |name: &str| line.get(name).and_then(Value::as_f64);
+        let shown = ["loss", "eval_loss", "nll_loss", "log_odds_ratio", "rewards/accuracies", "eval_rewards/accuracies"];
+        let figures = shown.iter().filter_map(|name| Some(format!("{name} {:.4}", figure(name)?)));
+        let speed = figure("tokens_per_second").map(|v| format!("{v:.0} tokens/s"));
+        let left = self.bar.eta().as_secs();
+        let figures: Vec<String> = figures.chain(speed).collect();
+        eprintln!("step {}/{}  {}  {left} s left", line["step"], self.bar.length().unwrap_or(0), figures.join("  "));
+    }
+
+    fn memory_bytes(&self) -> u64 {
+        (self.memory_bytes)()
+    }
+}

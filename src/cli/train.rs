@@ -1,0 +1,328 @@
+//! `orpo-wgpu train`: opens model and data, trains, and sums up.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use burn_flex::Flex;
+use burn_wgpu::Wgpu;
+use comfy_table::{ContentArrangement, Table, presets};
+
+use super::open::OpenModel;
+use super::progress::Progress;
+use crate::config::TrainArgs;
+use crate::data::batch::LossCompat;
+use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
+use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
+use crate::demo;
+use crate::device::{self, DeviceChoice};
+use crate::error::{Error, Result};
+use crate::infer::generate::{GenerationConfig, answer};
+use crate::lora::{self, LoraConfig};
+use crate::model::Llama;
+use crate::ops::Kernels;
+use crate::train::optim::AdamWConfig;
+use crate::train::plan::Plan;
+use crate::train::run_folder::{CheckpointTexts, RunFolder, TrainerState};
+use crate::train::schedule::Schedule;
+use crate::train::step::GradientCheckpointing;
+use crate::train::{Summary, TrainData, TrainSettings, train};
+
+/// Answers of the demo that are shown; all are counted.
+const SHOWN_ANSWERS: usize = 6;
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// Everything that a user's settings, files and device can be wrong in.
+pub fn run(args: TrainArgs) -> Result<()> {
+    if let (Some(name), None) = (&args.model_type, &args.model_id_or_path) {
+        return Err(Error::config(format!("--model_type `{name}` names a model, and nothing is downloaded"))
+            .with_hint("fetch the model and pass its folder as --model_id_or_path; without both, the demo is trained"));
+    }
+    let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
+    let target_modules = lora::target_modules(&args.lora_target_modules)?;
+    let data = Data::load(&args, &open)?;
+    let selected = device::select(&args.device)?;
+    if let Some(note) = &selected.note {
+        eprintln!("{note}");
+    }
+    match &selected.choice {
+        DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &selected.choice),
+        DeviceChoice::Wgpu { device, .. } => {
+            run_on::<Wgpu>(&args, &open, target_modules, &data, device, &selected.choice)
+        }
+    }
+}
+
+fn run_on<B: Kernels>(
+    args: &TrainArgs,
+    open: &OpenModel,
+    target_modules: Vec<String>,
+    data: &Data,
+    device: &B::Device,
+    choice: &DeviceChoice,
+) -> Result<()> {
+    let loading = Instant::now();
+    device::self_test::<B>(device, choice)?;
+    let mut model = open.load::<B>(device, choice.shard_bytes())?;
+    let settings = settings(args, data)?;
+    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
+    let lora_config = match adapter {
+        Some(folder) => lora::load(&mut model, folder)?,
+        None => {
+            let config = LoraConfig { r: args.lora_rank, lora_alpha: args.lora_alpha, target_modules };
+            lora::attach(&mut model, &config, args.seed);
+            config
+        }
+    };
+    let resume = match &args.resume_from_checkpoint {
+        Some(folder) => Some(TrainerState::read(folder, &model, &settings.plan)?),
+        None => None,
+    };
+    describe(args, open, &model, data, &settings, choice, loading);
+
+    let held_out = if open.name == demo::NAME { demo::held_out()?.rows } else { Vec::new() };
+    let questions: Vec<&str> = held_out.iter().map(|row| row.query.as_str()).collect();
+    let before = answers(&model, open, &questions)?;
+    let folder = run_folder(args, open);
+    let history = resume.as_ref().map(|state| state.log_history.clone()).unwrap_or_default();
+    let mut run = RunFolder::create(&folder, texts(args, open, &lora_config), args.save_total_limit, history)?;
+    let memory = || choice.memory_bytes();
+    let first_step = resume.as_ref().map_or(0, |state| state.global_step);
+    let mut progress = Progress::new(settings.schedule.max_steps, first_step, &memory);
+    let data = TrainData { train: &data.train, val: &data.val };
+    let trained = device::guard("training", choice, || {
+        train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress)
+    });
+    progress.finish();
+    let summary = trained.inspect_err(|_| {
+        if let Some(checkpoint) = run.last_checkpoint() {
+            eprintln!("the last checkpoint stays: {}", checkpoint.display());
+        }
+    })?;
+    let after = answers(&model, open, &questions)?;
+    print_answers(&questions, &before, &after);
+    print_summary(&summary, args);
+    Ok(())
+}
+
+/// The rows of a run as token ids.
+struct Data {
+    train: Vec<TokenizedPair>,
+    val: Vec<TokenizedPair>,
+    skipped: Vec<Skipped>,
+}
+
+impl Data {
+    fn load(args: &TrainArgs, open: &OpenModel) -> Result<Self> {
+        let strictness = if args.strict { Strictness::Strict } else { Strictness::Lenient };
+        let truncation: TruncationStrategy = args.truncation_strategy.parse()?;
+        let load = |specs: &[String]| dataset::load(specs, &args.columns.clone().unwrap_or_default(), strictness, args.seed);
+        let Dataset { rows, mut skipped } = match args.dataset.as_slice() {
+            [] if args.model_id_or_path.is_some() => {
+                return Err(Error::config("--dataset is missing: what is the model to learn from?").with_hint(
+                    "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
+                ));
+            }
+            [] => demo::pairs()?,
+            [name] if name == demo::NAME => demo::pairs()?,
+            specs => load(specs)?,
+        };
+        let shuffle = shuffle(args);
+        let (train, val) = if args.val_dataset.is_empty() {
+            dataset::split(rows, args.dataset_test_ratio, shuffle)
+        } else {
+            let val = load(&args.val_dataset)?;
+            skipped.extend(val.skipped);
+            (rows, val.rows)
+        };
+        let mut tokenize = |rows: &[dataset::Row]| -> Result<Vec<TokenizedPair>> {
+            let system = args.system.as_deref();
+            let (pairs, left_out) =
+                tokenize_rows(rows, &open.tokenizer, open.template, args.max_length, truncation, system, strictness)?;
+            skipped.extend(left_out);
+            open.check_ids(pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).chain(&p.rejected)))?;
+            Ok(pairs)
+        };
+        let (train, val) = (tokenize(&train)?, tokenize(&val)?);
+        for row in &skipped {
+            eprintln!("left out: {row}");
+        }
+        if train.is_empty() {
+            let name = args.dataset.first().map_or(demo::NAME, String::as_str);
+            return Err(Error::file(name, format!("none of its rows can be trained on: {}", dataset::summarize(&skipped)))
+                .with_hint("raise --max_length, or --truncation_strategy truncation_right"));
+        }
+        Ok(Self { train, val, skipped })
+    }
+}
+
+fn shuffle(args: &TrainArgs) -> Shuffle {
+    if args.dataset_shuffle { Shuffle::Seeded(args.seed) } else { Shuffle::Off }
+}
+
+fn settings(args: &TrainArgs, data: &Data) -> Result<TrainSettings> {
+    let plan = Plan {
+        n_rows: data.train.len(),
+        batch_size: args.batch_size,
+        gradient_accumulation_steps: args.gradient_accumulation_steps.unwrap_or(1),
+        shuffle: shuffle(args),
+    };
+    let epochs = (args.num_train_epochs * plan.steps_per_epoch() as f64).ceil() as usize;
+    let max_steps = args.max_steps.unwrap_or(epochs);
+    let loss_compat: LossCompat = args.loss_compat.parse()?;
+    Ok(TrainSettings {
+        plan,
+        beta: args.beta as f32,
+        loss_compat,
+        schedule: Schedule {
+            learning_rate: args.learning_rate,
+            kind: args.lr_scheduler_type,
+            warmup_steps: (args.warmup_ratio * max_steps as f64).ceil() as usize,
+            max_steps,
+        },
+        adamw: AdamWConfig {
+            adam_beta1: args.adam_beta1,
+            adam_beta2: args.adam_beta2,
+            adam_epsilon: args.adam_epsilon,
+            weight_decay: args.weight_decay,
+        },
+        max_grad_norm: args.max_grad_norm,
+        gradient_checkpointing: match args.gradient_checkpointing {
+            true => GradientCheckpointing::PerLayer,
+            false => GradientCheckpointing::Off,
+        },
+        logging_steps: args.logging_steps,
+        eval_steps: args.eval_steps,
+        save_steps: args.save_steps,
+    })
+}
+
+fn describe<B: Kernels>(
+    args: &TrainArgs,
+    open: &OpenModel,
+    model: &Llama<B>,
+    data: &Data,
+    settings: &TrainSettings,
+    choice: &DeviceChoice,
+    loading: Instant,
+) {
+    let trainable: usize = lora::tensors(model).iter().map(|(_, t)| t.dims().iter().product::<usize>()).sum();
+    let longest = data.train.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
+    let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
+    eprintln!("model    {} on {choice}, loaded in {:.1} s, {trainable} trainable weights", open.name, loading.elapsed().as_secs_f64());
+    eprintln!(
+        "data     {} rows to train on, {} to evaluate on, {} left out; longest {longest} tokens; template {}",
+        data.train.len(),
+        data.val.len(),
+        data.skipped.len(),
+        open.template
+    );
+    eprintln!(
+        "training {} steps of {} pairs, loss {} with beta {}, learning rate {:e}",
+        settings.schedule.max_steps,
+        batch_size * gradient_accumulation_steps,
+        settings.loss_compat,
+        args.beta,
+        args.learning_rate
+    );
+    if longest > open.config.max_position_embeddings {
+        eprintln!(
+            "note: the longest row has {longest} tokens, the model was made for {} (max_position_embeddings)",
+            open.config.max_position_embeddings
+        );
+    }
+}
+
+fn answers<B: Kernels>(model: &Llama<B>, open: &OpenModel, questions: &[&str]) -> Result<Vec<String>> {
+    let config = GenerationConfig::greedy(48);
+    questions
+        .iter()
+        .map(|question| {
+            let prompt = open.tokenizer.encode_prompt(open.template, None, &[], question)?;
+            answer(model, &open.tokenizer, &prompt, &config)
+        })
+        .collect()
+}
+
+/// The run's folder: `{output_dir}/{model_type}/v{N}-{time}`, or the output folder itself.
+fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
+    if !args.add_output_dir_suffix {
+        return args.output_dir.clone();
+    }
+    let base_name = || Path::new(&open.name).file_name().map_or(open.name.clone(), |n| n.to_string_lossy().into_owned());
+    let folder = args.output_dir.join(args.model_type.clone().unwrap_or_else(base_name));
+    let version = |name: &str| name.strip_prefix('v')?.split('-').next()?.parse::<usize>().ok();
+    let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+    let next = entries.filter_map(|e| version(&e.file_name().to_string_lossy())).max().map_or(0, |newest| newest + 1);
+    folder.join(format!("v{next}-{}", jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")))
+}
+
+fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> CheckpointTexts {
+    let base_model = match &args.model_id_or_path {
+        // PEFT resolves the name from wherever it runs, so a folder is named in full.
+        Some(folder) => std::path::absolute(folder).unwrap_or_else(|_| folder.clone()).display().to_string(),
+        None => open.name.clone(),
+    };
+    let card = format!(
+        "---\nbase_model: {base_model}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- orpo\n- lora\n---\n\n\
+         # ORPO adapter for {base_model}\n\n\
+         LoRA of rank {} (alpha {}) on {}, trained with [orpo-wgpu](https://crates.io/crates/orpo-wgpu): beta {}, \
+         learning rate {:e}, loss `{}`. The settings are in `args.json`.\n\n\
+         ```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n\
+         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(\"{base_model}\"), \".\")\n```\n",
+        lora_config.r,
+        lora_config.lora_alpha,
+        lora_config.target_modules.join(", "),
+        args.beta,
+        args.learning_rate,
+        args.loss_compat,
+    );
+    CheckpointTexts { base_model, args: args.to_json(), card }
+}
+
+fn table(header: [&str; 3]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(header);
+    table
+}
+
+fn print_answers(questions: &[&str], before: &[String], after: &[String]) {
+    if questions.is_empty() {
+        return;
+    }
+    let mut table = table(["question (not in the training data)", "before", "after"]);
+    for ((question, before), after) in questions.iter().zip(before).zip(after).take(SHOWN_ANSWERS) {
+        table.add_row([question, before.as_str(), after.as_str()]);
+    }
+    println!("{table}");
+    let chinese = |answers: &[String]| answers.iter().filter(|answer| demo::is_chinese(answer)).count();
+    let n = questions.len();
+    println!("answers in Chinese: {} of {n} before, {} of {n} after\n", chinese(before), chinese(after));
+}
+
+fn print_summary(summary: &Summary, args: &TrainArgs) {
+    let (b, a) = (&summary.before, &summary.after);
+    let mut table = table(match summary.is_validation {
+        true => ["validation rows", "before", "after"],
+        false => ["training rows", "first logged steps", "last logged steps"],
+    });
+    let figures = [
+        ("loss", b.loss, a.loss),
+        ("nll_loss", b.nll_loss, a.nll_loss),
+        ("log_odds_chosen", b.log_odds_chosen, a.log_odds_chosen),
+        ("rewards/accuracies", b.rewards_accuracies, a.rewards_accuracies),
+        ("logps/chosen", b.logps_chosen, a.logps_chosen),
+        ("logps/rejected", b.logps_rejected, a.logps_rejected),
+    ];
+    for (name, before, after) in figures {
+        table.add_row([name.to_owned(), format!("{before:.4}"), format!("{after:.4}")]);
+    }
+    println!("{table}");
+    println!("{} steps in {:.1} s", summary.n_steps, summary.elapsed_s);
+    println!("adapter: {}", summary.checkpoint.display());
+    let model = args.model_id_or_path.as_ref();
+    let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();
+    println!("talk to it: orpo-wgpu infer {model}--adapters {}", summary.checkpoint.display());
+}

@@ -1,0 +1,288 @@
+//! Devices: what is there, which one a run takes, and whether it works.
+//!
+//! Adapters are found with wgpu itself, through the one graphics API that burn's wgpu backend uses on this system (Vulkan, on macOS
+//! Metal). Other APIs are never loaded: they would list the same GPUs again and write noise to headless terminals.
+
+mod adapter;
+mod guard;
+
+use std::fmt;
+use std::str::FromStr;
+
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn_wgpu::{WgpuDevice, WgpuRuntime};
+
+pub use adapter::{Adapter, DeviceType, adapters, api};
+pub use guard::guard;
+
+use crate::error::{Error, Result};
+
+/// What `--device` asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceRequest {
+    /// `auto`: the best GPU, else the CPU.
+    Auto,
+    /// `cpu`
+    Cpu,
+    /// `wgpu` or `wgpu:i`, with the index that `orpo-wgpu devices` lists.
+    Wgpu(Option<usize>),
+    /// `cuda` or `cuda:i`
+    Cuda(Option<usize>),
+}
+
+impl FromStr for DeviceRequest {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (kind, index) = match text.split_once(':') {
+            Some((kind, index)) => (kind, Some(index)),
+            None => (text, None),
+        };
+        match (kind.to_ascii_lowercase().as_str(), index.map(str::parse)) {
+            ("auto", None) => Ok(Self::Auto),
+            ("cpu", None) => Ok(Self::Cpu),
+            ("wgpu", None) => Ok(Self::Wgpu(None)),
+            ("wgpu", Some(Ok(index))) => Ok(Self::Wgpu(Some(index))),
+            ("cuda", None) => Ok(Self::Cuda(None)),
+            ("cuda", Some(Ok(index))) => Ok(Self::Cuda(Some(index))),
+            _ => Err(Error::config(format!("--device `{text}`: expected auto, cpu, wgpu, wgpu:0, …"))
+                .with_hint("`orpo-wgpu devices` lists what is there")),
+        }
+    }
+}
+
+/// A device to compute on. As text it is what `--device` knows it by.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DeviceChoice {
+    /// The CPU backend.
+    Cpu,
+    /// A GPU (or a software adapter) through wgpu.
+    Wgpu {
+        /// Its name in burn.
+        device: WgpuDevice,
+        /// What is known of it.
+        adapter: Box<Adapter>,
+    },
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Wgpu { adapter, .. } => write!(f, "wgpu:{}", adapter.index),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// The device in words: `the CPU`, or the adapter's name and API.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Cpu => "the CPU".to_owned(),
+            Self::Wgpu { adapter, .. } => format!("{}, {}", adapter.name, adapter.api),
+        }
+    }
+
+    /// The largest tensor that the device takes, in bytes; burn never splits one.
+    pub fn shard_bytes(&self) -> usize {
+        match self {
+            Self::Cpu => isize::MAX as usize,
+            Self::Wgpu { adapter, .. } => usize::try_from(adapter.shard_bytes()).unwrap_or(isize::MAX as usize),
+        }
+    }
+
+    /// Memory held for tensors on the device (in use, or kept for the next ones); on the CPU the process's resident memory, to which
+    /// the pages of memory-mapped files that were read count. 0 where it cannot be told.
+    pub fn memory_bytes(&self) -> u64 {
+        match self {
+            Self::Cpu => memory_stats::memory_stats().map_or(0, |stats| stats.physical_mem as u64),
+            Self::Wgpu { device, .. } => {
+                let client = <WgpuRuntime as burn::cubecl::Runtime>::client(device);
+                client.memory_usage().map_or(0, |usage| usage.bytes_reserved)
+            }
+        }
+    }
+}
+
+/// What [`select`] found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Selected {
+    /// The device.
+    pub choice: DeviceChoice,
+    /// Why it is not a GPU, where the user might expect one.
+    pub note: Option<String>,
+}
+
+/// Finds the device that `--device` names.
+///
+/// # Errors
+/// [`Error::Config`] for text that is no device, [`Error::Device`] for a device that is not there or not in this build.
+pub fn select(text: &str) -> Result<Selected> {
+    match text.parse()? {
+        // Asked for the CPU, no driver is so much as loaded.
+        DeviceRequest::Cpu => Ok(Selected { choice: DeviceChoice::Cpu, note: None }),
+        request => select_from(request, &adapters()),
+    }
+}
+
+/// [`select`] among these adapters.
+///
+/// # Errors
+/// As [`select`].
+pub fn select_from(request: DeviceRequest, adapters: &[Adapter]) -> Result<Selected> {
+    match request {
+        DeviceRequest::Cpu => Ok(Selected { choice: DeviceChoice::Cpu, note: None }),
+        DeviceRequest::Auto => match best(adapters) {
+            Some(adapter) if adapter.device_type != DeviceType::Software => take(adapter),
+            other => Ok(Selected { choice: DeviceChoice::Cpu, note: Some(why_cpu(other)) }),
+        },
+        DeviceRequest::Wgpu(None) => match best(adapters) {
+            Some(adapter) => take(adapter),
+            None => Err(missing("wgpu", adapters)),
+        },
+        DeviceRequest::Wgpu(Some(index)) => match adapters.iter().find(|adapter| adapter.index == index) {
+            Some(adapter) => take(adapter),
+            None => Err(missing(&format!("wgpu:{index}"), adapters)),
+        },
+        DeviceRequest::Cuda(index) => Err(Error::Device {
+            device: index.map_or_else(|| "cuda".to_owned(), |index| format!("cuda:{index}")),
+            problem: "this build has no CUDA".to_owned(),
+            hint: Some(format!("--device wgpu runs NVIDIA GPUs through {}", api())),
+        }),
+    }
+}
+
+/// The first of the best kind: discrete, integrated, virtual, unknown, software.
+fn best(adapters: &[Adapter]) -> Option<&Adapter> {
+    adapters.iter().filter(|adapter| adapter.device.is_some()).min_by_key(|adapter| adapter.device_type)
+}
+
+fn take(adapter: &Adapter) -> Result<Selected> {
+    let device = adapter.device.clone().ok_or_else(|| Error::Device {
+        device: format!("wgpu:{}", adapter.index),
+        problem: format!("{} is a second software adapter, and only the first can be used", adapter.name),
+        hint: Some("the environment variable VK_DRIVER_FILES leaves Vulkan drivers out".to_owned()),
+    })?;
+    Ok(Selected { choice: DeviceChoice::Wgpu { device, adapter: Box::new(adapter.clone()) }, note: None })
+}
+
+fn why_cpu(software: Option<&Adapter>) -> String {
+    match software {
+        Some(adapter) => format!(
+            "device: the CPU, since {} is no GPU but {} in software, which is slower (--device wgpu takes it all the same)",
+            adapter.name, adapter.api
+        ),
+        None => format!("device: the CPU, since no GPU with a {} driver was found", api()),
+    }
+}
+
+fn missing(device: &str, adapters: &[Adapter]) -> Error {
+    let found: Vec<String> = adapters.iter().map(|a| format!("wgpu:{} ({})", a.index, a.name)).collect();
+    let problem = match found.is_empty() {
+        true => format!("there is no adapter with a {} driver", api()),
+        false => format!("there is no such adapter, only {}", found.join(", ")),
+    };
+    let hint = if found.is_empty() { NO_ADAPTER } else { "`orpo-wgpu devices` lists what is there" };
+    Error::Device { device: device.to_owned(), problem, hint: Some(hint.to_owned()) }
+}
+
+/// How to come by an adapter.
+pub const NO_ADAPTER: &str = "install the GPU's driver, with its Vulkan part; on Debian and Ubuntu `apt-get install libvulkan1 \
+                              mesa-vulkan-drivers` serves AMD and Intel, and brings an adapter in software where there is no GPU";
+
+/// Runs one small kernel of a known result, so that a driver that does not work is an error before any work is done.
+///
+/// The product of two matrices of small whole numbers, which every device computes without rounding.
+///
+/// # Errors
+/// [`Error::Device`] if the device does not start, fails or computes something else.
+pub fn self_test<B: Backend>(device: &B::Device, choice: &DeviceChoice) -> Result<()> {
+    const ROWS: usize = 24;
+    const INNER: usize = 40;
+    let number = |i: usize| (i * 7 % 11) as f32 - 5.0;
+    let matrix = |rows: usize, columns: usize| (0..rows * columns).map(number).collect::<Vec<f32>>();
+    let (a, b) = (matrix(ROWS, INNER), matrix(INNER, ROWS));
+    let expected = (0..ROWS * ROWS).map(|i| (0..INNER).map(|k| a[i / ROWS * INNER + k] * b[k * ROWS + i % ROWS]).sum::<f32>());
+    let fails = |problem: String| Error::Device {
+        device: choice.to_string(),
+        problem: format!("{problem} in its self-test"),
+        hint: Some("update the GPU's driver, or pass --device cpu".to_owned()),
+    };
+    let data = guard("self-test", choice, || {
+        let tensor = |values: Vec<f32>, shape| Tensor::<B, 2>::from_data(TensorData::new(values, shape), device);
+        let product = tensor(a.clone(), [ROWS, INNER]).matmul(tensor(b.clone(), [INNER, ROWS]));
+        product.try_into_data().map_err(|e| fails(guard::first_cause(&e.to_string())))
+    })?;
+    let got = data.convert::<f32>().into_vec::<f32>().map_err(|e| fails(format!("gives unreadable data ({e:?})")))?;
+    match got.into_iter().zip(expected).find(|(got, expected)| got != expected) {
+        None => Ok(()),
+        Some((got, expected)) => Err(fails(format!("computes {got} where {expected} is right"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapter(index: usize, device_type: DeviceType, device: Option<WgpuDevice>) -> Adapter {
+        Adapter { index, name: format!("{device_type:?} {index}"), device_type, device, ..Adapter::unknown() }
+    }
+
+    fn taken(request: &str, adapters: &[Adapter]) -> String {
+        select_from(request.parse().unwrap(), adapters).unwrap().choice.to_string()
+    }
+
+    #[test]
+    fn requests_are_parsed() {
+        assert_eq!("WGPU:3".parse::<DeviceRequest>().unwrap(), DeviceRequest::Wgpu(Some(3)));
+        assert_eq!("cuda".parse::<DeviceRequest>().unwrap(), DeviceRequest::Cuda(None));
+        for text in ["", "gpu", "auto:0", "cpu:1", "wgpu:", "wgpu:-1", "wgpu:x"] {
+            assert_eq!(text.parse::<DeviceRequest>().unwrap_err().exit_code(), 2, "{text}");
+        }
+    }
+
+    #[test]
+    fn auto_prefers_discrete_then_integrated_then_virtual_and_never_software() {
+        let software = adapter(0, DeviceType::Software, Some(WgpuDevice::Cpu));
+        let virtual_ = adapter(1, DeviceType::Virtual, Some(WgpuDevice::VirtualGpu(0)));
+        let integrated = adapter(2, DeviceType::Integrated, Some(WgpuDevice::IntegratedGpu(0)));
+        let discrete = adapter(3, DeviceType::Discrete, Some(WgpuDevice::DiscreteGpu(0)));
+        let second = adapter(4, DeviceType::Discrete, Some(WgpuDevice::DiscreteGpu(1)));
+        let all = [software, virtual_, integrated, discrete, second];
+        assert_eq!(taken("auto", &all), "wgpu:3");
+        assert_eq!(taken("auto", &all[..3]), "wgpu:2");
+        assert_eq!(taken("auto", &all[..2]), "wgpu:1");
+        assert_eq!(taken("wgpu", &all[..1]), "wgpu:0");
+        assert_eq!(taken("wgpu:4", &all), "wgpu:4");
+        assert_eq!(taken("cpu", &all), "cpu");
+        for few in [&all[..1], &[]] {
+            let selected = select_from(DeviceRequest::Auto, few).unwrap();
+            assert_eq!(selected.choice, DeviceChoice::Cpu);
+            assert!(selected.note.unwrap().contains("the CPU"), "a sentence says that the CPU computes");
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_an_error_that_names_what_is() {
+        let software = [
+            adapter(0, DeviceType::Software, Some(WgpuDevice::Cpu)),
+            adapter(1, DeviceType::Software, None),
+        ];
+        let error = |request: &str, adapters: &[Adapter]| {
+            select_from(request.parse().unwrap(), adapters).unwrap_err().to_string()
+        };
+        assert_eq!(
+            error("wgpu:7", &software[..1]),
+            "device wgpu:7: there is no such adapter, only wgpu:0 (Software 0)"
+        );
+        assert!(error("wgpu", &[]).contains("there is no adapter"), "no adapter at all");
+        assert!(error("wgpu:1", &software).contains("second software adapter"), "burn cannot name the second");
+        assert!(error("cuda:0", &software).contains("no CUDA"), "not in this build");
+    }
+
+    #[test]
+    fn the_cpu_passes_its_self_test_and_knows_its_memory() {
+        self_test::<burn_flex::Flex>(&Default::default(), &DeviceChoice::Cpu).unwrap();
+        assert!(DeviceChoice::Cpu.memory_bytes() > 1 << 20, "a test needs more than a MiB");
+    }
+}

@@ -1,0 +1,353 @@
+//! The binary as a user meets it: bad input, output files, adapters that come and go.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A command line of the binary, on the CPU: what is tested here is not the device.
+fn orpo_wgpu(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
+    command.args(args);
+    command
+}
+
+fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(path)
+}
+
+/// A folder with a copy of the `gqa` case's model and pairs, to be spoiled.
+struct Workplace(TempDir);
+
+impl Workplace {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("model")).unwrap();
+        for entry in fs::read_dir(fixture("gqa/model")).unwrap() {
+            let from = entry.unwrap().path();
+            fs::copy(&from, folder.path().join("model").join(from.file_name().unwrap())).unwrap();
+        }
+        fs::copy(fixture("gqa/pairs.jsonl"), folder.path().join("pairs.jsonl")).unwrap();
+        Self(folder)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Runs `train` for two steps on the model and the pairs of this folder, with these flags on top.
+    fn train(&self, flags: &[&str]) -> Output {
+        self.train_command(flags).output().unwrap()
+    }
+
+    fn train_command(&self, flags: &[&str]) -> Command {
+        let mut command = orpo_wgpu(&["train"]);
+        let base = [
+            ("--model_id_or_path", "model"),
+            ("--dataset", "pairs.jsonl"),
+            ("--device", "cpu"),
+            ("--output_dir", "out"),
+            ("--add_output_dir_suffix", "false"),
+            ("--max_steps", "2"),
+            ("--warmup_ratio", "0"),
+        ];
+        for (flag, value) in base {
+            if !flags.contains(&flag) {
+                command.args([flag, value]);
+            }
+        }
+        command.args(flags).current_dir(self.0.path());
+        command
+    }
+
+    /// Everything below the output folder.
+    fn written(&self) -> Vec<String> {
+        let mut files = Vec::new();
+        let mut folders = vec![self.path("out")];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                if entry.path().is_dir() {
+                    folders.push(entry.path());
+                }
+                files.push(entry.path().strip_prefix(self.path("out")).unwrap().display().to_string());
+            }
+        }
+        files.sort();
+        files
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A spoiled input, the flags it is given with, and what the run must say and end with.
+struct Case {
+    name: &'static str,
+    spoil: fn(&Workplace),
+    flags: &'static [&'static str],
+    code: i32,
+    says: &'static [&'static str],
+}
+
+/// Changes the header of the model's weights.
+fn edit_weights(workplace: &Workplace, edit: impl FnOnce(Vec<u8>) -> Vec<u8>) {
+    let path = workplace.path("model/model.safetensors");
+    let bytes = edit(fs::read(&path).unwrap());
+    fs::write(path, bytes).unwrap();
+}
+
+fn write_pairs(workplace: &Workplace, text: &str) {
+    fs::write(workplace.path("pairs.jsonl"), text).unwrap();
+}
+
+#[test]
+fn bad_input_gives_a_clear_error_and_writes_nothing() {
+    let cases = [
+        Case {
+            name: "no such model folder",
+            spoil: |_| {},
+            flags: &["--model_id_or_path", "nowhere"],
+            code: 1,
+            says: &["nowhere", "there is no such folder", "hint:"],
+        },
+        Case {
+            name: "model folder without weights",
+            spoil: |w| fs::remove_file(w.path("model/model.safetensors")).unwrap(),
+            flags: &[],
+            code: 1,
+            says: &["model.safetensors", "hint:"],
+        },
+        Case {
+            name: "no such data file",
+            spoil: |_| {},
+            flags: &["--dataset", "nothing.jsonl"],
+            code: 2,
+            says: &["nothing.jsonl", "hint:"],
+        },
+        Case {
+            name: "truncated safetensors",
+            spoil: |w| edit_weights(w, |bytes| bytes[..bytes.len() - 1000].to_vec()),
+            flags: &[],
+            code: 1,
+            says: &["model/model.safetensors", "truncated", "bytes", "hint:"],
+        },
+        Case {
+            name: "safetensors cut within its header",
+            spoil: |w| edit_weights(w, |bytes| bytes[..100].to_vec()),
+            flags: &[],
+            code: 1,
+            says: &["model/model.safetensors", "truncated", "100"],
+        },
+        Case {
+            name: "config.json of another shape",
+            spoil: |w| {
+                let path = w.path("model/config.json");
+                let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+                config["intermediate_size"] = 96.into();
+                config["num_hidden_layers"] = 1.into();
+                fs::write(path, config.to_string()).unwrap();
+            },
+            flags: &[],
+            code: 1,
+            says: &["model.layers.0.mlp.up_proj.weight", "expected [96, 64]", "model.layers.1.", "is not part of the model"],
+        },
+        Case {
+            name: "biases",
+            spoil: |w| {
+                let path = w.path("model/config.json");
+                let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+                config["attention_bias"] = true.into();
+                fs::write(path, config.to_string()).unwrap();
+            },
+            flags: &[],
+            code: 1,
+            says: &["model/config.json", "attention_bias"],
+        },
+        Case {
+            name: "not JSON on line 7",
+            spoil: |w| {
+                let row = "{\"query\":\"q\",\"response\":\"a\",\"rejected_response\":\"b\"}\n";
+                write_pairs(w, &format!("{}not json\n{row}", row.repeat(6)));
+            },
+            flags: &[],
+            code: 1,
+            says: &["pairs.jsonl:7", "JSON"],
+        },
+        Case { name: "empty data set", spoil: |w| write_pairs(w, ""), flags: &[], code: 1, says: &["pairs.jsonl", "no rows"] },
+        Case {
+            name: "all rows unusable",
+            spoil: |w| write_pairs(w, "{\"query\":\"q\",\"response\":\"a\",\"rejected_response\":\"a\"}\n{\"query\":\"q\"}\n"),
+            flags: &[],
+            code: 1,
+            says: &["pairs.jsonl", "none of its 2 rows can be used", "equal"],
+        },
+        Case {
+            name: "all rows too long",
+            spoil: |_| {},
+            flags: &["--max_length", "3"],
+            code: 1,
+            says: &["pairs.jsonl:1:", "--max_length is 3", "hint:"],
+        },
+        Case {
+            name: "strict",
+            spoil: |w| {
+                let text = fs::read_to_string(w.path("pairs.jsonl")).unwrap();
+                write_pairs(w, &format!("{text}{{\"query\":\"q\",\"response\":\"a\",\"rejected_response\":\"a\"}}\n"));
+            },
+            flags: &["--strict", "true"],
+            code: 1,
+            says: &["pairs.jsonl:8", "equal"],
+        },
+        Case { name: "unknown flag", spoil: |_| {}, flags: &["--betta", "1"], code: 2, says: &["--betta", "--beta"] },
+        Case {
+            name: "values out of range",
+            spoil: |_| {},
+            flags: &["--batch_size", "0", "--warmup_ratio", "1.5", "--lora_dropout", "0.1"],
+            code: 2,
+            says: &["--batch_size", "--warmup_ratio", "--lora_dropout"],
+        },
+        Case {
+            name: "unknown module",
+            spoil: |_| {},
+            flags: &["--lora_target_modules", "q_proj,query"],
+            code: 2,
+            says: &["`query`", "v_proj"],
+        },
+        Case {
+            name: "no such adapter",
+            spoil: |_| {},
+            flags: &["--adapters", "missing"],
+            code: 1,
+            says: &["missing", "adapter_config.json"],
+        },
+        Case {
+            name: "no such device",
+            spoil: |_| {},
+            flags: &["--device", "wgpu:99"],
+            code: 1,
+            says: &["wgpu:99", "hint:"],
+        },
+        Case { name: "unknown device", spoil: |_| {}, flags: &["--device", "tpu"], code: 2, says: &["tpu"] },
+        Case { name: "dtype", spoil: |_| {}, flags: &["--dtype", "fp8"], code: 2, says: &["fp8", "fp32"] },
+        Case {
+            name: "a typo in a configuration file",
+            spoil: |w| fs::write(w.path("run.toml"), "betta = 0.1\n").unwrap(),
+            flags: &["--config", "run.toml"],
+            code: 2,
+            says: &["run.toml", "betta", "beta"],
+        },
+        Case {
+            name: "a model name without a folder",
+            spoil: |w| fs::write(w.path("run.toml"), "model_type = \"llama3-8b-instruct\"\n").unwrap(),
+            flags: &["--adapters", "missing", "--model_type", "llama3-8b-instruct", "--model_id_or_path", "llama3"],
+            code: 1,
+            says: &["llama3", "nothing is downloaded"],
+        },
+    ];
+    let mut failures = Vec::new();
+    for case in cases {
+        let workplace = Workplace::new();
+        (case.spoil)(&workplace);
+        let output = workplace.train(case.flags);
+        let message = stderr(&output);
+        let mut wrong = Vec::new();
+        if output.status.code() != Some(case.code) {
+            wrong.push(format!("exit code {:?}, expected {}", output.status.code(), case.code));
+        }
+        wrong.extend(case.says.iter().filter(|s| !message.contains(**s)).map(|s| format!("does not say `{s}`")));
+        if message.contains("panicked") || message.contains("RUST_BACKTRACE") {
+            wrong.push("panicked".to_owned());
+        }
+        if !workplace.written().is_empty() {
+            wrong.push(format!("wrote {:?}", workplace.written()));
+        }
+        if !wrong.is_empty() {
+            failures.push(format!("{}: {}\n{message}", case.name, wrong.join(", ")));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn a_run_writes_the_files_that_it_promises() {
+    let workplace = Workplace::new();
+    let output = workplace.train(&["--logging_steps", "1", "--save_steps", "1", "--save_total_limit", "1"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let written = workplace.written();
+    let checkpoint = ["README.md", "adapter_config.json", "adapter_model.safetensors", "args.json", "optimizer.safetensors", "trainer_state.json"];
+    for file in checkpoint {
+        assert!(written.contains(&format!("checkpoint-2/{file}")), "{file} is missing in {written:?}");
+    }
+    assert!(!written.iter().any(|f| f.contains("checkpoint-1") || f.contains("partial")), "{written:?}");
+    let log = fs::read_to_string(workplace.path("out/logging.jsonl")).unwrap();
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().map(|l| l["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for key in ["epoch", "loss", "nll_loss", "log_odds_ratio", "log_odds_chosen", "rewards/chosen", "rewards/rejected",
+        "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate",
+        "tokens_per_second", "memory_bytes"]
+    {
+        assert!(lines[0][key].is_number(), "{key} is missing in {}", lines[0]);
+    }
+    // The summary's last line is the command to talk to the result.
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(stdout.contains("orpo-wgpu infer --model_id_or_path model --adapters out/checkpoint-2"), "{stdout}");
+}
+
+#[test]
+fn args_json_repeats_the_run() {
+    let workplace = Workplace::new();
+    let flags = ["--logging_steps", "1", "--learning-rate", "3e-3", "--beta", "0.4", "--lora_target_modules", "q_proj,down_proj"];
+    assert!(workplace.train(&flags).status.success());
+    let output = workplace.train(&["--config", "out/args.json", "--output_dir", "again"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let figures = |folder: &str| -> Vec<(f64, f64)> {
+        let log = fs::read_to_string(workplace.path(folder).join("logging.jsonl")).unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.map(|l| (l["loss"].as_f64().unwrap(), l["grad_norm"].as_f64().unwrap())).collect()
+    };
+    assert_eq!(figures("out"), figures("again"), "same settings, same seed, same device, same bits");
+}
+
+#[test]
+fn a_resumed_run_equals_one_that_was_not_interrupted() {
+    let workplace = Workplace::new();
+    let flags = ["--max_steps", "6", "--logging_steps", "1", "--save_steps", "3", "--batch_size", "2", "--gradient_accumulation_steps", "2"];
+    assert!(workplace.train(&flags).status.success());
+    let resumed = [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-3", "--output_dir", "resumed"]].concat();
+    let output = workplace.train(&resumed);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let read = |file: &str| fs::read(workplace.path(file)).unwrap();
+    assert_eq!(
+        read("out/checkpoint-6/adapter_model.safetensors"),
+        read("resumed/checkpoint-6/adapter_model.safetensors"),
+        "the resumed adapter, bit for bit"
+    );
+    assert_eq!(read("out/checkpoint-6/optimizer.safetensors"), read("resumed/checkpoint-6/optimizer.safetensors"));
+    let other = [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-3", "--batch_size", "1"]].concat();
+    let output = workplace.train(&other[..]);
+    assert!(stderr(&output).contains("batch_size was 2 and is 1") || output.status.code() == Some(2), "{}", stderr(&output));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_save_that_fails_leaves_the_last_checkpoint_and_nothing_half_written() {
+    let workplace = Workplace::new();
+    assert!(workplace.train(&["--save_steps", "1"]).status.success());
+    let before = workplace.written();
+    // Files may not grow beyond 16 blocks: the adapter does not fit, as on a disk that is full.
+    let command = workplace.train_command(&["--max_steps", "4", "--adapters", "out/checkpoint-2"]);
+    let words: Vec<String> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    let script = format!("trap '' XFSZ; ulimit -f 16; exec {}", words.join(" "));
+    let output = Command::new("sh").args(["-c", &script]).current_dir(workplace.0.path()).output().unwrap();
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("cannot write") && message.contains("adapter_model.safetensors"), "{message}");
+    assert!(!message.contains("panicked"), "{message}");
+    assert_eq!(workplace.written(), before, "what was there stays, and nothing is added");
+}
