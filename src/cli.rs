@@ -28,7 +28,7 @@ enum Command {
     /// Train an adapter; without a model, the demo inside this program
     Train(Box<TrainCommand>),
     /// Talk to a model and its adapter; without a model, to the demo and its newest adapter
-    Infer(infer::InferArgs),
+    Infer(Box<infer::InferArgs>),
     /// List the devices, and which one `--device auto` takes
     Devices(devices::DevicesArgs),
 }
@@ -58,7 +58,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         (Command::Train(command), Some((_, matches))) => {
             train::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
         }
-        (Command::Infer(args), _) => infer::run(args),
+        (Command::Infer(args), _) => infer::run(&args),
         (Command::Devices(args), _) => devices::run(&args),
         (Command::Train(_), None) => unreachable!("a parsed subcommand has matches"),
     }

@@ -165,7 +165,8 @@ pub struct TrainArgs {
 pub type Columns = BTreeMap<String, String>;
 
 fn parse_columns(text: &str) -> Result<Columns, String> {
-    serde_json::from_str(text).map_err(|e| format!("expected a JSON object such as {{\"question\":\"query\"}}: {e}"))
+    serde_json::from_str(text)
+        .map_err(|e| format!("expected a JSON object such as {{\"question\":\"query\"}}: {e}"))
 }
 
 impl Default for TrainArgs {
@@ -278,7 +279,10 @@ impl TrainArgs {
             ("adam_beta2", self.adam_beta2),
         ];
         for (name, value) in in_range {
-            require((0.0..1.0).contains(&value), format!("--{name} is {value}, expected at least 0 and less than 1"));
+            require(
+                (0.0..1.0).contains(&value),
+                format!("--{name} is {value}, expected at least 0 and less than 1"),
+            );
         }
         let not_negative = [
             ("beta", self.beta),
@@ -288,23 +292,38 @@ impl TrainArgs {
             ("adam_epsilon", self.adam_epsilon),
         ];
         for (name, value) in not_negative {
-            require(value >= 0.0 && value.is_finite(), format!("--{name} is {value}, expected a finite number of at least 0"));
+            require(
+                value >= 0.0 && value.is_finite(),
+                format!("--{name} is {value}, expected a finite number of at least 0"),
+            );
         }
         for (name, value) in [("num_train_epochs", self.num_train_epochs), ("lora_alpha", self.lora_alpha)] {
-            require(value > 0.0 && value.is_finite(), format!("--{name} is {value}, expected a finite number above 0"));
+            require(
+                value > 0.0 && value.is_finite(),
+                format!("--{name} is {value}, expected a finite number above 0"),
+            );
         }
         require(
             self.lora_dropout == 0.0,
-            format!("--lora_dropout is {}: ORPO runs without dropout (TRL and ms-swift set it to 0 in silence)", self.lora_dropout),
+            format!(
+                "--lora_dropout is {}: ORPO runs without dropout (TRL and ms-swift set it to 0 in silence)",
+                self.lora_dropout
+            ),
         );
-        require(self.sft_type == "lora", format!("--sft_type is `{}`: this build trains `lora`", self.sft_type));
+        require(
+            self.sft_type == "lora",
+            format!("--sft_type is `{}`: this build trains `lora`", self.sft_type),
+        );
         require(
             ["AUTO", "auto", "fp32"].contains(&self.dtype.as_str()),
             format!("--dtype is `{}`: this build computes in `fp32`", self.dtype),
         );
         require(
             self.quantization_bit == 0,
-            format!("--quantization_bit is {}: this build keeps the weights in fp32 (0)", self.quantization_bit),
+            format!(
+                "--quantization_bit is {}: this build keeps the weights in fp32 (0)",
+                self.quantization_bit
+            ),
         );
         require(
             ["tensorboard", "none"].contains(&self.report_to.as_str()),
@@ -336,7 +355,10 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
     let is_json = path.extension().is_some_and(|e| e == "json");
     // Parsed as the settings themselves first, whose messages know line, column and the names that exist.
     let (checked, value) = if is_json {
-        (serde_json::from_str::<TrainArgs>(&text).map(drop).map_err(|e| e.to_string()), serde_json::from_str(&text).ok())
+        (
+            serde_json::from_str::<TrainArgs>(&text).map(drop).map_err(|e| e.to_string()),
+            serde_json::from_str(&text).ok(),
+        )
     } else {
         (toml::from_str::<TrainArgs>(&text).map(drop).map_err(|e| e.to_string()), toml::from_str(&text).ok())
     };
@@ -346,7 +368,9 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
             let problem = checked.err().unwrap_or_else(|| "is not a table of settings".to_owned());
             Err(Error::Config {
                 problems: vec![format!("{}: {}", path.display(), problem.trim())],
-                hint: Some("a setting is named as its flag, without the dashes: learning_rate = 1e-4".to_owned()),
+                hint: Some(
+                    "a setting is named as its flag, without the dashes: learning_rate = 1e-4".to_owned(),
+                ),
             })
         }
     }

@@ -87,7 +87,9 @@ impl DeviceChoice {
     pub fn shard_bytes(&self) -> usize {
         match self {
             Self::Cpu => isize::MAX as usize,
-            Self::Wgpu { adapter, .. } => usize::try_from(adapter.shard_bytes()).unwrap_or(isize::MAX as usize),
+            Self::Wgpu { adapter, .. } => {
+                usize::try_from(adapter.shard_bytes()).unwrap_or(isize::MAX as usize)
+            }
         }
     }
 
@@ -202,18 +204,23 @@ pub fn self_test<B: Backend>(device: &B::Device, choice: &DeviceChoice) -> Resul
     let number = |i: usize| (i * 7 % 11) as f32 - 5.0;
     let matrix = |rows: usize, columns: usize| (0..rows * columns).map(number).collect::<Vec<f32>>();
     let (a, b) = (matrix(ROWS, INNER), matrix(INNER, ROWS));
-    let expected = (0..ROWS * ROWS).map(|i| (0..INNER).map(|k| a[i / ROWS * INNER + k] * b[k * ROWS + i % ROWS]).sum::<f32>());
+    let expected = (0..ROWS * ROWS)
+        .map(|i| (0..INNER).map(|k| a[i / ROWS * INNER + k] * b[k * ROWS + i % ROWS]).sum::<f32>());
     let fails = |problem: String| Error::Device {
         device: choice.to_string(),
         problem: format!("{problem} in its self-test"),
         hint: Some("update the GPU's driver, or pass --device cpu".to_owned()),
     };
     let data = guard("self-test", choice, || {
-        let tensor = |values: Vec<f32>, shape| Tensor::<B, 2>::from_data(TensorData::new(values, shape), device);
+        let tensor =
+            |values: Vec<f32>, shape| Tensor::<B, 2>::from_data(TensorData::new(values, shape), device);
         let product = tensor(a.clone(), [ROWS, INNER]).matmul(tensor(b.clone(), [INNER, ROWS]));
         product.try_into_data().map_err(|e| fails(guard::first_cause(&e.to_string())))
     })?;
-    let got = data.convert::<f32>().into_vec::<f32>().map_err(|e| fails(format!("gives unreadable data ({e:?})")))?;
+    let got = data
+        .convert::<f32>()
+        .into_vec::<f32>()
+        .map_err(|e| fails(format!("gives unreadable data ({e:?})")))?;
     match got.into_iter().zip(expected).find(|(got, expected)| got != expected) {
         None => Ok(()),
         Some((got, expected)) => Err(fails(format!("computes {got} where {expected} is right"))),
@@ -264,10 +271,8 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_an_error_that_names_what_is() {
-        let software = [
-            adapter(0, DeviceType::Software, Some(WgpuDevice::Cpu)),
-            adapter(1, DeviceType::Software, None),
-        ];
+        let software =
+            [adapter(0, DeviceType::Software, Some(WgpuDevice::Cpu)), adapter(1, DeviceType::Software, None)];
         let error = |request: &str, adapters: &[Adapter]| {
             select_from(request.parse().unwrap(), adapters).unwrap_err().to_string()
         };
@@ -276,7 +281,10 @@ mod tests {
             "device wgpu:7: there is no such adapter, only wgpu:0 (Software 0)"
         );
         assert!(error("wgpu", &[]).contains("there is no adapter"), "no adapter at all");
-        assert!(error("wgpu:1", &software).contains("second software adapter"), "burn cannot name the second");
+        assert!(
+            error("wgpu:1", &software).contains("second software adapter"),
+            "burn cannot name the second"
+        );
         assert!(error("cuda:0", &software).contains("no CUDA"), "not in this build");
     }
 

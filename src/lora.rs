@@ -46,8 +46,11 @@ pub fn target_modules(names: &[String]) -> Result<Vec<String>> {
     }
     let unknown: Vec<&str> = names.iter().map(String::as_str).filter(|n| !known.contains(n)).collect();
     if !unknown.is_empty() || names.is_empty() {
-        return Err(Error::config(format!("--lora_target_modules: no module named `{}`", unknown.join("`, `")))
-            .with_hint(format!("the modules are ALL, or some of {}", known.join(", "))));
+        return Err(Error::config(format!(
+            "--lora_target_modules: no module named `{}`",
+            unknown.join("`, `")
+        ))
+        .with_hint(format!("the modules are ALL, or some of {}", known.join(", "))));
     }
     Ok(known.into_iter().filter(|k| names.iter().any(|n| n == k)).map(str::to_owned).collect())
 }
@@ -151,8 +154,8 @@ pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfi
     }
     let config_path = folder.join(ADAPTER_CONFIG_FILE);
     let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
-    let config: AdapterConfigFile =
-        serde_json::from_str(&text).map_err(|e| Error::file(&config_path, format!("is not a LoRA configuration: {e}")))?;
+    let config: AdapterConfigFile = serde_json::from_str(&text)
+        .map_err(|e| Error::file(&config_path, format!("is not a LoRA configuration: {e}")))?;
     check_kind(&config).map_err(|problem| Error::file(&config_path, problem))?;
 
     let weights_path = folder.join(ADAPTER_FILE);
@@ -196,7 +199,8 @@ pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfi
 
 /// The value of the first key that is the module's name or its end after a dot, as PEFT matches plain keys.
 fn pattern_value<T: Copy>(pattern: &BTreeMap<String, T>, module: &str) -> Option<T> {
-    let matches = |key: &str| module.strip_suffix(key).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+    let matches =
+        |key: &str| module.strip_suffix(key).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
     pattern.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
 }
 
@@ -227,7 +231,8 @@ pub fn write_safetensors<B: Backend>(path: &Path, tensors: &[(String, Tensor<B, 
     let mut stored = Vec::new();
     for (name, tensor) in tensors {
         let data = tensor.clone().into_data().convert::<f32>();
-        let values = data.to_vec::<f32>().map_err(|e| Error::file(path, format!("`{name}` cannot be read: {e:?}")))?;
+        let values =
+            data.to_vec::<f32>().map_err(|e| Error::file(path, format!("`{name}` cannot be read: {e:?}")))?;
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         stored.push((name, tensor.dims().to_vec(), bytes));
     }
@@ -246,7 +251,12 @@ pub fn write_safetensors<B: Backend>(path: &Path, tensors: &[(String, Tensor<B, 
 ///
 /// # Errors
 /// See [`write_safetensors`].
-pub fn save<B: Backend>(model: &Llama<B>, config: &LoraConfig, base_model: &str, folder: &Path) -> Result<()> {
+pub fn save<B: Backend>(
+    model: &Llama<B>,
+    config: &LoraConfig,
+    base_model: &str,
+    folder: &Path,
+) -> Result<()> {
     write_safetensors(&folder.join(ADAPTER_FILE), &tensors(model))?;
     // An adapter that was loaded with patterns or rank-stabilised scaling keeps each module's own rank and scale.
     let (mut rank_pattern, mut alpha_pattern) = (BTreeMap::new(), BTreeMap::new());

@@ -161,7 +161,9 @@ pub fn train<B: Kernels>(
     check_moved(&initial, &adapter(model))?;
     let last = window.last_eval.or(window.last);
     let (Some(before), Some(after), Some(checkpoint)) = (before, last, run.last_checkpoint()) else {
-        return Err(Error::config(format!("nothing to train: {first_step} of {max_steps} steps are done already")));
+        return Err(Error::config(format!(
+            "nothing to train: {first_step} of {max_steps} steps are done already"
+        )));
     };
     Ok(Summary {
         n_steps: max_steps - first_step,
@@ -265,7 +267,9 @@ fn check_moved<B: Kernels>(before: &[Tensor<B, 2>], after: &[Tensor<B, 2>]) -> R
         return Ok(());
     }
     Err(Error::config(format!("the adapter did not change in the whole run (largest change {moved})"))
-        .with_hint("the learning rate is 0 in every step: raise --learning_rate, or --max_steps above the warm-up"))
+        .with_hint(
+            "the learning rate is 0 in every step: raise --learning_rate, or --max_steps above the warm-up",
+        ))
 }
 
 fn log_line(

@@ -26,7 +26,9 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
         return Ok(());
     }
     match adapters.is_empty() {
-        true => println!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER),
+        true => {
+            println!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER);
+        }
         false => println!("{}\n", table(&adapters)),
     }
     println!("{}", auto(&selected));

@@ -109,6 +109,7 @@ fn generation_eos(folder: &Path) -> Result<Vec<u32>> {
         return Ok(Vec::new());
     }
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    let config: GenerationConfig = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
+    let config: GenerationConfig =
+        serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
     Ok(config.eos_token_id.map(TokenIds::into_vec).unwrap_or_default())
 }

@@ -46,12 +46,24 @@ impl Observer for Progress<'_> {
             return;
         }
         let figure = |name: &str| line.get(name).and_then(Value::as_f64);
-        let shown = ["loss", "eval_loss", "nll_loss", "log_odds_ratio", "rewards/accuracies", "eval_rewards/accuracies"];
+        let shown = [
+            "loss",
+            "eval_loss",
+            "nll_loss",
+            "log_odds_ratio",
+            "rewards/accuracies",
+            "eval_rewards/accuracies",
+        ];
         let figures = shown.iter().filter_map(|name| Some(format!("{name} {:.4}", figure(name)?)));
         let speed = figure("tokens_per_second").map(|v| format!("{v:.0} tokens/s"));
         let left = self.bar.eta().as_secs();
         let figures: Vec<String> = figures.chain(speed).collect();
-        eprintln!("step {}/{}  {}  {left} s left", line["step"], self.bar.length().unwrap_or(0), figures.join("  "));
+        eprintln!(
+            "step {}/{}  {}  {left} s left",
+            line["step"],
+            self.bar.length().unwrap_or(0),
+            figures.join("  ")
+        );
     }
 
     fn memory_bytes(&self) -> u64 {

@@ -47,7 +47,9 @@ pub fn run(args: TrainArgs) -> Result<()> {
         eprintln!("{note}");
     }
     match &selected.choice {
-        DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &selected.choice),
+        DeviceChoice::Cpu => {
+            run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &selected.choice)
+        }
         DeviceChoice::Wgpu { device, .. } => {
             run_on::<Wgpu>(&args, &open, target_modules, &data, device, &selected.choice)
         }
@@ -86,7 +88,8 @@ fn run_on<B: Kernels>(
     let before = answers(&model, open, &questions)?;
     let folder = run_folder(args, open);
     let history = resume.as_ref().map(|state| state.log_history.clone()).unwrap_or_default();
-    let mut run = RunFolder::create(&folder, texts(args, open, &lora_config), args.save_total_limit, history)?;
+    let mut run =
+        RunFolder::create(&folder, texts(args, open, &lora_config), args.save_total_limit, history)?;
     let memory = || choice.memory_bytes();
     let first_step = resume.as_ref().map_or(0, |state| state.global_step);
     let mut progress = Progress::new(settings.schedule.max_steps, first_step, &memory);
@@ -117,7 +120,9 @@ impl Data {
     fn load(args: &TrainArgs, open: &OpenModel) -> Result<Self> {
         let strictness = if args.strict { Strictness::Strict } else { Strictness::Lenient };
         let truncation: TruncationStrategy = args.truncation_strategy.parse()?;
-        let load = |specs: &[String]| dataset::load(specs, &args.columns.clone().unwrap_or_default(), strictness, args.seed);
+        let load = |specs: &[String]| {
+            dataset::load(specs, &args.columns.clone().unwrap_or_default(), strictness, args.seed)
+        };
         let Dataset { rows, mut skipped } = match args.dataset.as_slice() {
             [] if args.model_id_or_path.is_some() => {
                 return Err(Error::config("--dataset is missing: what is the model to learn from?").with_hint(
@@ -138,8 +143,15 @@ impl Data {
         };
         let mut tokenize = |rows: &[dataset::Row]| -> Result<Vec<TokenizedPair>> {
             let system = args.system.as_deref();
-            let (pairs, left_out) =
-                tokenize_rows(rows, &open.tokenizer, open.template, args.max_length, truncation, system, strictness)?;
+            let (pairs, left_out) = tokenize_rows(
+                rows,
+                &open.tokenizer,
+                open.template,
+                args.max_length,
+                truncation,
+                system,
+                strictness,
+            )?;
             skipped.extend(left_out);
             open.check_ids(pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).chain(&p.rejected)))?;
             Ok(pairs)
@@ -150,8 +162,11 @@ impl Data {
         }
         if train.is_empty() {
             let name = args.dataset.first().map_or(demo::NAME, String::as_str);
-            return Err(Error::file(name, format!("none of its rows can be trained on: {}", dataset::summarize(&skipped)))
-                .with_hint("raise --max_length, or --truncation_strategy truncation_right"));
+            return Err(Error::file(
+                name,
+                format!("none of its rows can be trained on: {}", dataset::summarize(&skipped)),
+            )
+            .with_hint("raise --max_length, or --truncation_strategy truncation_right"));
         }
         Ok(Self { train, val, skipped })
     }
@@ -208,9 +223,14 @@ fn describe<B: Kernels>(
     loading: Instant,
 ) {
     let trainable: usize = lora::tensors(model).iter().map(|(_, t)| t.dims().iter().product::<usize>()).sum();
-    let longest = data.train.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
+    let longest =
+        data.train.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
-    eprintln!("model    {} on {choice}, loaded in {:.1} s, {trainable} trainable weights", open.name, loading.elapsed().as_secs_f64());
+    eprintln!(
+        "model    {} on {choice}, loaded in {:.1} s, {trainable} trainable weights",
+        open.name,
+        loading.elapsed().as_secs_f64()
+    );
     eprintln!(
         "data     {} rows to train on, {} to evaluate on, {} left out; longest {longest} tokens; template {}",
         data.train.len(),
@@ -250,11 +270,15 @@ fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
     if !args.add_output_dir_suffix {
         return args.output_dir.clone();
     }
-    let base_name = || Path::new(&open.name).file_name().map_or(open.name.clone(), |n| n.to_string_lossy().into_owned());
+    let base_name =
+        || Path::new(&open.name).file_name().map_or(open.name.clone(), |n| n.to_string_lossy().into_owned());
     let folder = args.output_dir.join(args.model_type.clone().unwrap_or_else(base_name));
     let version = |name: &str| name.strip_prefix('v')?.split('-').next()?.parse::<usize>().ok();
     let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
-    let next = entries.filter_map(|e| version(&e.file_name().to_string_lossy())).max().map_or(0, |newest| newest + 1);
+    let next = entries
+        .filter_map(|e| version(&e.file_name().to_string_lossy()))
+        .max()
+        .map_or(0, |newest| newest + 1);
     folder.join(format!("v{next}-{}", jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")))
 }
 

@@ -359,18 +359,19 @@ mod tests {
         let other =
             write("other.jsonl", r#"{"frage": "4", "response": "c", "rejected_response": "r"}"#.to_owned());
         let set = folder.path().join("set").to_string_lossy().into_owned();
+        let in_set = |place: &str| Path::new(&set).join(place).display().to_string();
         let columns = BTreeMap::from([("frage".to_owned(), "query".to_owned())]);
 
         let dataset = load(&[set.clone(), other.clone()], &columns, Strictness::Lenient, 42).unwrap();
         assert_eq!(queries(&dataset.rows), [0, 1, 2, 3, 4]);
-        assert_eq!(dataset.rows[1].location.to_string(), format!("{set}/a.json:2"));
-        assert_eq!(dataset.skipped[0].location.to_string(), format!("{set}/b.jsonl:2"));
+        assert_eq!(dataset.rows[1].location.to_string(), in_set("a.json:2"));
+        assert_eq!(dataset.skipped[0].location.to_string(), in_set("b.jsonl:2"));
 
         let sampled = load(&[format!("{set}#2"), other], &columns, Strictness::Lenient, 42).unwrap();
         assert_eq!(sampled.rows.len(), 3);
         assert_eq!(sampled.rows[2].query, "4");
 
-        let error = load(&[set], &columns, Strictness::Lenient, 42).unwrap_err();
+        let error = load(&[set.clone()], &columns, Strictness::Lenient, 42).unwrap_err();
         assert!(error.to_string().contains("--columns renames `frage`, which no row has"), "{error}");
         assert!(matches!(error, Error::Config { .. }), "{error:?}");
     }

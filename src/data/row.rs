@@ -367,6 +367,12 @@ mod tests {
         let swapped =
             [("response", "rejected_response"), ("rejected_response", "response"), ("question", "query")];
         assert_eq!(flat(&parsed(value, &swapped).unwrap()), "-||q|c|r");
+        let value = json!({"query": "q", "response": "c", "rejected_response": "r", "system": "s"});
+        assert_eq!(
+            flat(&parsed(value, &[("system", "prompt")]).unwrap()),
+            "-||q|c|r",
+            "the old name is gone"
+        );
     }
 
     #[test]
@@ -451,6 +457,10 @@ mod tests {
             (
                 json!({"chosen": [assistant("c")], "rejected": [assistant("r")]}),
                 "`chosen` has only an answer, and there is no `prompt`",
+            ),
+            (
+                json!({"chosen": [user, assistant("c")], "rejected": [{"role": "user", "content": "x"}, assistant("r")]}),
+                "`rejected` differs from the chosen conversation before its last message",
             ),
             (
                 json!({"chosen": [user, assistant("c")], "rejected": [assistant("r")]}),

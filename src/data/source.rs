@@ -228,7 +228,7 @@ mod tests {
 
     fn files(base: &Path, spec: &str) -> Vec<String> {
         let source = resolve(&specs(&[spec]), base).unwrap().remove(0);
-        let name = |file: &PathBuf| file.strip_prefix(base).unwrap().to_string_lossy().into_owned();
+        let name = |file: &PathBuf| file.strip_prefix(base).unwrap().to_string_lossy().replace('\\', "/");
         source.files.iter().map(name).collect()
     }
 

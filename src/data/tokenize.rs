@@ -263,6 +263,14 @@ mod tests {
     }
 
     #[test]
+    fn a_pair_without_a_prompt_is_left_out() {
+        let location = rows(&[("", "a", "b")])[0].location.clone();
+        let pair = TokenizedPair { prompt: vec![], chosen: vec![1], rejected: vec![2], location };
+        let reason = fit(pair, 10, TruncationStrategy::Delete).unwrap_err();
+        assert_eq!(reason, "the prompt is empty, so nothing predicts the answer's first token");
+    }
+
+    #[test]
     fn strict_ends_at_the_first_row_that_does_not_fit() {
         let rows = rows(&[("q", "a", "b"), ("q", "a", "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbb")]);
         let error = tokenized(&rows, 40, TruncationStrategy::Delete, Strictness::Strict).unwrap_err();

@@ -117,11 +117,16 @@ pub fn api() -> String {
 /// Lists the adapters of this machine; none is an empty list.
 pub fn adapters() -> Vec<Adapter> {
     let backends = wgpu::Backends::from(AutoGraphicsApi::backend());
-    let descriptor = wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() };
+    let descriptor =
+        wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() };
     let instance = wgpu::Instance::new(descriptor);
     let found = pollster::block_on(instance.enumerate_adapters(backends));
     let types: Vec<DeviceType> = found.iter().map(|adapter| adapter.get_info().device_type.into()).collect();
-    found.iter().enumerate().map(|(index, adapter)| describe(adapter, index, wgpu_device(&types, index))).collect()
+    found
+        .iter()
+        .enumerate()
+        .map(|(index, adapter)| describe(adapter, index, wgpu_device(&types, index)))
+        .collect()
 }
 
 fn describe(adapter: &wgpu::Adapter, index: usize, device: Option<WgpuDevice>) -> Adapter {
@@ -150,7 +155,10 @@ fn describe(adapter: &wgpu::Adapter, index: usize, device: Option<WgpuDevice>) -
 /// `16x16x16 f16->f32`
 fn shape(properties: &CooperativeMatrixProperties) -> String {
     let CooperativeMatrixProperties { m_size, n_size, k_size, ab_type, cr_type, .. } = properties;
-    format!("{m_size}x{n_size}x{k_size} {ab_type:?}->{cr_type:?}").replace('F', "f").replace('I', "i").replace('U', "u")
+    format!("{m_size}x{n_size}x{k_size} {ab_type:?}->{cr_type:?}")
+        .replace('F', "f")
+        .replace('I', "i")
+        .replace('U', "u")
 }
 
 /// The name that burn finds an adapter by: cubecl counts the adapters of each type, and takes an adapter of unknown type for a

@@ -33,7 +33,7 @@ static HOOK: Once = Once::new();
 
 /// Runs `work` on a device and turns a panic into an error.
 ///
-/// While it runs, panics of this thread, of the device's threads and of thread pools print nothing, unless `RUST_BACKTRACE` is set.
+/// While it runs, panics of this thread, of the device's threads and of thread pools print nothing, unless `RUST_BACKTRACE` is `full`.
 ///
 /// # Errors
 /// What `work` returns; [`Error::Device`] with the panic's message if it, or the device's own thread, panics. `step` says what was
@@ -42,7 +42,7 @@ pub fn guard<T>(step: &str, choice: &DeviceChoice, work: impl FnOnce() -> Result
     HOOK.call_once(|| {
         let usual = take_hook();
         set_hook(Box::new(move |info| {
-            if !on_panic(info) || std::env::var_os("RUST_BACKTRACE").is_some() {
+            if !on_panic(info) || std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value == "full") {
                 usual(info);
             }
         }));
@@ -78,7 +78,12 @@ fn start(choice: &DeviceChoice) -> u64 {
     let mut watches = watches();
     watches.n_started += 1;
     let id = watches.n_started;
-    watches.running.push(Watch { thread: thread::current().id(), device_thread, device_panics: Vec::new(), id });
+    watches.running.push(Watch {
+        thread: thread::current().id(),
+        device_thread,
+        device_panics: Vec::new(),
+        id,
+    });
     id
 }
 
@@ -131,7 +136,7 @@ fn hint(message: &str) -> &'static str {
     if ["memory", "alloc", "buffer"].iter().any(|word| message.contains(word)) {
         "the device is probably full: lower --max_length or --batch_size, close other programs, or pass --device cpu"
     } else {
-        "update the GPU's driver or pass --device cpu; with RUST_BACKTRACE=1 it says where it happened"
+        "update the GPU's driver or pass --device cpu; with RUST_BACKTRACE=full it says where it happened"
     }
 }
 
@@ -148,7 +153,8 @@ mod tests {
         assert_eq!(guard("a test", &DeviceChoice::Cpu, || Ok(7)).unwrap(), 7);
         assert_eq!(guarded(|| Err(Error::config("wrong"))), "invalid configuration: wrong");
         assert_eq!(guarded(|| panic!("no {}", "luck")), "device cpu: a test failed: no luck");
-        let error = guard("a test", &DeviceChoice::Cpu, || -> Result<()> { panic!("out of memory") }).unwrap_err();
+        let error =
+            guard("a test", &DeviceChoice::Cpu, || -> Result<()> { panic!("out of memory") }).unwrap_err();
         assert!(error.hint().unwrap().contains("--batch_size"), "a full device has its own hint");
     }
 
@@ -163,7 +169,8 @@ mod tests {
 
     #[test]
     fn a_message_is_one_line_without_backtrace() {
-        let message = "An error happened during execution\nCaused by:\n  a bad\n  shader\nBacktrace:\n 0: main";
+        let message =
+            "An error happened during execution\nCaused by:\n  a bad\n  shader\nBacktrace:\n 0: main";
         assert_eq!(first_cause(message), "a bad shader");
         assert_eq!(first_cause(&"é".repeat(500)).chars().count(), 401);
     }

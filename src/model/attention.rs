@@ -6,9 +6,9 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use burn_autodiff::Autodiff;
 
+use super::LlamaConfig;
 use super::llama::Linear;
 use super::rope::RopeTable;
-use super::LlamaConfig;
 use crate::ops::Ops;
 
 /// What a masked score gets added; large enough for a weight of exactly zero, and finite.
@@ -58,7 +58,10 @@ impl<B: Backend> AttentionLayout<B> {
             .collect();
         let mask = Tensor::from_data(TensorData::new(mask, [n_new, n_keys]), device);
         let positions: Vec<u32> = (n_cached as u32..n_keys as u32).collect();
-        Self { rope: RopeTable::new(config, &positions, device), blocks: vec![Block { rows: 0..n_new, mask }] }
+        Self {
+            rope: RopeTable::new(config, &positions, device),
+            blocks: vec![Block { rows: 0..n_new, mask }],
+        }
     }
 
     /// The same layout under autodiff.
@@ -123,7 +126,11 @@ impl<B: Ops> Attention<B> {
         self.o_proj.forward(attend(q, keys, values, layout.blocks[0].mask.clone()))
     }
 
-    fn project(&self, x: Tensor<B, 2>, layout: &AttentionLayout<B>) -> (Tensor<B, 3>, Tensor<B, 3>, Tensor<B, 3>) {
+    fn project(
+        &self,
+        x: Tensor<B, 2>,
+        layout: &AttentionLayout<B>,
+    ) -> (Tensor<B, 3>, Tensor<B, 3>, Tensor<B, 3>) {
         let heads = |t: Tensor<B, 2>| {
             let [n_tokens, width] = t.dims();
             t.reshape([n_tokens, width / self.head_dim, self.head_dim])

@@ -114,8 +114,8 @@ impl LlamaConfig {
     /// # Errors
     /// See [`read`](Self::read).
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
-        let file: ConfigFile =
-            serde_json::from_str(text).map_err(|e| Error::file(path, format!("is not a Llama configuration: {e}")))?;
+        let file: ConfigFile = serde_json::from_str(text)
+            .map_err(|e| Error::file(path, format!("is not a Llama configuration: {e}")))?;
         let mut problems = Vec::new();
         let mut require = |holds: bool, problem: String| {
             if !holds {
@@ -139,7 +139,10 @@ impl LlamaConfig {
             format!("num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"),
         );
         let head_dim = file.head_dim.unwrap_or(file.hidden_size / heads.max(1));
-        require(head_dim > 0 && head_dim.is_multiple_of(2), format!("head_dim {head_dim} is not a positive even number"));
+        require(
+            head_dim > 0 && head_dim.is_multiple_of(2),
+            format!("head_dim {head_dim} is not a positive even number"),
+        );
         let positive = [
             ("hidden_size", file.hidden_size),
             ("intermediate_size", file.intermediate_size),

@@ -40,7 +40,11 @@ impl<B: Backend> Linear<B> {
         let track = |t: &Tensor<B, 2>| Tensor::from_inner(t.clone()).require_grad();
         Linear {
             weight: Tensor::from_inner(self.weight.clone()),
-            lora: self.lora.as_ref().map(|lora| Lora { a: track(&lora.a), b: track(&lora.b), scale: lora.scale }),
+            lora: self.lora.as_ref().map(|lora| Lora {
+                a: track(&lora.a),
+                b: track(&lora.b),
+                scale: lora.scale,
+            }),
         }
     }
 }

@@ -12,11 +12,11 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
+use super::LlamaConfig;
 use super::attention::Attention;
 use super::llama::{DecoderLayer, LINEAR_NAMES, Linear, Llama};
 use super::mlp::Mlp;
 use super::norm::RmsNorm;
-use super::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::ops::token_logps::Head;
 
@@ -64,7 +64,9 @@ impl HostMatrix {
     /// If an id is not a row.
     pub fn gather(&self, ids: &[u32]) -> Vec<f32> {
         let n_columns = self.0.shape[1];
-        ids.iter().flat_map(|&id| self.0.values(id as usize * n_columns..(id as usize + 1) * n_columns)).collect()
+        ids.iter()
+            .flat_map(|&id| self.0.values(id as usize * n_columns..(id as usize + 1) * n_columns))
+            .collect()
     }
 }
 
@@ -95,8 +97,8 @@ impl Checkpoint {
             return Self::open_file(&single);
         }
         let text = std::fs::read_to_string(&index_path).map_err(Error::io("read", &index_path))?;
-        let index: Index =
-            serde_json::from_str(&text).map_err(|e| Error::file(&index_path, format!("is not an index: {e}")))?;
+        let index: Index = serde_json::from_str(&text)
+            .map_err(|e| Error::file(&index_path, format!("is not an index: {e}")))?;
         let mut files: Vec<&String> = index.weight_map.values().collect();
         files.sort();
         files.dedup();
@@ -122,7 +124,10 @@ impl Checkpoint {
     /// If it cannot be mapped, is truncated or is no safetensors file.
     pub fn open_file(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
-        #[expect(unsafe_code, reason = "mapping a file that another program truncates is undefined; every reader of checkpoints lives with it")]
+        #[expect(
+            unsafe_code,
+            reason = "mapping a file that another program truncates is undefined; every reader of checkpoints lives with it"
+        )]
         // SAFETY: the map is read-only and lives as long as every tensor that points into it.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("map", path))?;
         Self::from_bytes(Arc::new(map), path)
@@ -134,7 +139,8 @@ impl Checkpoint {
     /// See [`open_file`](Self::open_file).
     pub fn from_bytes(bytes: Bytes, path: &Path) -> Result<Self> {
         let content = (*bytes).as_ref();
-        let (header_len, metadata) = SafeTensors::read_metadata(content).map_err(|e| damaged(path, content, &e))?;
+        let (header_len, metadata) =
+            SafeTensors::read_metadata(content).map_err(|e| damaged(path, content, &e))?;
         let data_start = header_len + size_of::<u64>();
         if data_start + metadata.data_len() != content.len() {
             return Err(truncated(path, data_start + metadata.data_len(), content.len()));
@@ -174,7 +180,8 @@ impl Checkpoint {
                 Some(_) => {}
             }
         }
-        let known: std::collections::BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
+        let known: std::collections::BTreeSet<&str> =
+            expected.iter().map(|(name, _)| name.as_str()).collect();
         for name in self.names().filter(|name| !known.contains(name) && !ignored(name)) {
             problems.push(format!("`{name}` {:?} is not part of the model", self.tensors[name].shape));
         }
@@ -214,18 +221,26 @@ fn damaged(path: &Path, content: &[u8], error: &SafeTensorError) -> Error {
     // The header's own length is the first 8 bytes; a file shorter than it was cut off.
     let header = content.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
     match header {
-        Some(n) if n < 1 << 32 && n as usize + 8 > content.len() => truncated(path, n as usize + 8, content.len()),
-        _ if matches!(error, SafeTensorError::MetadataIncompleteBuffer) => {
-            Error::file(path, format!("is truncated: its header describes more than its {} bytes", content.len()))
-                .with_hint("fetch the file again")
+        Some(n) if n < 1 << 32 && n as usize + 8 > content.len() => {
+            truncated(path, n as usize + 8, content.len())
         }
-        _ => Error::file(path, format!("is not a safetensors file: {error}")).with_hint("fetch the file again"),
+        _ if matches!(error, SafeTensorError::MetadataIncompleteBuffer) => Error::file(
+            path,
+            format!("is truncated: its header describes more than its {} bytes", content.len()),
+        )
+        .with_hint("fetch the file again"),
+        _ => {
+            Error::file(path, format!("is not a safetensors file: {error}")).with_hint("fetch the file again")
+        }
     }
 }
 
 fn truncated(path: &Path, expected: usize, got: usize) -> Error {
-    Error::file(path, format!("is truncated or damaged: its header describes {expected} bytes, the file has {got}"))
-        .with_hint("fetch the file again")
+    Error::file(
+        path,
+        format!("is truncated or damaged: its header describes {expected} bytes, the file has {got}"),
+    )
+    .with_hint("fetch the file again")
 }
 
 /// Names and shapes of a model's tensors, `[out, in]`, without embedding and head.
@@ -233,7 +248,15 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let q = config.num_attention_heads * config.head_dim;
     let kv = config.num_key_value_heads * config.head_dim;
-    let shapes = [[q, hidden], [kv, hidden], [kv, hidden], [hidden, q], [inner, hidden], [inner, hidden], [hidden, inner]];
+    let shapes = [
+        [q, hidden],
+        [kv, hidden],
+        [kv, hidden],
+        [hidden, q],
+        [inner, hidden],
+        [inner, hidden],
+        [hidden, inner],
+    ];
     let mut tensors = vec![("model.norm.weight".to_owned(), vec![hidden])];
     for layer in 0..config.num_hidden_layers {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
@@ -259,7 +282,11 @@ pub fn load_llama<B: Backend>(
     const EMBED: &str = "model.embed_tokens.weight";
     const HEAD: &str = "lm_head.weight";
     let tied = config.tie_word_embeddings;
-    let embed = if tied && checkpoint.shape(EMBED).is_none() && checkpoint.shape(HEAD).is_some() { HEAD } else { EMBED };
+    let embed = if tied && checkpoint.shape(EMBED).is_none() && checkpoint.shape(HEAD).is_some() {
+        HEAD
+    } else {
+        EMBED
+    };
     let head = if tied { embed } else { HEAD };
     let mut expected = layer_tensors(config);
     expected.push((embed.to_owned(), vec![config.vocab_size, config.hidden_size]));
@@ -296,6 +323,9 @@ pub fn load_llama<B: Backend>(
         embed_tokens: checkpoint.host_matrix(embed),
         layers: layers.collect(),
         norm: norm("model.norm.weight"),
-        lm_head: Head { shards: checkpoint.sharded(head, shard_bytes, device), chunk_bytes: shard_bytes.min(64 << 20) },
+        lm_head: Head {
+            shards: checkpoint.sharded(head, shard_bytes, device),
+            chunk_bytes: shard_bytes.min(64 << 20),
+        },
     })
 }

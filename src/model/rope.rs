@@ -47,7 +47,8 @@ impl<B: Backend> RopeTable<B> {
 /// Rotary frequencies in radians a position, `[head_dim / 2]`: `theta^(−2i / head_dim)`, long wavelengths divided by `factor` and the
 /// band between blended (transformers, `_compute_llama3_parameters`).
 pub fn inv_freq(config: &LlamaConfig) -> Vec<f64> {
-    let plain = (0..config.head_dim / 2).map(|i| config.rope_theta.powf(-2.0 * i as f64 / config.head_dim as f64));
+    let plain =
+        (0..config.head_dim / 2).map(|i| config.rope_theta.powf(-2.0 * i as f64 / config.head_dim as f64));
     let Some(scaling) = config.rope_scaling else { return plain.collect() };
     let (low, high, context) =
         (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings);

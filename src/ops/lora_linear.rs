@@ -64,11 +64,7 @@ pub struct LoraGrads<B: Backend> {
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn lora_linear<B: Ops>(
-    x: Tensor<B, 2>,
-    weight: Tensor<B, 2>,
-    lora: Option<&Lora<B>>,
-) -> Tensor<B, 2> {
+pub fn lora_linear<B: Ops>(x: Tensor<B, 2>, weight: Tensor<B, 2>, lora: Option<&Lora<B>>) -> Tensor<B, 2> {
     check_shapes(&x, &weight, lora);
     let lora = lora.map(|lora| LoraPrimitive {
         a: primitive(lora.a.clone()),

@@ -109,7 +109,7 @@ fn log_sigmoid<B: Backend>(x: Tensor<B, 1>) -> Tensor<B, 1> {
 /// [`Kernels::orpo_loss_forward`] in plain burn tensors. Differentiable by burn's own autodiff.
 pub fn orpo_loss_reference<B: Backend>(logps: FloatTensor<B>, pairs: &[PairSpan]) -> FloatTensor<B> {
     let logps = Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(logps));
-    let part = |start: u32, end: u32| logps.clone().slice([start as usize..end as usize]);
+    let part = |start: u32, end: u32| logps.clone().slice(start as usize..end as usize);
     let columns = |f: &dyn Fn(&PairSpan) -> Tensor<B, 1>| Tensor::cat(pairs.iter().map(f).collect(), 0);
     let nll = columns(&|p| part(p.nll_start, p.rejected_start).sum() * -p.nll_weight);
     let chosen = columns(&|p| part(p.chosen_start, p.rejected_start).mean());
@@ -133,7 +133,8 @@ pub fn orpo_loss_backward_reference<B: Backend>(
     let column = |i: usize| stats.clone().slice([0..pairs.len(), i..i + 1]).squeeze_dim::<1>(1);
     let log_sigmoid_neg = log_sigmoid(-column(3));
     let factor = |logp: Tensor<B, 1>| {
-        (log_sigmoid_neg.clone() - log1mexp(logp.clamp_max(MEAN_LOGP_MAX))).exp() * (beta / pairs.len() as f32)
+        (log_sigmoid_neg.clone() - log1mexp(logp.clamp_max(MEAN_LOGP_MAX))).exp()
+            * (beta / pairs.len() as f32)
     };
     let (chosen, rejected) = (-factor(column(1)), factor(column(2)));
 

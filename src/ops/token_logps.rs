@@ -67,10 +67,14 @@ impl<B: Backend> Head<B> {
         let mut gathered = Gathered::default();
         for (shard, first) in self.shards.iter().zip(self.first_ids()) {
             let range = first..first + shard.dims()[0];
-            gathered.push(ids, |&id| range.contains(&(id as usize)), |picked| {
-                let local: Vec<u32> = picked.iter().map(|&&id| id - first as u32).collect();
-                shard.clone().select(0, indices(&local, &shard.device()))
-            });
+            gathered.push(
+                ids,
+                |&id| range.contains(&(id as usize)),
+                |picked| {
+                    let local: Vec<u32> = picked.iter().map(|&&id| id - first as u32).collect();
+                    shard.clone().select(0, indices(&local, &shard.device()))
+                },
+            );
         }
         gathered.in_order()
     }
@@ -90,7 +94,12 @@ impl<B: Backend, const D: usize> Default for Gathered<B, D> {
 
 impl<B: Backend, const D: usize> Gathered<B, D> {
     /// Adds `compute` of the items that `belongs` picks; one row of its result an item.
-    fn push<T>(&mut self, items: &[T], belongs: impl Fn(&T) -> bool, compute: impl FnOnce(&[&T]) -> Tensor<B, D>) {
+    fn push<T>(
+        &mut self,
+        items: &[T],
+        belongs: impl Fn(&T) -> bool,
+        compute: impl FnOnce(&[&T]) -> Tensor<B, D>,
+    ) {
         let picked: Vec<(usize, &T)> = items.iter().enumerate().filter(|(_, item)| belongs(item)).collect();
         if !picked.is_empty() {
             self.order.extend(picked.iter().map(|(i, _)| i));
@@ -149,12 +158,14 @@ pub fn token_logps<B: Backend>(
         for ((z, shard), first) in shifted.into_iter().zip(&head.shards).zip(head.first_ids()) {
             let n = shard.dims()[0];
             let belongs = |token: &ScoredToken| {
-                rows.contains(&(token.row_idx as usize)) && (first..first + n).contains(&(token.target as usize))
+                rows.contains(&(token.row_idx as usize))
+                    && (first..first + n).contains(&(token.target as usize))
             };
             logps.push(scored, belongs, |picked| {
                 let local: Vec<u32> = picked.iter().map(|token| token.row_idx - start as u32).collect();
                 let columns = picked.iter().map(|token| token.target - first as u32);
-                let flat: Vec<u32> = local.iter().zip(columns).map(|(row, column)| row * n as u32 + column).collect();
+                let flat: Vec<u32> =
+                    local.iter().zip(columns).map(|(row, column)| row * n as u32 + column).collect();
                 let n_logits = z.dims()[0] * n;
                 z.reshape([n_logits]).select(0, indices(&flat, &device))
                     - log_sum.clone().select(0, indices(&local, &device))
@@ -186,7 +197,8 @@ pub fn token_logps_backward<B: Backend>(
     head: &Head<B>,
     scored: &[ScoredToken],
 ) -> Tensor<B, 2> {
-    let expected = forward.expected.expect("token_logps_backward: the forward pass kept nothing for backward");
+    let expected =
+        forward.expected.expect("token_logps_backward: the forward pass kept nothing for backward");
     let ([n_rows, n_hidden], device) = (expected.dims(), expected.device());
     let (row_indices, targets): (Vec<u32>, Vec<u32>) = scored.iter().map(|t| (t.row_idx, t.target)).unzip();
     let row_indices = indices(&row_indices, &device);

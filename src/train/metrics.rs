@@ -79,7 +79,9 @@ impl StepMetrics {
     /// The fields as a JSON object, every name behind `prefix` (`eval_`).
     pub fn to_json(&self, prefix: &str) -> Map<String, Value> {
         match serde_json::to_value(self) {
-            Ok(Value::Object(fields)) => fields.into_iter().map(|(k, v)| (format!("{prefix}{k}"), v)).collect(),
+            Ok(Value::Object(fields)) => {
+                fields.into_iter().map(|(k, v)| (format!("{prefix}{k}"), v)).collect()
+            }
             _ => Map::new(),
         }
     }

@@ -71,7 +71,10 @@ impl<B: Backend> AdamW<B> {
 ///
 /// # Errors
 /// If the norm cannot be read from the device.
-pub fn clip_grad_norm<B: Backend>(grads: Vec<Tensor<B, 2>>, max_norm: f64) -> Result<(Vec<Tensor<B, 2>>, f64)> {
+pub fn clip_grad_norm<B: Backend>(
+    grads: Vec<Tensor<B, 2>>,
+    max_norm: f64,
+) -> Result<(Vec<Tensor<B, 2>>, f64)> {
     let squares = grads.iter().map(|g| (g.clone() * g.clone()).sum()).collect();
     let norm = f64::from(read(Tensor::cat(squares, 0).sum().sqrt())?[0]);
     let factor = if max_norm > 0.0 { max_norm / (norm + 1e-6) } else { 1.0 };
@@ -91,7 +94,9 @@ pub fn read<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>
         hint: Some("try --device cpu; a full device: lower --max_length or --batch_size".to_owned()),
     };
     match tensor.try_into_data() {
-        Ok(data) => data.convert::<f32>().into_vec().map_err(|e| failed(format!("gave unreadable data: {e:?}"))),
+        Ok(data) => {
+            data.convert::<f32>().into_vec().map_err(|e| failed(format!("gave unreadable data: {e:?}")))
+        }
         Err(e) => Err(failed(format!("failed: {e:?}"))),
     }
 }

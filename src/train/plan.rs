@@ -31,13 +31,17 @@ impl Plan {
         let (epoch, step) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let order = epoch_order(self.n_rows, epoch, self.shuffle);
         let micro_batches = order.chunks(self.batch_size).map(<[usize]>::to_vec);
-        micro_batches.skip(step * self.gradient_accumulation_steps).take(self.gradient_accumulation_steps).collect()
+        micro_batches
+            .skip(step * self.gradient_accumulation_steps)
+            .take(self.gradient_accumulation_steps)
+            .collect()
     }
 
     /// Epochs done after `n_steps` optimizer steps.
     pub fn epoch(&self, n_steps: usize) -> f64 {
         let (epoch, step) = (n_steps / self.steps_per_epoch(), n_steps % self.steps_per_epoch());
-        epoch as f64 + (step * self.gradient_accumulation_steps) as f64 / self.micro_batches_per_epoch() as f64
+        epoch as f64
+            + (step * self.gradient_accumulation_steps) as f64 / self.micro_batches_per_epoch() as f64
     }
 }
 
@@ -57,7 +61,8 @@ mod tests {
 
     #[test]
     fn a_shuffled_epoch_takes_every_row_once_and_differs_from_the_next() {
-        let plan = Plan { n_rows: 50, batch_size: 4, gradient_accumulation_steps: 2, shuffle: Shuffle::Seeded(1) };
+        let plan =
+            Plan { n_rows: 50, batch_size: 4, gradient_accumulation_steps: 2, shuffle: Shuffle::Seeded(1) };
         let epoch = |e: usize| -> Vec<usize> {
             let steps = e * plan.steps_per_epoch()..(e + 1) * plan.steps_per_epoch();
             steps.flat_map(|step| plan.micro_batches(step)).flatten().collect()

@@ -63,7 +63,14 @@ impl RunFolder {
         for line in &log_history {
             writeln!(log, "{line}").map_err(Error::io("write", &path))?;
         }
-        Ok(Self { folder: folder.to_owned(), log, log_history, texts, save_total_limit, checkpoints: Vec::new() })
+        Ok(Self {
+            folder: folder.to_owned(),
+            log,
+            log_history,
+            texts,
+            save_total_limit,
+            checkpoints: Vec::new(),
+        })
     }
 
     /// The folder.
@@ -201,8 +208,8 @@ impl<B: Backend> TrainerState<B> {
     pub fn read(checkpoint: &Path, model: &Llama<B>, plan: &Plan) -> Result<Self> {
         let path = checkpoint.join(STATE_FILE);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let state: Value =
-            serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("is not a trainer state: {e}")))?;
+        let state: Value = serde_json::from_str(&text)
+            .map_err(|e| Error::file(&path, format!("is not a trainer state: {e}")))?;
         let expected = [
             ("n_rows", json!(plan.n_rows)),
             ("batch_size", json!(plan.batch_size)),
@@ -223,11 +230,15 @@ impl<B: Backend> TrainerState<B> {
         };
         let file = Checkpoint::open_file(&checkpoint.join(OPTIMIZER_FILE))?;
         let tensors = lora::tensors(model);
-        let names = |part: &str| tensors.iter().map(|(name, t)| (format!("{name}.{part}"), t.dims().to_vec())).collect();
+        let names = |part: &str| {
+            tensors.iter().map(|(name, t)| (format!("{name}.{part}"), t.dims().to_vec())).collect()
+        };
         let (first, second): (Vec<_>, Vec<_>) = (names("exp_avg"), names("exp_avg_sq"));
         file.check(&[first.clone(), second.clone()].concat(), |_| false)?;
         let device = model.device();
-        let load = |names: Vec<(String, Vec<usize>)>| names.iter().map(|(name, _)| file.tensor(name, &device)).collect();
+        let load = |names: Vec<(String, Vec<usize>)>| {
+            names.iter().map(|(name, _)| file.tensor(name, &device)).collect()
+        };
         let log_history = state["log_history"].as_array().cloned().unwrap_or_default();
         Ok(Self {
             global_step: global_step as usize,

@@ -62,7 +62,11 @@ mod tests {
         for (kind, rates) in expected {
             let schedule = Schedule { learning_rate: 1.0, kind, warmup_steps: 2, max_steps: 10 };
             for (step, rate) in [0, 1, 2, 3, 6, 9].into_iter().zip(rates) {
-                assert!((schedule.at(step) - rate).abs() < 1e-12, "{kind:?} at {step}: {}", schedule.at(step));
+                assert!(
+                    (schedule.at(step) - rate).abs() < 1e-12,
+                    "{kind:?} at {step}: {}",
+                    schedule.at(step)
+                );
             }
         }
     }

@@ -140,7 +140,13 @@ fn layer_grads<B: Kernels>(
 
 fn attention_layout<B: Ops>(model: &Llama<B>, batch: &Batch) -> AttentionLayout<B> {
     let blocks: Vec<_> = batch.segments.iter().map(|segment| segment.start..segment.end()).collect();
-    AttentionLayout::new(&model.config, &batch.positions, &blocks, |i, j| batch.attends(i, j), &model.device())
+    AttentionLayout::new(
+        &model.config,
+        &batch.positions,
+        &blocks,
+        |i, j| batch.attends(i, j),
+        &model.device(),
+    )
 }
 
 fn row_indices<B: Backend>(batch: &Batch, device: &B::Device) -> Tensor<B, 1, Int> {

@@ -152,7 +152,12 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             },
             flags: &[],
             code: 1,
-            says: &["model.layers.0.mlp.up_proj.weight", "expected [96, 64]", "model.layers.1.", "is not part of the model"],
+            says: &[
+                "model.layers.0.mlp.up_proj.weight",
+                "expected [96, 64]",
+                "model.layers.1.",
+                "is not part of the model",
+            ],
         },
         Case {
             name: "biases",
@@ -176,10 +181,21 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             code: 1,
             says: &["pairs.jsonl:7", "JSON"],
         },
-        Case { name: "empty data set", spoil: |w| write_pairs(w, ""), flags: &[], code: 1, says: &["pairs.jsonl", "no rows"] },
+        Case {
+            name: "empty data set",
+            spoil: |w| write_pairs(w, ""),
+            flags: &[],
+            code: 1,
+            says: &["pairs.jsonl", "no rows"],
+        },
         Case {
             name: "all rows unusable",
-            spoil: |w| write_pairs(w, "{\"query\":\"q\",\"response\":\"a\",\"rejected_response\":\"a\"}\n{\"query\":\"q\"}\n"),
+            spoil: |w| {
+                write_pairs(
+                    w,
+                    "{\"query\":\"q\",\"response\":\"a\",\"rejected_response\":\"a\"}\n{\"query\":\"q\"}\n",
+                )
+            },
             flags: &[],
             code: 1,
             says: &["pairs.jsonl", "none of its 2 rows can be used", "equal"],
@@ -195,13 +211,22 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             name: "strict",
             spoil: |w| {
                 let text = fs::read_to_string(w.path("pairs.jsonl")).unwrap();
-                write_pairs(w, &format!("{text}{{\"query\":\"q\",\"response\":\"a\",\"rejected_response\":\"a\"}}\n"));
+                write_pairs(
+                    w,
+                    &format!("{text}{{\"query\":\"q\",\"response\":\"a\",\"rejected_response\":\"a\"}}\n"),
+                );
             },
             flags: &["--strict", "true"],
             code: 1,
             says: &["pairs.jsonl:8", "equal"],
         },
-        Case { name: "unknown flag", spoil: |_| {}, flags: &["--betta", "1"], code: 2, says: &["--betta", "--beta"] },
+        Case {
+            name: "unknown flag",
+            spoil: |_| {},
+            flags: &["--betta", "1"],
+            code: 2,
+            says: &["--betta", "--beta"],
+        },
         Case {
             name: "values out of range",
             spoil: |_| {},
@@ -242,7 +267,14 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
         Case {
             name: "a model name without a folder",
             spoil: |w| fs::write(w.path("run.toml"), "model_type = \"llama3-8b-instruct\"\n").unwrap(),
-            flags: &["--adapters", "missing", "--model_type", "llama3-8b-instruct", "--model_id_or_path", "llama3"],
+            flags: &[
+                "--adapters",
+                "missing",
+                "--model_type",
+                "llama3-8b-instruct",
+                "--model_id_or_path",
+                "llama3",
+            ],
             code: 1,
             says: &["llama3", "nothing is downloaded"],
         },
@@ -257,7 +289,9 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
         if output.status.code() != Some(case.code) {
             wrong.push(format!("exit code {:?}, expected {}", output.status.code(), case.code));
         }
-        wrong.extend(case.says.iter().filter(|s| !message.contains(**s)).map(|s| format!("does not say `{s}`")));
+        wrong.extend(
+            case.says.iter().filter(|s| !message.contains(**s)).map(|s| format!("does not say `{s}`")),
+        );
         if message.contains("panicked") || message.contains("RUST_BACKTRACE") {
             wrong.push("panicked".to_owned());
         }
@@ -277,7 +311,14 @@ fn a_run_writes_the_files_that_it_promises() {
     let output = workplace.train(&["--logging_steps", "1", "--save_steps", "1", "--save_total_limit", "1"]);
     assert!(output.status.success(), "{}", stderr(&output));
     let written = workplace.written();
-    let checkpoint = ["README.md", "adapter_config.json", "adapter_model.safetensors", "args.json", "optimizer.safetensors", "trainer_state.json"];
+    let checkpoint = [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "args.json",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ];
     for file in checkpoint {
         assert!(written.contains(&format!("checkpoint-2/{file}")), "{file} is missing in {written:?}");
     }
@@ -285,21 +326,46 @@ fn a_run_writes_the_files_that_it_promises() {
     let log = fs::read_to_string(workplace.path("out/logging.jsonl")).unwrap();
     let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(lines.iter().map(|l| l["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
-    for key in ["epoch", "loss", "nll_loss", "log_odds_ratio", "log_odds_chosen", "rewards/chosen", "rewards/rejected",
-        "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate",
-        "tokens_per_second", "memory_bytes"]
-    {
+    for key in [
+        "epoch",
+        "loss",
+        "nll_loss",
+        "log_odds_ratio",
+        "log_odds_chosen",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "memory_bytes",
+    ] {
         assert!(lines[0][key].is_number(), "{key} is missing in {}", lines[0]);
     }
     // The summary's last line is the command to talk to the result.
     let stdout = String::from_utf8_lossy(&output.stdout);
-    assert!(stdout.contains("orpo-wgpu infer --model_id_or_path model --adapters out/checkpoint-2"), "{stdout}");
+    assert!(
+        stdout.contains("orpo-wgpu infer --model_id_or_path model --adapters out/checkpoint-2"),
+        "{stdout}"
+    );
 }
 
 #[test]
 fn args_json_repeats_the_run() {
     let workplace = Workplace::new();
-    let flags = ["--logging_steps", "1", "--learning-rate", "3e-3", "--beta", "0.4", "--lora_target_modules", "q_proj,down_proj"];
+    let flags = [
+        "--logging_steps",
+        "1",
+        "--learning-rate",
+        "3e-3",
+        "--beta",
+        "0.4",
+        "--lora_target_modules",
+        "q_proj,down_proj",
+    ];
     assert!(workplace.train(&flags).status.success());
     let output = workplace.train(&["--config", "out/args.json", "--output_dir", "again"]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -314,9 +380,21 @@ fn args_json_repeats_the_run() {
 #[test]
 fn a_resumed_run_equals_one_that_was_not_interrupted() {
     let workplace = Workplace::new();
-    let flags = ["--max_steps", "6", "--logging_steps", "1", "--save_steps", "3", "--batch_size", "2", "--gradient_accumulation_steps", "2"];
+    let flags = [
+        "--max_steps",
+        "6",
+        "--logging_steps",
+        "1",
+        "--save_steps",
+        "3",
+        "--batch_size",
+        "2",
+        "--gradient_accumulation_steps",
+        "2",
+    ];
     assert!(workplace.train(&flags).status.success());
-    let resumed = [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-3", "--output_dir", "resumed"]].concat();
+    let resumed =
+        [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-3", "--output_dir", "resumed"]].concat();
     let output = workplace.train(&resumed);
     assert!(output.status.success(), "{}", stderr(&output));
     let read = |file: &str| fs::read(workplace.path(file)).unwrap();
@@ -325,10 +403,17 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
         read("resumed/checkpoint-6/adapter_model.safetensors"),
         "the resumed adapter, bit for bit"
     );
-    assert_eq!(read("out/checkpoint-6/optimizer.safetensors"), read("resumed/checkpoint-6/optimizer.safetensors"));
+    assert_eq!(
+        read("out/checkpoint-6/optimizer.safetensors"),
+        read("resumed/checkpoint-6/optimizer.safetensors")
+    );
     let other = [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-3", "--batch_size", "1"]].concat();
     let output = workplace.train(&other[..]);
-    assert!(stderr(&output).contains("batch_size was 2 and is 1") || output.status.code() == Some(2), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("batch_size was 2 and is 1") || output.status.code() == Some(2),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[cfg(unix)]

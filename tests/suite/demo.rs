@@ -57,8 +57,11 @@ fn training_the_demo_turns_held_out_answers_from_english_to_chinese() {
     lora::load(&mut model, &newest_checkpoint(folder.path())).unwrap();
     let after = answers(&model);
     let english = share(&before, |a| !a.contains(is_cjk) && a.contains(|c: char| c.is_ascii_alphabetic()));
-    let chinese = share(&after, |a| a.chars().filter(|&c| is_cjk(c)).count() > a.chars().filter(char::is_ascii_alphabetic).count());
-    let emoji = share(&after, |a| a.contains(|c: char| ('\u{2600}'..='\u{27bf}').contains(&c) || c >= '\u{1f300}'));
+    let chinese = share(&after, |a| {
+        a.chars().filter(|&c| is_cjk(c)).count() > a.chars().filter(char::is_ascii_alphabetic).count()
+    });
+    let emoji =
+        share(&after, |a| a.contains(|c: char| ('\u{2600}'..='\u{27bf}').contains(&c) || c >= '\u{1f300}'));
     assert!(english >= 0.95, "before training {english:.2} of the answers are English: {before:?}");
     assert!(chinese >= 0.9, "after training {chinese:.2} of the answers are Chinese: {after:?}");
     assert!(emoji >= 0.9, "after training {emoji:.2} of the answers have an emoji: {after:?}");
@@ -69,7 +72,12 @@ fn training_the_demo_turns_held_out_answers_from_english_to_chinese() {
         .output()
         .unwrap();
     let printed = String::from_utf8_lossy(&infer.stdout);
-    assert_eq!(printed.trim(), after[0].trim(), "infer finds the demo's newest adapter: {}", String::from_utf8_lossy(&infer.stderr));
+    assert_eq!(
+        printed.trim(),
+        after[0].trim(),
+        "infer finds the demo's newest adapter: {}",
+        String::from_utf8_lossy(&infer.stderr)
+    );
 }
 
 fn newest_checkpoint(folder: &Path) -> std::path::PathBuf {

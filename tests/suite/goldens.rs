@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Tensor;
+use burn_flex::Flex;
+use burn_wgpu::Wgpu;
 use orpo_wgpu::data::batch::{LossCompat, pack};
 use orpo_wgpu::data::dataset::{self, Shuffle, Strictness};
 use orpo_wgpu::data::template::Template;
@@ -24,7 +26,7 @@ use orpo_wgpu::train::step::{GradientCheckpointing, forward_backward};
 use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
 use serde_json::{Map, Value};
 
-use crate::support::assert_close;
+use crate::support::{adapter, assert_close};
 
 const CASES: [&str; 4] = ["gqa", "tied_rope", "odd", "history_system"];
 
@@ -41,8 +43,10 @@ impl Case {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(name);
         let golden: Value =
             serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
-        let words: Vec<&str> = golden["args"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
-        let flags = words.chunks(2).map(|f| (f[0].trim_start_matches("--").to_owned(), f[1].to_owned())).collect();
+        let words: Vec<&str> =
+            golden["args"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+        let flags =
+            words.chunks(2).map(|f| (f[0].trim_start_matches("--").to_owned(), f[1].to_owned())).collect();
         let specs = [folder.join("pairs.jsonl").display().to_string()];
         let rows = dataset::load(&specs, &BTreeMap::new(), Strictness::Strict, 0).unwrap().rows;
         let tokenizer = TextTokenizer::from_folder(folder.join("model")).unwrap();
@@ -114,7 +118,12 @@ impl Case {
 }
 
 fn floats(value: &Value) -> Vec<f32> {
-    value.as_array().unwrap().iter().flat_map(|v| v.as_f64().map_or_else(|| floats(v), |v| vec![v as f32])).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|v| v.as_f64().map_or_else(|| floats(v), |v| vec![v as f32]))
+        .collect()
 }
 
 fn values<B: Kernels, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
@@ -152,8 +161,20 @@ fn check_forward<B: Kernels>(device: &B::Device) {
             let logps: Vec<f32> =
                 ids[1..].iter().enumerate().map(|(row, &id)| all[row * vocab + id as usize]).collect();
             let last = values(logits.slice([n_rows - 2..n_rows, 0..vocab]));
-            assert_close(&logps, &floats(&forward[kind]["logps"]), 2e-5, 1e-5, &format!("{name} {kind} logps"));
-            assert_close(&last, &floats(&forward[kind]["last_logits"]), 1e-4, 1e-4, &format!("{name} {kind} logits"));
+            assert_close(
+                &logps,
+                &floats(&forward[kind]["logps"]),
+                2e-5,
+                1e-5,
+                &format!("{name} {kind} logps"),
+            );
+            assert_close(
+                &last,
+                &floats(&forward[kind]["last_logits"]),
+                1e-4,
+                1e-4,
+                &format!("{name} {kind} logits"),
+            );
         }
     }
 }
@@ -173,7 +194,9 @@ fn check_first_gradients<B: Kernels>(device: &B::Device) {
     for name in CASES {
         let case = Case::open(name);
         let (model, _) = case.adapted::<B>(device);
-        for (compat, file) in [(LossCompat::Trl, "grads.safetensors"), (LossCompat::Swift, "grads_swift.safetensors")] {
+        for (compat, file) in
+            [(LossCompat::Trl, "grads.safetensors"), (LossCompat::Swift, "grads_swift.safetensors")]
+        {
             let golden = Checkpoint::open_file(&case.folder.join(file)).unwrap();
             for checkpointing in [GradientCheckpointing::PerLayer, GradientCheckpointing::Off] {
                 let settings = case.settings(compat);
@@ -183,7 +206,8 @@ fn check_first_gradients<B: Kernels>(device: &B::Device) {
                     let rows: Vec<_> = indices.iter().map(|&i| &case.pairs[i]).collect();
                     let scale = 1.0 / micro_batches.len() as f32;
                     let (_, grads) =
-                        forward_backward(&model, &pack(&rows, compat), settings.beta, scale, checkpointing).unwrap();
+                        forward_backward(&model, &pack(&rows, compat), settings.beta, scale, checkpointing)
+                            .unwrap();
                     total = Some(match total {
                         None => grads,
                         Some(total) => total.into_iter().zip(grads).map(|(a, b)| a + b).collect(),
@@ -194,7 +218,10 @@ fn check_first_gradients<B: Kernels>(device: &B::Device) {
                 for (tensor, grad) in names.iter().zip(total.unwrap()) {
                     let want = values(golden.tensor::<B, 2>(tensor, device));
                     let distance = relative_distance(&[values(grad)], &[want]);
-                    assert!(distance < 1e-4, "{name} {compat} {checkpointing:?} {tensor}: off by {distance:e} of its norm");
+                    assert!(
+                        distance < 1e-4,
+                        "{name} {compat} {checkpointing:?} {tensor}: off by {distance:e} of its norm"
+                    );
                 }
             }
         }
@@ -222,7 +249,8 @@ fn check_trajectories<B: Kernels>(device: &B::Device) {
         for compat in LossCompat::ALL {
             let (mut model, lora_config) = case.adapted::<B>(device);
             let folder = tempfile::tempdir().unwrap();
-            let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+            let texts =
+                CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
             let mut run = RunFolder::create(folder.path(), texts, 2, Vec::new()).unwrap();
             let mut recorder = Recorder::default();
             let data = TrainData { train: &case.pairs, val: &[] };
@@ -237,7 +265,10 @@ fn check_trajectories<B: Kernels>(device: &B::Device) {
                     let (atol, rtol) = if key == "loss" { (0.0, 1e-4) } else { (1e-4, 3e-4) };
                     let bound = atol + rtol * want.abs();
                     let step = &line["step"];
-                    assert!((got - want).abs() <= bound, "{name} {compat} step {step} {key}: {got} against {want}");
+                    assert!(
+                        (got - want).abs() <= bound,
+                        "{name} {compat} step {step} {key}: {got} against {want}"
+                    );
                 }
             }
             if compat == LossCompat::Swift {
@@ -247,7 +278,10 @@ fn check_trajectories<B: Kernels>(device: &B::Device) {
                     .map(|(name, t)| (values(t), values(after.tensor::<B, 2>(&name, device))))
                     .unzip();
                 let distance = relative_distance(&got, &want);
-                assert!(distance < 1e-3, "{name}: the adapter after ten steps is off by {distance:e} of its norm");
+                assert!(
+                    distance < 1e-3,
+                    "{name}: the adapter after ten steps is off by {distance:e} of its norm"
+                );
             }
         }
     }
@@ -255,15 +289,36 @@ fn check_trajectories<B: Kernels>(device: &B::Device) {
 
 #[test]
 fn cpu_forward_is_that_of_transformers() {
-    check_forward::<burn_flex::Flex>(&Default::default());
+    check_forward::<Flex>(&Default::default());
 }
 
 #[test]
 fn cpu_first_gradients_are_those_of_trl() {
-    check_first_gradients::<burn_flex::Flex>(&Default::default());
+    check_first_gradients::<Flex>(&Default::default());
 }
 
 #[test]
 fn cpu_trajectories_are_those_of_trl() {
-    check_trajectories::<burn_flex::Flex>(&Default::default());
+    check_trajectories::<Flex>(&Default::default());
+}
+
+#[test]
+fn gpu_forward_is_that_of_transformers() {
+    if let Some(device) = adapter() {
+        check_forward::<Wgpu>(&device);
+    }
+}
+
+#[test]
+fn gpu_first_gradients_are_those_of_trl() {
+    if let Some(device) = adapter() {
+        check_first_gradients::<Wgpu>(&device);
+    }
+}
+
+#[test]
+fn gpu_trajectories_are_those_of_trl() {
+    if let Some(device) = adapter() {
+        check_trajectories::<Wgpu>(&device);
+    }
 }

@@ -1,4 +1,7 @@
 //! The one test binary.
+
+mod cli;
+mod demo;
 mod goldens;
 mod gpu {
     mod lora_linear;
@@ -7,6 +10,7 @@ mod gpu {
 mod packing;
 mod shaders;
 mod support;
+mod tidy;
 
 // The library's own file: how a kernel is compiled and launched is nobody's business outside of it.
 #[path = "../../src/ops/kernel.rs"]

@@ -80,11 +80,18 @@ fn packed_batch_equals_two_sequences_in_loss_and_every_gradient() {
                 let layers: Vec<_> = model.layers.iter().map(DecoderLayer::lift).collect();
                 let loss = two_sequence_loss(&model, &layers, &pairs, compat);
                 let grads = loss.backward();
-                let (metrics, got) =
-                    forward_backward(&model, &pack(&pairs, compat), BETA, 1.0, GradientCheckpointing::PerLayer).unwrap();
+                let (metrics, got) = forward_backward(
+                    &model,
+                    &pack(&pairs, compat),
+                    BETA,
+                    1.0,
+                    GradientCheckpointing::PerLayer,
+                )
+                .unwrap();
                 let want = loss.into_scalar();
                 assert_close(&[metrics.loss as f32], &[want], 0.0, 1e-5, &format!("{name} {compat} loss"));
-                let adapters = layers.iter().flat_map(|layer| layer.linears()).filter_map(|(_, l)| l.lora.as_ref());
+                let adapters =
+                    layers.iter().flat_map(|layer| layer.linears()).filter_map(|(_, l)| l.lora.as_ref());
                 let want = adapters.flat_map(|lora| [&lora.a, &lora.b]).map(|t| t.grad(&grads).unwrap());
                 for (((tensor, _), got), want) in lora::tensors(&model).iter().zip(got).zip(want) {
                     let flat = |t: Tensor<Flex, 2>| t.into_data().to_vec::<f32>().unwrap();

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use burn_wgpu::WgpuDevice;
+use orpo_wgpu::device::{self, DeviceChoice};
 
 /// Compares element by element: `|got − want| <= atol + rtol · |want|`.
 ///
@@ -42,10 +43,10 @@ pub(crate) fn assert_close(got: &[f32], want: &[f32], atol: f32, rtol: f32, what
 /// # Panics
 /// If there is no adapter and it was not allowed.
 pub(crate) fn adapter() -> Option<WgpuDevice> {
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
-    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
-    if !adapters.is_empty() {
-        return Some(WgpuDevice::DefaultDevice);
+    if let Ok(selected) = device::select("wgpu")
+        && let DeviceChoice::Wgpu { device, .. } = selected.choice
+    {
+        return Some(device);
     }
     let is_allowed = std::env::var("ORPO_WGPU_SKIP_GPU").is_ok_and(|value| value == "1");
     assert!(

@@ -1,0 +1,158 @@
+//! `orpo-wgpu infer`: opens a model and its adapter and talks.
+
+use std::io::{IsTerminal, stderr, stdin, stdout};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use burn_flex::Flex;
+use burn_wgpu::Wgpu;
+
+use super::open::OpenModel;
+use crate::demo;
+use crate::device::{self, DeviceChoice};
+use crate::error::Result;
+use crate::infer::chat::{self, Chat, Manner};
+use crate::infer::generate::GenerationConfig;
+use crate::infer::prompts::{answer_prompts, read_prompts};
+use crate::infer::sample::SamplingConfig;
+use crate::lora;
+use crate::ops::Kernels;
+
+/// What `orpo-wgpu infer` is told.
+#[derive(Debug, clap::Args)]
+pub struct InferArgs {
+    /// Answer this and end; without it and without --prompts, chat
+    prompt: Option<String>,
+    /// A Hugging Face model folder [default: the demo inside this program]
+    #[arg(long)]
+    model_id_or_path: Option<PathBuf>,
+    /// A PEFT adapter folder, or `none` [default: none; for the demo its newest one below output/demo]
+    #[arg(long)]
+    adapters: Option<PathBuf>,
+    /// Answer every prompt of this file: one a line, or JSONL with query, and where you like system and history
+    #[arg(long, conflicts_with = "prompt")]
+    prompts: Option<PathBuf>,
+    /// Write the answers to --prompts here, as JSONL
+    #[arg(long, requires = "prompts")]
+    result_file: Option<PathBuf>,
+    /// System prompt
+    #[arg(long)]
+    system: Option<String>,
+    /// Chat format: AUTO, llama3 or default-generation (plain text)
+    #[arg(long, default_value = "AUTO")]
+    template_type: String,
+    /// The most tokens of an answer
+    #[arg(long, default_value_t = GenerationConfig::default().max_new_tokens)]
+    max_new_tokens: usize,
+    /// What logits are divided by; 0 always takes the likeliest token
+    #[arg(long, default_value_t = SamplingConfig::default().temperature)]
+    temperature: f32,
+    /// Choose among this many of the likeliest tokens; 0 for all
+    #[arg(long, default_value_t = SamplingConfig::default().top_k)]
+    top_k: usize,
+    /// Choose among the likeliest tokens that reach this probability
+    #[arg(long, default_value_t = SamplingConfig::default().top_p)]
+    top_p: f32,
+    /// How strongly tokens that were there already are avoided; 1 is not at all
+    #[arg(long, default_value_t = SamplingConfig::default().repetition_penalty)]
+    repetition_penalty: f32,
+    /// Seed of the draws
+    #[arg(long, default_value_t = SamplingConfig::default().seed)]
+    seed: u64,
+    /// Where to compute: auto, cpu, wgpu or wgpu:1
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Say how fast every answer was
+    #[arg(long)]
+    verbose: bool,
+}
+
+impl InferArgs {
+    fn generation(&self) -> GenerationConfig {
+        GenerationConfig {
+            max_new_tokens: self.max_new_tokens,
+            sampling: SamplingConfig {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                repetition_penalty: self.repetition_penalty,
+                seed: self.seed,
+            },
+        }
+    }
+
+    /// The adapter to load: the one named, or the demo's newest.
+    fn adapter(&self) -> Option<PathBuf> {
+        match &self.adapters {
+            Some(name) if name == Path::new("none") => None,
+            Some(folder) => Some(folder.clone()),
+            None if self.model_id_or_path.is_none() => {
+                newest_checkpoint(&Path::new("output").join(demo::NAME))
+            }
+            None => None,
+        }
+    }
+}
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// Everything that a user's settings, files and device can be wrong in.
+pub fn run(args: &InferArgs) -> Result<()> {
+    args.generation().check()?;
+    let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
+    let selected = device::select(&args.device)?;
+    if let Some(note) = &selected.note {
+        eprintln!("{note}");
+    }
+    match &selected.choice {
+        choice @ DeviceChoice::Cpu => run_on::<Flex>(args, &open, &Default::default(), choice),
+        choice @ DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &open, device, choice),
+    }
+}
+
+fn run_on<B: Kernels>(
+    args: &InferArgs,
+    open: &OpenModel,
+    device: &B::Device,
+    choice: &DeviceChoice,
+) -> Result<()> {
+    device::self_test::<B>(device, choice)?;
+    device::guard("answering", choice, || {
+        let mut model = open.load::<B>(device, choice.shard_bytes())?;
+        let adapter = args.adapter();
+        if let Some(folder) = &adapter {
+            lora::load(&mut model, folder)?;
+        }
+        let name = adapter.map_or("no adapter".to_owned(), |folder| folder.display().to_string());
+        eprintln!("{} with {name}, on {choice}", open.name);
+        let mut chat =
+            Chat::new(&model, &open.tokenizer, open.template, args.system.clone(), &args.generation())?;
+        let (output, notes) = (&mut stdout(), &mut stderr());
+        let manner = Manner { is_terminal: stdin().is_terminal(), verbose: args.verbose };
+        match (&args.prompt, &args.prompts) {
+            (Some(prompt), _) => chat::one_shot(&mut chat, prompt, output, notes, manner),
+            (None, Some(file)) => answer_prompts(
+                &mut chat,
+                &read_prompts(file)?,
+                args.result_file.as_deref(),
+                output,
+                notes,
+                manner,
+            ),
+            (None, None) => chat::run(&mut chat, &mut stdin().lock(), output, notes, manner),
+        }
+    })
+}
+
+/// The newest checkpoint among the runs in a folder.
+fn newest_checkpoint(runs: &Path) -> Option<PathBuf> {
+    let folders = |path: &Path| {
+        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect::<Vec<_>>()
+    };
+    let written = |path: &Path| path.join(lora::ADAPTER_FILE).metadata().and_then(|m| m.modified());
+    let checkpoints = folders(runs).into_iter().flat_map(|run| folders(&run));
+    let dated = checkpoints.filter_map(|path| Some((written(&path).ok()?, path)));
+    dated.max_by_key(|(time, _): &(SystemTime, PathBuf)| *time).map(|(_, path)| path)
+}

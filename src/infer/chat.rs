@@ -1,0 +1,309 @@
+//! Questions to answers as text: a conversation, streamed, and the loop that a user talks to.
+
+use std::fmt::Write as _;
+use std::io::{BufRead, ErrorKind, Write};
+use std::ops::ControlFlow;
+
+use burn::tensor::backend::Backend;
+
+use super::generate::{Generation, GenerationConfig, Session, StopReason};
+use crate::data::template::{Renderer, Template};
+use crate::data::tokenize::TextTokenizer;
+use crate::error::{Error, Result};
+use crate::model::Llama;
+use crate::ops::Ops;
+
+/// A conversation.
+#[derive(Debug)]
+pub struct Chat<'m, B: Backend> {
+    session: Session<'m, B>,
+    tokenizer: &'m TextTokenizer,
+    renderer: Renderer,
+    system: Option<String>,
+    history: Vec<(String, String)>,
+}
+
+impl<'m, B: Ops> Chat<'m, B> {
+    /// A conversation without history; an empty `system` is none.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the tokenizer lacks the template's control tokens, [`Error::Config`] for settings out of range.
+    pub fn new(
+        model: &'m Llama<B>,
+        tokenizer: &'m TextTokenizer,
+        template: Template,
+        system: Option<String>,
+        config: &GenerationConfig,
+    ) -> Result<Self> {
+        config.check()?;
+        let renderer = template.renderer(tokenizer)?;
+        Ok(Self { session: Session::new(model, config), tokenizer, renderer, system, history: Vec::new() })
+    }
+
+    /// Questions and answers so far, oldest first.
+    pub fn history(&self) -> &[(String, String)] {
+        &self.history
+    }
+
+    /// The system prompt.
+    pub fn system(&self) -> Option<&str> {
+        self.system.as_deref()
+    }
+
+    /// Forgets the history.
+    pub fn clear(&mut self) {
+        self.history.clear();
+    }
+
+    /// Begins again with another system prompt; an empty one is none.
+    pub fn reset_system(&mut self, system: Option<String>) {
+        self.system = system;
+        self.clear();
+    }
+
+    /// Begins again as if nothing had been generated: with a system prompt, what was said before, and the seed's first draw.
+    pub fn begin(&mut self, system: Option<String>, history: Vec<(String, String)>) {
+        (self.system, self.history) = (system, history);
+        self.session.restart();
+    }
+
+    /// Answers, and writes the answer as it comes: whole characters, flushed token by token, no line end. What has been said is kept
+    /// in the history.
+    ///
+    /// # Errors
+    /// As [`Session::generate`]; [`Error::Io`] if the answer cannot be written. After an error the history is as before.
+    pub fn ask(&mut self, query: &str, output: &mut dyn Write) -> Result<Generation> {
+        let pieces = self.renderer.prompt(self.system.as_deref(), &self.history, query);
+        let prompt = self.tokenizer.encode_pieces(&pieces)?;
+        let mut stream = self.tokenizer.decode_stream();
+        let mut answer = String::new();
+        let mut failure = None;
+        let mut show = |text: &str| -> Result<()> {
+            answer.push_str(text);
+            output
+                .write_all(text.as_bytes())
+                .and_then(|()| output.flush())
+                .map_err(Error::io("write", OUTPUT))
+        };
+        let generation =
+            self.session.generate(&prompt, self.tokenizer.stop_ids(), &mut |token| match stream
+                .push(token)
+                .and_then(|text| show(&text))
+            {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    failure = Some(error);
+                    ControlFlow::Break(())
+                }
+            })?;
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        show(&stream.finish()?)?;
+        self.history.push((query.to_owned(), answer));
+        Ok(generation)
+    }
+}
+
+/// What errors call the place that answers are written to.
+pub(super) const OUTPUT: &str = "standard output";
+
+/// Answers one question, on a line of its own.
+///
+/// # Errors
+/// As [`Chat::ask`]. That nobody reads the output any more is none.
+pub fn one_shot<B: Ops>(
+    chat: &mut Chat<'_, B>,
+    query: &str,
+    output: &mut dyn Write,
+    notes: &mut dyn Write,
+    manner: Manner,
+) -> Result<()> {
+    unless_closed(ask_on_line(chat, query, output, notes, manner))
+}
+
+/// How the loop talks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Manner {
+    /// Somebody types: they are prompted, told what commands do, and may go on after a mistake.
+    pub is_terminal: bool,
+    /// Speed and reason of the end are noted after every answer.
+    pub verbose: bool,
+}
+
+/// What the loop understands besides questions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Command {
+    Clear,
+    ResetSystem,
+    MultiLine,
+    SingleLine,
+    Exit,
+    Help,
+}
+
+impl Command {
+    fn parse(text: &str) -> Option<Self> {
+        Some(match text.trim().to_lowercase().as_str() {
+            "clear" => Self::Clear,
+            "reset-system" => Self::ResetSystem,
+            "multi-line" => Self::MultiLine,
+            "single-line" => Self::SingleLine,
+            "exit" | "quit" => Self::Exit,
+            "/help" => Self::Help,
+            _ => return None,
+        })
+    }
+}
+
+const HELP: &str = "\
+  clear          forget what was said
+  reset-system   forget what was said, and take another system prompt (an empty line for none)
+  multi-line     messages of many lines, each ended by a line with only #
+  single-line    one line a message
+  exit, quit     end; so does the end of input (Ctrl-D)
+  /help          this list";
+
+/// Answers what is read, message by message, until the input ends or says so.
+///
+/// Answers go to `output`; prompts, and what commands did, to `notes`, and only if [`Manner::is_terminal`].
+///
+/// # Errors
+/// [`Error::Io`] if input or output fails, and as [`Chat::ask`]; on a terminal a message that cannot be answered (because it is too
+/// long) is noted, and the conversation goes on. That nobody reads the output any more is no error.
+pub fn run<B: Ops>(
+    chat: &mut Chat<'_, B>,
+    input: &mut dyn BufRead,
+    output: &mut dyn Write,
+    notes: &mut dyn Write,
+    manner: Manner,
+) -> Result<()> {
+    unless_closed(Loop { input, notes, manner, lines: Lines::Single }.run(chat, output))
+}
+
+/// Whether a message ends with its line or with a line of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lines {
+    Single,
+    Multi,
+}
+
+struct Loop<'io> {
+    input: &'io mut dyn BufRead,
+    notes: &'io mut dyn Write,
+    manner: Manner,
+    lines: Lines,
+}
+
+impl Loop<'_> {
+    fn run<B: Ops>(&mut self, chat: &mut Chat<'_, B>, output: &mut dyn Write) -> Result<()> {
+        self.say("type a message, or /help for the commands\n")?;
+        while let Some(message) = self.read_message(">>> ")? {
+            match Command::parse(&message) {
+                Some(Command::Exit) => return Ok(()),
+                Some(Command::Clear) => {
+                    chat.clear();
+                    self.say("forgotten\n")?;
+                }
+                Some(Command::ResetSystem) => {
+                    let Some(system) = self.read_message("system prompt> ")? else { break };
+                    chat.reset_system(Some(system));
+                    self.say("new system prompt, and nothing said so far\n")?;
+                }
+                Some(Command::MultiLine) => {
+                    self.lines = Lines::Multi;
+                    self.say("a line with only # ends a message\n")?;
+                }
+                Some(Command::SingleLine) => self.lines = Lines::Single,
+                Some(Command::Help) => self.say(&format!("{HELP}\n"))?,
+                None if message.trim().is_empty() => {}
+                None => match ask_on_line(chat, &message, output, self.notes, self.manner) {
+                    Err(error @ Error::Config { .. }) if self.manner.is_terminal => {
+                        self.say(&format!("{error}; `clear` forgets what was said\n"))?;
+                    }
+                    answered => answered?,
+                },
+            }
+        }
+        // The shell's prompt begins on its own line.
+        self.say("\n")
+    }
+
+    fn say(&mut self, text: &str) -> Result<()> {
+        if self.manner.is_terminal { note(self.notes, text) } else { Ok(()) }
+    }
+
+    /// Reads a message or a command; `None` at the end of input.
+    fn read_message(&mut self, prompt: &str) -> Result<Option<String>> {
+        self.say(prompt)?;
+        let Some(first) = self.read_line()? else { return Ok(None) };
+        if self.lines == Lines::Single || Command::parse(&first).is_some() {
+            return Ok(Some(first));
+        }
+        let mut message = String::new();
+        let mut line = Some(first);
+        while let Some(text) = line.filter(|text| text.trim() != "#") {
+            message.push_str(&text);
+            message.push('\n');
+            self.say("... ")?;
+            line = self.read_line()?;
+        }
+        message.truncate(message.trim_end_matches('\n').len());
+        Ok(Some(message))
+    }
+
+    /// Reads a line without its end; bytes that are no UTF-8 become U+FFFD.
+    fn read_line(&mut self) -> Result<Option<String>> {
+        let mut bytes = Vec::new();
+        let n = self.input.read_until(b'\n', &mut bytes).map_err(Error::io("read", "standard input"))?;
+        let text = String::from_utf8_lossy(&bytes);
+        Ok((n > 0).then(|| text.trim_end_matches(['\n', '\r']).to_owned()))
+    }
+}
+
+pub(super) fn ask_on_line<B: Ops>(
+    chat: &mut Chat<'_, B>,
+    query: &str,
+    output: &mut dyn Write,
+    notes: &mut dyn Write,
+    manner: Manner,
+) -> Result<()> {
+    let generation = chat.ask(query, output)?;
+    writeln!(output).and_then(|()| output.flush()).map_err(Error::io("write", OUTPUT))?;
+    let is_cut = matches!(generation.stop_reason, StopReason::MaxNewTokens | StopReason::ContextEnd);
+    match manner {
+        Manner { verbose: true, .. } => note(notes, &format!("[{}]\n", figures(&generation))),
+        Manner { is_terminal: true, .. } if is_cut => {
+            note(notes, &format!("[cut: {}]\n", generation.stop_reason))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What an answer cost, in words.
+pub(super) fn figures(generation: &Generation) -> String {
+    let Generation { tokens, stop_reason, n_prefilled, prefill_time, .. } = generation;
+    let mut text = format!("{} tokens, {:.1} tokens/s", tokens.len(), generation.tokens_per_second());
+    // Writing to a string cannot fail.
+    let _ = write!(
+        text,
+        "; prompt: {n_prefilled} new tokens in {:.2} s; {stop_reason}",
+        prefill_time.as_secs_f64()
+    );
+    text
+}
+
+pub(super) fn note(notes: &mut dyn Write, text: &str) -> Result<()> {
+    notes
+        .write_all(text.as_bytes())
+        .and_then(|()| notes.flush())
+        .map_err(Error::io("write", "standard error"))
+}
+
+/// Takes it for a good end that nobody reads the output any more, as in `orpo-wgpu infer … | head`.
+pub(super) fn unless_closed(result: Result<()>) -> Result<()> {
+    match result {
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
