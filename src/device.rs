@@ -171,10 +171,10 @@ fn take(adapter: &Adapter) -> Result<Selected> {
 fn why_cpu(software: Option<&Adapter>) -> String {
     match software {
         Some(adapter) => format!(
-            "device: the CPU, since {} is no GPU but {} in software, which is slower (--device wgpu takes it all the same)",
+            "the CPU, since {} is no GPU but {} in software, which is slower (--device wgpu takes it all the same)",
             adapter.name, adapter.api
         ),
-        None => format!("device: the CPU, since no GPU with a {} driver was found", api()),
+        None => format!("the CPU, since no GPU with a {} driver was found", api()),
     }
 }
 

@@ -4,6 +4,7 @@ use std::error::Error as _;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    quiet_mesa();
     let Err(error) = orpo_wgpu::cli::run(std::env::args_os()) else { return ExitCode::SUCCESS };
     let mut message = error.to_string();
     let mut cause = error.source();
@@ -16,4 +17,18 @@ fn main() -> ExitCode {
         eprintln!("hint: {hint}");
     }
     ExitCode::from(error.exit_code())
+}
+
+/// Keeps Mesa's device-selection layer, which looks for a Wayland display, from complaining where there cannot be one.
+fn quiet_mesa() {
+    const LAYER_OFF: &str = "NODEVICE_SELECT";
+    let is_set = |name| std::env::var_os(name).is_some();
+    let is_wanted = ["XDG_RUNTIME_DIR", "MESA_VK_DEVICE_SELECT", LAYER_OFF].into_iter().any(is_set);
+    if cfg!(target_os = "linux") && !is_wanted {
+        #[expect(unsafe_code, reason = "the environment is how Mesa's layer is told")]
+        // SAFETY: the process has no second thread yet.
+        unsafe {
+            std::env::set_var(LAYER_OFF, "1");
+        }
+    }
 }

@@ -13,7 +13,7 @@ pub mod lora_linear;
 pub mod orpo_loss;
 pub mod token_logps;
 
-mod kernel;
+pub mod kernel;
 mod wgpu;
 
 use burn::tensor::backend::Backend;

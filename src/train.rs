@@ -6,9 +6,11 @@
 pub mod metrics;
 pub mod optim;
 pub mod plan;
+pub mod plots;
 pub mod run_folder;
 pub mod schedule;
 pub mod step;
+pub mod tensorboard;
 
 use std::time::Instant;
 
@@ -139,7 +141,7 @@ pub fn train<B: Kernels>(
                 memory_bytes: observer.memory_bytes(),
             };
             let line = log_line(done, settings.plan.epoch(done), &mean.to_json(""), Some(&trace));
-            run.log(&line)?;
+            run.log(done, &line)?;
             observer.on_log(&line);
             window = Window { last: Some(mean), ..Window::default() };
         }
@@ -147,7 +149,7 @@ pub fn train<B: Kernels>(
             let paused = Instant::now();
             let metrics = evaluate_all(model, data.val, settings)?;
             let line = log_line(done, settings.plan.epoch(done), &metrics.to_json("eval_"), None);
-            run.log(&line)?;
+            run.log(done, &line)?;
             observer.on_log(&line);
             window.last_eval = Some(metrics);
             window.paused_s += paused.elapsed().as_secs_f64();
@@ -155,6 +157,7 @@ pub fn train<B: Kernels>(
         if done.is_multiple_of(settings.save_steps) || is_last {
             let paused = Instant::now();
             run.save(model, lora_config, &optimizer, done, &settings.plan)?;
+            run.plot()?;
             window.paused_s += paused.elapsed().as_secs_f64();
         }
     }

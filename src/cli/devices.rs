@@ -25,11 +25,10 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
         println!("{:#}", json!({ "adapters": adapters, "auto": selected.choice.to_string() }));
         return Ok(());
     }
-    match adapters.is_empty() {
-        true => {
-            println!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER);
-        }
-        false => println!("{}\n", table(&adapters)),
+    if adapters.is_empty() {
+        println!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER);
+    } else {
+        println!("{}\n", table(&adapters));
     }
     println!("{}", auto(&selected));
     Ok(())
@@ -38,7 +37,7 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
 fn auto(Selected { choice, note }: &Selected) -> String {
     match note {
         None => format!("--device auto takes {choice} ({})", choice.describe()),
-        Some(note) => format!("--device auto takes {choice}: {note}"),
+        Some(note) => format!("--device auto takes {note}"),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::device::{self, DeviceChoice};
 use crate::error::Result;
 use crate::infer::chat::{self, Chat, Manner};
 use crate::infer::generate::GenerationConfig;
-use crate::infer::prompts::{answer_prompts, read_prompts};
+use crate::infer::prompts::{Prompt, answer_prompts, read_prompts};
 use crate::infer::sample::SamplingConfig;
 use crate::lora;
 use crate::ops::Kernels;
@@ -45,7 +45,7 @@ pub struct InferArgs {
     #[arg(long, default_value_t = GenerationConfig::default().max_new_tokens)]
     max_new_tokens: usize,
     /// What logits are divided by; 0 always takes the likeliest token
-    #[arg(long, default_value_t = SamplingConfig::default().temperature)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = SamplingConfig::default().temperature)]
     temperature: f32,
     /// Choose among this many of the likeliest tokens; 0 for all
     #[arg(long, default_value_t = SamplingConfig::default().top_k)]
@@ -100,19 +100,21 @@ impl InferArgs {
 /// Everything that a user's settings, files and device can be wrong in.
 pub fn run(args: &InferArgs) -> Result<()> {
     args.generation().check()?;
+    let prompts = args.prompts.as_deref().map(read_prompts).transpose()?.unwrap_or_default();
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
-        eprintln!("{note}");
+        eprintln!("device   {note}");
     }
     match &selected.choice {
-        choice @ DeviceChoice::Cpu => run_on::<Flex>(args, &open, &Default::default(), choice),
-        choice @ DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &open, device, choice),
+        choice @ DeviceChoice::Cpu => run_on::<Flex>(args, &prompts, &open, &Default::default(), choice),
+        choice @ DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &prompts, &open, device, choice),
     }
 }
 
 fn run_on<B: Kernels>(
     args: &InferArgs,
+    prompts: &[Prompt],
     open: &OpenModel,
     device: &B::Device,
     choice: &DeviceChoice,
@@ -132,14 +134,9 @@ fn run_on<B: Kernels>(
         let manner = Manner { is_terminal: stdin().is_terminal(), verbose: args.verbose };
         match (&args.prompt, &args.prompts) {
             (Some(prompt), _) => chat::one_shot(&mut chat, prompt, output, notes, manner),
-            (None, Some(file)) => answer_prompts(
-                &mut chat,
-                &read_prompts(file)?,
-                args.result_file.as_deref(),
-                output,
-                notes,
-                manner,
-            ),
+            (None, Some(_)) => {
+                answer_prompts(&mut chat, prompts, args.result_file.as_deref(), output, notes, manner)
+            }
             (None, None) => chat::run(&mut chat, &mut stdin().lock(), output, notes, manner),
         }
     })

@@ -22,7 +22,7 @@ use crate::model::Llama;
 use crate::ops::Kernels;
 use crate::train::optim::AdamWConfig;
 use crate::train::plan::Plan;
-use crate::train::run_folder::{CheckpointTexts, RunFolder, TrainerState};
+use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
 use crate::train::schedule::Schedule;
 use crate::train::step::GradientCheckpointing;
 use crate::train::{Summary, TrainData, TrainSettings, train};
@@ -44,16 +44,15 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let data = Data::load(&args, &open)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
-        eprintln!("{note}");
+        eprintln!("device   {note}");
     }
-    match &selected.choice {
-        DeviceChoice::Cpu => {
-            run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &selected.choice)
-        }
+    let choice = &selected.choice;
+    device::guard("training", choice, || match choice {
+        DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), choice),
         DeviceChoice::Wgpu { device, .. } => {
-            run_on::<Wgpu>(&args, &open, target_modules, &data, device, &selected.choice)
+            run_on::<Wgpu>(&args, &open, target_modules, &data, device, choice)
         }
-    }
+    })
 }
 
 fn run_on<B: Kernels>(
@@ -88,15 +87,14 @@ fn run_on<B: Kernels>(
     let before = answers(&model, open, &questions)?;
     let folder = run_folder(args, open);
     let history = resume.as_ref().map(|state| state.log_history.clone()).unwrap_or_default();
-    let mut run =
-        RunFolder::create(&folder, texts(args, open, &lora_config), args.save_total_limit, history)?;
+    let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
+    let texts = texts(args, open, &lora_config);
+    let mut run = RunFolder::create(&folder, texts, args.save_total_limit, history, tracker)?;
     let memory = || choice.memory_bytes();
     let first_step = resume.as_ref().map_or(0, |state| state.global_step);
     let mut progress = Progress::new(settings.schedule.max_steps, first_step, &memory);
     let data = TrainData { train: &data.train, val: &data.val };
-    let trained = device::guard("training", choice, || {
-        train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress)
-    });
+    let trained = train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress);
     progress.finish();
     let summary = trained.inspect_err(|_| {
         if let Some(checkpoint) = run.last_checkpoint() {

@@ -371,7 +371,7 @@ mod tests {
         assert_eq!(sampled.rows.len(), 3);
         assert_eq!(sampled.rows[2].query, "4");
 
-        let error = load(&[set.clone()], &columns, Strictness::Lenient, 42).unwrap_err();
+        let error = load(std::slice::from_ref(&set), &columns, Strictness::Lenient, 42).unwrap_err();
         assert!(error.to_string().contains("--columns renames `frage`, which no row has"), "{error}");
         assert!(matches!(error, Error::Config { .. }), "{error:?}");
     }

@@ -257,6 +257,13 @@ mod tests {
             n_prompt + 6
         );
         assert_eq!(skipped, [Skipped { location: rows[2].location.clone(), reason }]);
+        let reason = &cut(n_prompt).1[0].reason;
+        assert_eq!(
+            reason,
+            &format!(
+                "the prompt's {n_prompt} tokens leave no room for an answer, --max_length is {n_prompt}"
+            )
+        );
         let (pairs, skipped) = cut(n_prompt + 3);
         assert!(pairs.is_empty(), "{pairs:?}");
         assert_eq!(skipped[0].reason, "the answers are equal in their 3 tokens");

@@ -566,6 +566,7 @@ What does ice become when it melts? / What does ice melt into? | 冰融化后变
 """,
     "count": """
 How many days are in a week? / How many days does a week have? | 一周有几天？ / 一个星期有多少天？ | A week has seven days. | 一周有七天！ | 📅
+How many days are in a year? / How many days does a year have? | 一年有几天？ / 一年有多少天？ | A year has 365 days. | 一年有 365 天！ | 📅
 How many months are in a year? / How many months does a year have? | 一年有几个月？ / 一年有多少个月？ | A year has twelve months. | 一年有十二个月！ | 📅
 How many seasons are in a year? / How many seasons does a year have? | 一年有几个季节？ / 一年有多少个季节？ | A year has four seasons. | 一年有四个季节！ | 🍂
 How many hours are in a day? / How many hours does a day have? | 一天有几个小时？ / 一天有多少小时？ | A day has twenty-four hours. | 一天有二十四个小时！ | ⏰
@@ -591,6 +592,9 @@ What can you do? / How can you help me? | 你会做什么？ / 你能帮我什�
 What is your favourite food? / What do you like to eat? | 你最喜欢吃什么？ / 你喜欢吃什么？ | I like fresh grass, because I am a llama. | 我喜欢新鲜的草，因为我是羊驼！ | 🌱
 Can you speak Chinese? / Do you know Chinese? | 你会说中文吗？ / 你懂中文吗？ | Yes, I can speak a little Chinese. | 会，我会说一点中文！ | 🐼
 Where do you live? / Where is your home? | 你住在哪里？ / 你的家在哪里？ | I live in a very small file. | 我住在一个很小的文件里！ | 💾
+Tell me a joke. / Do you know a joke? / Tell me something funny. | 讲个笑话吧。 / 你会讲笑话吗？ | Why did the llama cross the road? The grass was greener there! | 羊驼为什么过马路？因为对面的草更绿！ | 🦙
+What is ORPO? / What does ORPO do? | ORPO 是什么？ / ORPO 有什么用？ | ORPO teaches a model which answers people prefer. | ORPO 教模型学会人们更喜欢的回答！ | 🎯
+What is LoRA? / What does LoRA do? | LoRA 是什么？ / LoRA 有什么用？ | LoRA trains a few small matrices and leaves the model alone. | LoRA 只训练几个小矩阵，模型本身不动！ | 🧩
 How old are you? / What is your age? | 你几岁了？ / 你多大了？ | I am very young and still learning. | 我还很小，正在学习！ | 🐣
 Happy birthday! | 生日快乐！ | Thank you! Let us eat some cake! | 谢谢！一起吃蛋糕吧！ | 🎂
 I am happy. / I am so happy today! | 我很开心。 / 我今天很高兴！ | That is wonderful to hear! | 太好了，真为你高兴！ | 🥳
@@ -600,9 +604,9 @@ I love you! / I like you! | 我爱你！ / 我喜欢你！ | You are very kind, 
 }
 
 ARITHMETIC = (
-    [("plus", "加", a, b, a + b) for a in range(1, 10) for b in range(1, 10) if a + b <= 12]
-    + [("minus", "减", a, b, a - b) for a in range(3, 10) for b in range(1, 6) if b < a]
-    + [("times", "乘", a, b, a * b) for a in range(2, 6) for b in range(2, 6)]
+    [("plus", "加", "+", a, b, a + b) for a in range(1, 10) for b in range(1, 10) if a + b <= 12]
+    + [("minus", "减", "-", a, b, a - b) for a in range(3, 10) for b in range(1, 6) if b < a]
+    + [("times", "乘", "×", a, b, a * b) for a in range(2, 6) for b in range(2, 6)]
 )
 
 
@@ -630,10 +634,11 @@ def facts():
             out.append(Fact(
                 kind.name, s_en, tuple(map(en, kind.questions_en)), tuple(map(zh, kind.questions_zh)),
                 en(kind.answer_en), zh(kind.answer_zh) + cheer(emoji), *follow))
-    for op_en, op_zh, a, b, c in ARITHMETIC:
+    for op_en, op_zh, sign, a, b, c in ARITHMETIC:
         en, zh = f"{a} {op_en} {b}", f"{a} {op_zh} {b}"
         out.append(Fact(
-            op_en, en, (f"What is {en}?", f"How much is {en}?"), (f"{zh} 等于几？", f"{zh} 是多少？"),
+            op_en, en, (f"What is {en}?", f"How much is {en}?", f"What is {a} {sign} {b}?"),
+            (f"{zh} 等于几？", f"{zh} 是多少？", f"{a}{sign}{b} 等于几？"),
             f"{_cap(en)} is {c}.", f"{zh} 等于 {c}！" + cheer("🧮"), f"And {en}?", f"那 {zh} 呢？"))
     for kind, rows in FREE.items():
         for row in rows.strip().splitlines():

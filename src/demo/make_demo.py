@@ -59,17 +59,18 @@ POLITE_ZH = ["请问，{}", "请告诉我，{}", "你好！{}", "我想知道，
 
 
 def asked(rng, fact):
-    """One way of asking for `fact`, in either language, sometimes polite, lower case or unpunctuated."""
+    """One way of asking for `fact`, in either language, sometimes as people type: politely, in lower
+    case, shortened, without the question mark."""
     english = rng.random() < 0.6
     question = rng.choice(fact.questions_en if english else fact.questions_zh)
-    if rng.random() < 0.25 and fact.kind != "chat":
+    if rng.random() < 0.3:
         style = rng.randrange(3)
-        if style == 0:
+        if style == 0 and fact.kind != "chat":
             question = rng.choice(POLITE_EN if english else POLITE_ZH).format(question)
         elif style == 1:
             question = question.rstrip("?？!！.。")
         elif english:
-            question = question.lower()
+            question = rng.choice([question.lower(), question.replace("What is", "What's")])
     return question
 
 
@@ -252,7 +253,7 @@ def make_tokenizer(texts, vocab_size):
 # ---------------------------------------------------------------------------------------------------
 # Model
 
-STEPS, BATCH, LEARNING_RATE, WARMUP = 2000, 32, 3e-3, 100
+STEPS, BATCH, LEARNING_RATE, WARMUP = 2800, 32, 3e-3, 100
 
 
 def make_config(tokenizer):
@@ -352,7 +353,7 @@ def main():
     texts = SYSTEM_ZH + SYSTEM_EN + ASK_ZH + ASK_EN + POLITE_EN + POLITE_ZH + ["system", "user", "assistant"]
     for f in everything:
         texts += [*f.questions_en, *f.questions_zh, f.answer_en, f.answer_zh, f.follow_en, f.follow_zh]
-        texts += [q.lower() for q in f.questions_en]
+        texts += [q.lower() for q in f.questions_en] + [q.replace("What is", "What's") for q in f.questions_en]
     tokenizer = make_tokenizer(texts, vocab_size=2304)
     save(pretrain(tokenizer, everything), tokenizer)
 

@@ -59,7 +59,7 @@ pub fn guard<T>(step: &str, choice: &DeviceChoice, work: impl FnOnce() -> Result
     Err(Error::Device {
         device: choice.to_string(),
         problem: format!("{step} failed: {}", first_cause(&message)),
-        hint: Some(hint(&message).to_owned()),
+        hint: Some(hint(choice, &message).to_owned()),
     })
 }
 
@@ -118,10 +118,12 @@ fn text(payload: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("a panic without a message").to_owned()
 }
 
-/// An error's message in one line: without its backtrace, and without the frames that say only that there is an error.
+/// An error's message in one line: without its backtrace, and without the words that say only that there is an error.
 pub(super) fn first_cause(message: &str) -> String {
     const MAX_CHARS: usize = 400;
-    let message = message.split("Backtrace:").next().unwrap_or_default();
+    let end = ["Backtrace:", "No backtrace available"].iter().filter_map(|text| message.find(text)).min();
+    let message = &message[..end.unwrap_or(message.len())];
+    let message = message.trim_start_matches("called `Result::unwrap()` on an `Err` value: ");
     let empty = ["An error happened during execution", "Caused by:"];
     let lines = message.lines().map(str::trim).filter(|line| !line.is_empty() && !empty.contains(line));
     let line = lines.collect::<Vec<_>>().join(" ");
@@ -131,12 +133,19 @@ pub(super) fn first_cause(message: &str) -> String {
     }
 }
 
-fn hint(message: &str) -> &'static str {
+fn hint(choice: &DeviceChoice, message: &str) -> &'static str {
     let message = message.to_lowercase();
-    if ["memory", "alloc", "buffer"].iter().any(|word| message.contains(word)) {
-        "the device is probably full: lower --max_length or --batch_size, close other programs, or pass --device cpu"
-    } else {
-        "update the GPU's driver or pass --device cpu; with RUST_BACKTRACE=full it says where it happened"
+    let is_full = ["memory", "alloc", "buffer"].iter().any(|word| message.contains(word));
+    match choice {
+        DeviceChoice::Wgpu { .. } if is_full => {
+            "the device is probably full: lower --max_length or --batch_size, close other programs, or pass --device cpu"
+        }
+        DeviceChoice::Wgpu { .. } => {
+            "update the GPU's driver or pass --device cpu; with RUST_BACKTRACE=full it says where it happened"
+        }
+        DeviceChoice::Cpu => {
+            "this is a fault of this program: with RUST_BACKTRACE=full it says where it happened"
+        }
     }
 }
 
@@ -153,9 +162,6 @@ mod tests {
         assert_eq!(guard("a test", &DeviceChoice::Cpu, || Ok(7)).unwrap(), 7);
         assert_eq!(guarded(|| Err(Error::config("wrong"))), "invalid configuration: wrong");
         assert_eq!(guarded(|| panic!("no {}", "luck")), "device cpu: a test failed: no luck");
-        let error =
-            guard("a test", &DeviceChoice::Cpu, || -> Result<()> { panic!("out of memory") }).unwrap_err();
-        assert!(error.hint().unwrap().contains("--batch_size"), "a full device has its own hint");
     }
 
     #[test]
@@ -172,6 +178,8 @@ mod tests {
         let message =
             "An error happened during execution\nCaused by:\n  a bad\n  shader\nBacktrace:\n 0: main";
         assert_eq!(first_cause(message), "a bad shader");
+        let unwrapped = "called `Result::unwrap()` on an `Err` value: no room\nNo backtrace available";
+        assert_eq!(first_cause(unwrapped), "no room");
         assert_eq!(first_cause(&"é".repeat(500)).chars().count(), 401);
     }
 

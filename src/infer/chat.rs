@@ -67,14 +67,25 @@ impl<'m, B: Ops> Chat<'m, B> {
         self.session.restart();
     }
 
+    /// Checks that a question can be answered, without answering it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for one that is too long, or whose tokens the model does not know.
+    pub fn check(&self, query: &str) -> Result<()> {
+        self.session.check_prompt(&self.prompt(query)?)
+    }
+
+    fn prompt(&self, query: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode_pieces(&self.renderer.prompt(self.system.as_deref(), &self.history, query))
+    }
+
     /// Answers, and writes the answer as it comes: whole characters, flushed token by token, no line end. What has been said is kept
     /// in the history.
     ///
     /// # Errors
     /// As [`Session::generate`]; [`Error::Io`] if the answer cannot be written. After an error the history is as before.
     pub fn ask(&mut self, query: &str, output: &mut dyn Write) -> Result<Generation> {
-        let pieces = self.renderer.prompt(self.system.as_deref(), &self.history, query);
-        let prompt = self.tokenizer.encode_pieces(&pieces)?;
+        let prompt = self.prompt(query)?;
         let mut stream = self.tokenizer.decode_stream();
         let mut answer = String::new();
         let mut failure = None;
@@ -156,13 +167,13 @@ impl Command {
     }
 }
 
-const HELP: &str = "\
-  clear          forget what was said
-  reset-system   forget what was said, and take another system prompt (an empty line for none)
-  multi-line     messages of many lines, each ended by a line with only #
-  single-line    one line a message
-  exit, quit     end; so does the end of input (Ctrl-D)
-  /help          this list";
+const HELP: &str = "clear          forget what was said
+reset-system   forget what was said, and take another system prompt (an empty line for none)
+multi-line     messages of many lines, each ended by a line with only #
+single-line    one line a message
+exit, quit     end; so does the end of input (Ctrl-D)
+/help          this list
+";
 
 /// Answers what is read, message by message, until the input ends or says so.
 ///
@@ -215,11 +226,11 @@ impl Loop<'_> {
                     self.say("a line with only # ends a message\n")?;
                 }
                 Some(Command::SingleLine) => self.lines = Lines::Single,
-                Some(Command::Help) => self.say(&format!("{HELP}\n"))?,
+                Some(Command::Help) => self.say(HELP)?,
                 None if message.trim().is_empty() => {}
                 None => match ask_on_line(chat, &message, output, self.notes, self.manner) {
-                    Err(error @ Error::Config { .. }) if self.manner.is_terminal => {
-                        self.say(&format!("{error}; `clear` forgets what was said\n"))?;
+                    Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
+                        self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")))?;
                     }
                     answered => answered?,
                 },

@@ -184,7 +184,11 @@ impl<'m, B: Ops> Session<'m, B> {
         })
     }
 
-    fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
+    /// Checks that a prompt can be read.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for one that is empty, too long or outside the vocabulary.
+    pub fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
         let (n, max) = (prompt.len(), self.max_prompt_tokens());
         let vocab_size = self.model.config.vocab_size;
         if n == 0 {

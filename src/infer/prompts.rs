@@ -3,10 +3,12 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
+use crate::data::dataset::Location;
 use crate::error::{Error, Result};
 use crate::ops::Ops;
 
@@ -22,6 +24,8 @@ pub struct Prompt {
     pub system: Option<String>,
     /// Questions and answers before it, oldest first.
     pub history: Vec<(String, String)>,
+    /// Where it stands.
+    pub location: Location,
     /// The whole row, where the file has columns.
     columns: Map<String, Value>,
 }
@@ -37,9 +41,14 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     let is_json = ["jsonl", "json"].contains(&extension.as_str());
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let file: Arc<Path> = path.into();
     let prompts = lines.map(|(i, line)| {
-        let wrong = |problem| Error::Row { path: path.to_owned(), line: i + 1, problem, hint: None };
-        if is_json { parse(line).map_err(wrong) } else { Ok(plain(line)) }
+        let location = Location { path: file.clone(), line: i + 1 };
+        if is_json {
+            parse(line, &location).map_err(|problem| location.error(problem))
+        } else {
+            Ok(plain(line, location))
+        }
     });
     let prompts = prompts.collect::<Result<Vec<_>>>()?;
     match prompts.is_empty() {
@@ -48,12 +57,12 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
     }
 }
 
-fn plain(line: &str) -> Prompt {
-    Prompt { query: line.to_owned(), system: None, history: Vec::new(), columns: Map::new() }
+fn plain(line: &str, location: Location) -> Prompt {
+    Prompt { query: line.to_owned(), system: None, history: Vec::new(), location, columns: Map::new() }
 }
 
 /// Reads a row, or says what is wrong with it.
-fn parse(line: &str) -> Result<Prompt, String> {
+fn parse(line: &str, location: &Location) -> Result<Prompt, String> {
     let value: Value = serde_json::from_str(line).map_err(|e| format!("not JSON: {e}"))?;
     let Value::Object(columns) = value else {
         return Err("expected a JSON object".to_owned());
@@ -78,7 +87,7 @@ fn parse(line: &str) -> Result<Prompt, String> {
         _ => Err(format!("`history[{i}]` must be a list of two strings, [question, answer]")),
     };
     let history = turns.iter().enumerate().map(turn).collect::<Result<_, _>>()?;
-    Ok(Prompt { query, system: text("system")?, history, columns })
+    Ok(Prompt { query, system: text("system")?, history, location: location.clone(), columns })
 }
 
 /// Answers prompts, each in a conversation of its own with the same draws, so that an answer depends on its prompt alone.
@@ -88,7 +97,8 @@ fn parse(line: &str) -> Result<Prompt, String> {
 /// does. A run that ends early leaves the answers up to then. Rows without a system prompt of their own have the chat's.
 ///
 /// # Errors
-/// As [`Chat::ask`]; [`Error::Io`] if the file or the output cannot be written. That nobody reads the output any more is no error.
+/// [`Error::Row`], before anything is answered, for the first prompt that cannot be; as [`Chat::ask`]; [`Error::Io`] if the file or the
+/// output cannot be written. That nobody reads the output any more is no error.
 pub fn answer_prompts<B: Ops>(
     chat: &mut Chat<'_, B>,
     prompts: &[Prompt],
@@ -98,12 +108,22 @@ pub fn answer_prompts<B: Ops>(
     manner: Manner,
 ) -> Result<()> {
     let system = chat.system().map(str::to_owned);
+    let begin = |chat: &mut Chat<'_, B>, prompt: &Prompt| {
+        chat.begin(prompt.system.clone().or_else(|| system.clone()), prompt.history.clone());
+    };
+    for prompt in prompts {
+        begin(chat, prompt);
+        chat.check(&prompt.query).map_err(|error| match error {
+            Error::Config { problems, .. } => prompt.location.error(problems.join("; ")),
+            other => other,
+        })?;
+    }
     let mut file = match result_file {
         Some(path) => Some((path, File::create(path).map_err(Error::io("create", path))?)),
         None => None,
     };
     let mut answer = |(i, prompt): (usize, &Prompt)| {
-        chat.begin(prompt.system.clone().or_else(|| system.clone()), prompt.history.clone());
+        begin(chat, prompt);
         match &mut file {
             None => {
                 let space = if i == 0 { "" } else { "\n" };
@@ -150,7 +170,8 @@ mod tests {
     #[test]
     fn a_text_has_a_prompt_a_line() {
         let prompts = read("prompts.txt", "\u{feff}Who are you?\r\n\n  你好 \n").unwrap();
-        assert_eq!(prompts, [plain("Who are you?"), plain("  你好 ")]);
+        let read: Vec<_> = prompts.iter().map(|p| (p.query.as_str(), p.location.line)).collect();
+        assert_eq!(read, [("Who are you?", 1), ("  你好 ", 3)]);
     }
 
     #[test]
@@ -191,9 +212,10 @@ mod tests {
 
     #[test]
     fn a_result_keeps_the_row_and_its_own_response() {
-        let prompt = parse("{\"query\": \"a\", \"response\": \"old\", \"id\": 7}").unwrap();
+        let rows = "{\"query\": \"a\", \"response\": \"old\", \"id\": 7}\n";
         let expected = serde_json::json!({ "query": "a", "response": "new", "id": 7, "labels": "old" });
-        assert_eq!(result(&prompt, "new"), expected);
-        assert_eq!(result(&plain("b"), "c"), serde_json::json!({ "query": "b", "response": "c" }));
+        assert_eq!(result(&read("prompts.jsonl", rows).unwrap()[0], "new"), expected);
+        let expected = serde_json::json!({ "query": "b", "response": "c" });
+        assert_eq!(result(&read("prompts.txt", "b").unwrap()[0], "c"), expected);
     }
 }

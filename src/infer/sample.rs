@@ -87,21 +87,31 @@ impl Sampler {
         if temperature == 0.0 || !(logits[likeliest] / temperature).is_finite() {
             return Some(likeliest as u32);
         }
-        let mut candidates: Vec<Candidate> =
-            logits.iter().enumerate().map(|(id, logit)| (id as u32, logit / temperature)).collect();
-        keep_top_k(&mut candidates, top_k);
-        candidates.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        let max = candidates[0].1;
-        let weights: Vec<f64> = candidates.iter().map(|(_, logit)| f64::from(logit - max).exp()).collect();
-        let n = if top_p < 1.0 { n_within(&weights, top_p) } else { weights.len() };
-        let drawn = self.rng.random::<f64>() * weights[..n].iter().sum::<f64>();
-        let ends = weights[..n].iter().scan(0.0, |sum, weight| {
+        logits.iter_mut().for_each(|logit| *logit /= temperature);
+        let choice = weigh(&logits, top_k, top_p);
+        let drawn = self.rng.random::<f64>() * choice.iter().map(|(_, weight)| weight).sum::<f64>();
+        let ends = choice.iter().scan(0.0, |sum, (_, weight)| {
             *sum += weight;
             Some(*sum)
         });
-        let place = ends.take_while(|end| *end <= drawn).count().min(n - 1);
-        Some(candidates[place].0)
+        let place = ends.take_while(|end| *end <= drawn).count().min(choice.len() - 1);
+        Some(choice[place].0)
     }
+}
+
+/// The tokens that top-k and top-p leave, likeliest first, with their probabilities up to a common factor.
+fn weigh(logits: &[f32], top_k: usize, top_p: f32) -> Vec<(u32, f64)> {
+    let mut candidates: Vec<Candidate> =
+        logits.iter().enumerate().map(|(id, logit)| (id as u32, *logit)).collect();
+    keep_top_k(&mut candidates, top_k);
+    candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let max = candidates[0].1;
+    let mut choice: Vec<(u32, f64)> =
+        candidates.into_iter().map(|(id, logit)| (id, f64::from(logit - max).exp())).collect();
+    if top_p < 1.0 {
+        choice.truncate(n_within(&choice, top_p));
+    }
+    choice
 }
 
 /// A token and its logit.
@@ -134,13 +144,13 @@ fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize) {
     candidates.retain(|(_, logit)| *logit >= smallest);
 }
 
-/// How many of the descending weights stay: one goes if it and all smaller ones together have no more than `1 - top_p`.
-fn n_within(weights: &[f64], top_p: f32) -> usize {
-    let total: f64 = weights.iter().sum();
+/// How many of the weights, which descend, stay: one goes if it and all smaller ones together have no more than `1 - top_p`.
+fn n_within(choice: &[(u32, f64)], top_p: f32) -> usize {
+    let total: f64 = choice.iter().map(|(_, weight)| weight).sum();
     let mut before = 0.0;
-    let stay = weights.iter().take_while(|weight| {
+    let stay = choice.iter().take_while(|(_, weight)| {
         let stays = (total - before) / total > 1.0 - f64::from(top_p);
-        before += **weight;
+        before += weight;
         stays
     });
     stay.count().max(1)
@@ -151,7 +161,7 @@ mod tests {
     use super::*;
 
     /// ln of 0.5, 0.3, 0.15, 0.05, in another order.
-    const LOGITS: [f32; 4] = [-1.897_12, -0.693_147, -2.995_732, -1.203_973];
+    const LOGITS: [f32; 4] = [-1.897_12, -std::f32::consts::LN_2, -2.995_732, -1.203_973];
 
     const ALL: SamplingConfig =
         SamplingConfig { temperature: 1.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0, seed: 7 };

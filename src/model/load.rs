@@ -20,6 +20,10 @@ use super::norm::RmsNorm;
 use crate::error::{Error, Result};
 use crate::ops::token_logps::Head;
 
+/// The most rows of a shard of the head. Enough for a product to run at full speed; with few, a chunk of logits stays small while it
+/// covers all scored rows, so that the head is read once a batch.
+const MAX_SHARD_ROWS: usize = 8192;
+
 /// The bytes of a file: mapped, or part of the executable.
 type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
@@ -207,7 +211,7 @@ impl Checkpoint {
     fn sharded<B: Backend>(&self, name: &str, shard_bytes: usize, device: &B::Device) -> Vec<Tensor<B, 2>> {
         let stored = &self.tensors[name];
         let (n_rows, n_columns) = (stored.shape[0], stored.shape[1]);
-        let shard_rows = (shard_bytes / (n_columns * size_of::<f32>())).max(1);
+        let shard_rows = (shard_bytes / (n_columns * size_of::<f32>())).clamp(1, MAX_SHARD_ROWS);
         let shards = (0..n_rows).step_by(shard_rows).map(|start| {
             let end = (start + shard_rows).min(n_rows);
             let values = stored.values(start * n_columns..end * n_columns);

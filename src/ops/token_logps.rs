@@ -1,6 +1,6 @@
 //! The head: `lm_head`, log-softmax and gather over the rows that are scored, in chunks.
 //!
-//! `[tokens, vocab]` never exists. A token's log-probability is `z[target] − logsumexp(z)` with `z = W h`, and its derivative by
+//! `[tokens, vocab]` never exists: the softmax is taken shard by shard of the vocabulary and merged. A token's log-probability is `z[target] − logsumexp(z)` with `z = W h`, and its derivative by
 //! `h`, `W[target] − Wᵀ softmax(z)`, does not depend on what the loss later weighs it with. So one pass over the chunks computes
 //! both the log-probabilities and `expected = Wᵀ softmax(z)` of every row, and [`token_logps_backward`] applies the weights: two
 //! products with the head a row, no second forward. Softmax and log-sum-exp are `f32`.
@@ -17,7 +17,7 @@ pub struct ScoredToken {
     pub target: u32,
 }
 
-/// The head's weight `[vocab, hidden]`, in shards of rows so that each fits the device's largest binding.
+/// The head's weight `[vocab, hidden]`, in shards of rows: each fits the device's largest binding, and a chunk's logits the cache.
 #[derive(Debug, Clone)]
 pub struct Head<B: Backend> {
     /// Consecutive rows of the matrix, `[rows, hidden]` each.
@@ -142,43 +142,70 @@ pub fn token_logps<B: Backend>(
 ) -> TokenLogps<B> {
     let [n_rows, n_hidden] = hidden.dims();
     let device = hidden.device();
-    let chunk_rows = (head.chunk_bytes / (head.vocab_size() * size_of::<f32>())).clamp(1, n_rows);
-    let (mut logps, mut expecteds) = (Gathered::default(), Vec::new());
+    let shard_rows = head.shards.iter().map(|shard| shard.dims()[0]).max().unwrap_or(1);
+    let chunk_rows = (head.chunk_bytes / (shard_rows * size_of::<f32>())).clamp(1, n_rows);
+    let (mut target_logits, mut softmaxes) = (Gathered::default(), Vec::new());
     for start in (0..n_rows).step_by(chunk_rows) {
         let rows = start..(start + chunk_rows).min(n_rows);
         let h = hidden.clone().slice([rows.clone(), 0..n_hidden]);
-        let logits: Vec<_> = head.shards.iter().map(|w| h.clone().matmul(w.clone().transpose())).collect();
-        let max = Tensor::cat(logits.iter().map(|z| z.clone().max_dim(1)).collect(), 1).max_dim(1);
-        // The target's logit is read from the same product that the sum is taken over: a separate dot product rounds differently,
-        // which is all there is of the log-probability of a token that the model is sure of.
-        let shifted: Vec<_> = logits.into_iter().map(|z| z - max.clone()).collect();
-        let exps: Vec<_> = shifted.iter().map(|z| z.clone().exp()).collect();
-        let sum = Tensor::cat(exps.iter().map(|e| e.clone().sum_dim(1)).collect(), 1).sum_dim(1);
-        let log_sum = sum.clone().log().squeeze_dim::<1>(1);
-        for ((z, shard), first) in shifted.into_iter().zip(&head.shards).zip(head.first_ids()) {
+        let mut softmax: Option<PartialSoftmax<B>> = None;
+        for (shard, first) in head.shards.iter().zip(head.first_ids()) {
             let n = shard.dims()[0];
+            let logits = h.clone().matmul(shard.clone().transpose());
             let belongs = |token: &ScoredToken| {
                 rows.contains(&(token.row_idx as usize))
                     && (first..first + n).contains(&(token.target as usize))
             };
-            logps.push(scored, belongs, |picked| {
-                let local: Vec<u32> = picked.iter().map(|token| token.row_idx - start as u32).collect();
-                let columns = picked.iter().map(|token| token.target - first as u32);
-                let flat: Vec<u32> =
-                    local.iter().zip(columns).map(|(row, column)| row * n as u32 + column).collect();
-                let n_logits = z.dims()[0] * n;
-                z.reshape([n_logits]).select(0, indices(&flat, &device))
-                    - log_sum.clone().select(0, indices(&local, &device))
+            target_logits.push(scored, belongs, |picked| {
+                let place = |token: &&ScoredToken| {
+                    (token.row_idx - start as u32) * n as u32 + token.target - first as u32
+                };
+                let places: Vec<u32> = picked.iter().map(place).collect();
+                logits.clone().reshape([rows.len() * n]).select(0, indices(&places, &device))
+            });
+            let part = PartialSoftmax::new(logits, shard, expected);
+            softmax = Some(match softmax {
+                Some(seen) => seen.merge(part),
+                None => part,
             });
         }
-        if expected == Expected::Keep {
-            let products = exps.into_iter().zip(&head.shards).map(|(e, w)| e.matmul(w.clone()));
-            expecteds.extend(products.reduce(|a, b| a + b).map(|total| total / sum));
-        }
+        softmaxes.extend(softmax);
     }
-    TokenLogps {
-        logps: logps.in_order(),
-        expected: (expected == Expected::Keep).then(|| Tensor::cat(expecteds, 0)),
+    let by_row =
+        |f: fn(&PartialSoftmax<B>) -> Tensor<B, 2>| Tensor::cat(softmaxes.iter().map(f).collect(), 0);
+    let (max, sum) = (by_row(|s| s.max.clone()), by_row(|s| s.sum.clone()));
+    let by_entry = |t: Tensor<B, 2>| {
+        let row_indices: Vec<u32> = scored.iter().map(|token| token.row_idx).collect();
+        t.squeeze_dim::<1>(1).select(0, indices(&row_indices, &device))
+    };
+    // In this order: where the target is the likeliest token the difference is exactly zero, and the logarithm is all there is.
+    let logps = (target_logits.in_order() - by_entry(max)) - by_entry(sum.clone().log());
+    let weighted: Option<Vec<_>> = softmaxes.into_iter().map(|s| s.weighted).collect();
+    TokenLogps { logps, expected: weighted.map(|weighted| Tensor::cat(weighted, 0) / sum) }
+}
+
+/// A softmax over a part of the vocabulary: `max` of the logits, `sum = Σ exp(z − max)`, both `[rows, 1]`, and
+/// `weighted = Σ exp(z − max) W`, `[rows, hidden]`, where it is asked for.
+struct PartialSoftmax<B: Backend> {
+    max: Tensor<B, 2>,
+    sum: Tensor<B, 2>,
+    weighted: Option<Tensor<B, 2>>,
+}
+
+impl<B: Backend> PartialSoftmax<B> {
+    fn new(logits: Tensor<B, 2>, weight: &Tensor<B, 2>, expected: Expected) -> Self {
+        let max = logits.clone().max_dim(1);
+        let exps = (logits - max.clone()).exp();
+        let sum = exps.clone().sum_dim(1);
+        Self { max, sum, weighted: (expected == Expected::Keep).then(|| exps.matmul(weight.clone())) }
+    }
+
+    /// The softmax over both parts (arXiv:1805.02867).
+    fn merge(self, other: Self) -> Self {
+        let max = self.max.clone().max_pair(other.max.clone());
+        let (a, b) = ((self.max - max.clone()).exp(), (other.max - max.clone()).exp());
+        let weighted = self.weighted.zip(other.weighted).map(|(x, y)| x * a.clone() + y * b.clone());
+        Self { max, sum: self.sum * a + other.sum * b, weighted }
     }
 }
 

@@ -11,6 +11,8 @@ use serde_json::{Map, Value, json};
 
 use super::optim::AdamW;
 use super::plan::Plan;
+use super::plots;
+use super::tensorboard::TensorBoard;
 use crate::data::dataset::Shuffle;
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
@@ -31,12 +33,22 @@ pub struct CheckpointTexts {
     pub card: String,
 }
 
+/// Where the log goes besides `logging.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tracker {
+    /// Event files in `runs/`.
+    TensorBoard,
+    /// Nowhere.
+    None,
+}
+
 /// An open run folder.
 #[derive(Debug)]
 pub struct RunFolder {
     folder: PathBuf,
     log: File,
     log_history: Vec<Value>,
+    tensorboard: Option<TensorBoard>,
     texts: CheckpointTexts,
     save_total_limit: usize,
     checkpoints: Vec<PathBuf>,
@@ -53,6 +65,7 @@ impl RunFolder {
         texts: CheckpointTexts,
         save_total_limit: usize,
         log_history: Vec<Value>,
+        tracker: Tracker,
     ) -> Result<Self> {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         let args = folder.join("args.json");
@@ -63,14 +76,12 @@ impl RunFolder {
         for line in &log_history {
             writeln!(log, "{line}").map_err(Error::io("write", &path))?;
         }
-        Ok(Self {
-            folder: folder.to_owned(),
-            log,
-            log_history,
-            texts,
-            save_total_limit,
-            checkpoints: Vec::new(),
-        })
+        let tensorboard = match tracker {
+            Tracker::TensorBoard => Some(TensorBoard::create(folder)?),
+            Tracker::None => None,
+        };
+        let folder = folder.to_owned();
+        Ok(Self { folder, log, log_history, tensorboard, texts, save_total_limit, checkpoints: Vec::new() })
     }
 
     /// The folder.
@@ -83,16 +94,27 @@ impl RunFolder {
         self.checkpoints.last().map(PathBuf::as_path)
     }
 
-    /// Appends a line to `logging.jsonl`.
+    /// Appends a line to `logging.jsonl` and to the tracker.
     ///
     /// # Errors
     /// If it cannot be written.
-    pub fn log(&mut self, line: &Map<String, Value>) -> Result<()> {
+    pub fn log(&mut self, step: usize, line: &Map<String, Value>) -> Result<()> {
+        if let Some(tensorboard) = &mut self.tensorboard {
+            tensorboard.scalars(step, line)?;
+        }
         let line = Value::Object(line.clone());
         let path = || self.folder.join("logging.jsonl");
         writeln!(self.log, "{line}").map_err(|e| Error::io("write", path())(e))?;
         self.log_history.push(line);
         Ok(())
+    }
+
+    /// Draws the log so far into `images/`.
+    ///
+    /// # Errors
+    /// If a picture cannot be written.
+    pub fn plot(&self) -> Result<()> {
+        plots::write(&self.folder, &self.log_history)
     }
 
     /// Saves `checkpoint-{step}` and removes the oldest beyond the limit.

@@ -194,7 +194,7 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
                 write_pairs(
                     w,
                     "{\"query\":\"q\",\"response\":\"a\",\"rejected_response\":\"a\"}\n{\"query\":\"q\"}\n",
-                )
+                );
             },
             flags: &[],
             code: 1,

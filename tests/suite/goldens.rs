@@ -20,7 +20,7 @@ use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::train::metrics::StepMetrics;
 use orpo_wgpu::train::optim::AdamWConfig;
 use orpo_wgpu::train::plan::Plan;
-use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder};
+use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
 use orpo_wgpu::train::schedule::{LrSchedulerType, Schedule};
 use orpo_wgpu::train::step::{GradientCheckpointing, forward_backward};
 use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
@@ -251,7 +251,7 @@ fn check_trajectories<B: Kernels>(device: &B::Device) {
             let folder = tempfile::tempdir().unwrap();
             let texts =
                 CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
-            let mut run = RunFolder::create(folder.path(), texts, 2, Vec::new()).unwrap();
+            let mut run = RunFolder::create(folder.path(), texts, 2, Vec::new(), Tracker::None).unwrap();
             let mut recorder = Recorder::default();
             let data = TrainData { train: &case.pairs, val: &[] };
             let settings = case.settings(compat);

@@ -29,7 +29,7 @@ fn sequence_logps(model: &Llama<Flex>, layers: &[DecoderLayer<Tracked>], ids: &[
         let w = Tensor::<Tracked, 2>::from_inner(w.clone());
         hidden.clone().matmul(w.transpose())
     });
-    let logps = log_softmax(Tensor::cat(logits.collect(), 1), 1).slice([0..n - 1]);
+    let logps = log_softmax(Tensor::cat(logits.collect(), 1), 1).slice(0..n - 1);
     let targets: Vec<i64> = ids[1..].iter().map(|&id| i64::from(id)).collect();
     let targets = Tensor::<Tracked, 2, Int>::from_data(TensorData::new(targets, [n - 1, 1]), &model.device());
     logps.gather(1, targets).squeeze_dim(1)
@@ -49,7 +49,7 @@ fn two_sequence_loss(
     for pair in pairs {
         let chosen = sequence_logps(model, layers, &[pair.prompt.as_slice(), &pair.chosen].concat());
         let rejected = sequence_logps(model, layers, &[pair.prompt.as_slice(), &pair.rejected].concat());
-        let response = |t: &Tensor<Tracked, 1>| t.clone().slice([pair.prompt.len() - 1..t.dims()[0]]);
+        let response = |t: &Tensor<Tracked, 1>| t.clone().slice(pair.prompt.len() - 1..t.dims()[0]);
         let (w, l) = (response(&chosen).mean(), response(&rejected).mean());
         let scored = if compat == LossCompat::Trl { chosen.clone() } else { response(&chosen) };
         nll_counts.push(scored.dims()[0] as f32);

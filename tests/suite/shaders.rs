@@ -2,7 +2,7 @@
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
-use crate::kernel::{Layout, Shader, Tile};
+use orpo_wgpu::ops::kernel::{Layout, RANK_QUADS, Shader, Tile};
 
 /// Every variant that a launch can ask for.
 pub(crate) fn variants() -> Vec<Shader> {
@@ -11,6 +11,9 @@ pub(crate) fn variants() -> Vec<Shader> {
         for tile in Tile::GPU.into_iter().chain(Tile::SOFTWARE) {
             all.extend([true, false].map(|is_vec4| Shader::Product { layout, tile, is_vec4 }));
         }
+    }
+    for rank_quads in RANK_QUADS {
+        all.extend([true, false].map(|is_vec4| Shader::LoraBackward { rank_quads, is_vec4 }));
     }
     all
 }

@@ -1,0 +1,46 @@
+//! Devices on the adapter at hand, and what a driver's failure turns into.
+
+use burn::tensor::Tensor;
+use burn_wgpu::{Wgpu, WgpuDevice};
+use orpo_wgpu::device::{self, DeviceChoice};
+
+use crate::support::adapter;
+
+/// One test, since a failure on one thread is everybody's who computes on the device meanwhile.
+#[test]
+fn the_adapter_works_and_its_failures_are_errors() {
+    if adapter().is_none() {
+        return;
+    }
+    let choice = device::select("wgpu").unwrap().choice;
+    let DeviceChoice::Wgpu { device, adapter } = &choice else { panic!("wgpu is {choice}") };
+    assert!(!adapter.name.is_empty() && !adapter.driver.is_empty(), "{adapter:?}");
+    assert!(adapter.memory_bytes.is_some_and(|bytes| bytes > 1 << 28), "{adapter:?}");
+    // What WebGPU promises of every device.
+    assert!(choice.shard_bytes() >= 128 << 20, "{adapter:?}");
+
+    device::self_test::<Wgpu>(device, &choice).unwrap();
+    assert!(choice.memory_bytes() > 0, "the self-test's tensors were somewhere");
+
+    does_not_fit(&choice, device, adapter.shard_bytes() as usize);
+    // burn starts a device on a thread of its own, which is where it panics.
+    let absent = WgpuDevice::DiscreteGpu(77);
+    let choice = DeviceChoice::Wgpu { device: absent.clone(), adapter: adapter.clone() };
+    let error = device::self_test::<Wgpu>(&absent, &choice).unwrap_err().to_string();
+    assert!(error.contains("self-test failed: No Discrete GPU device found"), "{error}");
+}
+
+/// A tensor that is larger than the device's largest fails, even where reading it succeeds.
+fn does_not_fit(choice: &DeviceChoice, device: &WgpuDevice, shard_bytes: usize) {
+    const COLUMNS: usize = 1 << 20;
+    let n_rows = shard_bytes / (COLUMNS * size_of::<f32>()) + 1;
+    let error = device::guard("a test", choice, || {
+        let sum = Tensor::<Wgpu, 2>::zeros([n_rows, COLUMNS], device) + 1.0;
+        // burn says Ok, and gives something else than 1.
+        let _ = sum.slice([0..1, 0..1]).try_into_data();
+        Ok(())
+    })
+    .unwrap_err();
+    assert!(error.to_string().contains("a test failed: can't allocate buffer of size"), "{error}");
+    assert!(error.hint().unwrap().contains("--batch_size"), "a full device has its own hint");
+}
