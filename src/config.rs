@@ -234,6 +234,14 @@ impl TrainArgs {
         let mut given = config.map(read_config).transpose()?.unwrap_or_default();
         let parsed = to_map(&parsed);
         let from_user = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+        // Where to start from is one choice: the command line's goes over the file's.
+        for (chosen, other) in
+            [("resume_from_checkpoint", "adapters"), ("adapters", "resume_from_checkpoint")]
+        {
+            if from_user(chosen) {
+                given.remove(other);
+            }
+        }
         given.extend(parsed.into_iter().filter(|(id, _)| from_user(id)));
         // A null says nothing: `args.json` writes one for every setting that was left open.
         given.retain(|_, value| !value.is_null());

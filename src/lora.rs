@@ -139,6 +139,7 @@ struct AdapterConfigFile {
     rank_pattern: BTreeMap<String, usize>,
     #[serde(default)]
     alpha_pattern: BTreeMap<String, f64>,
+    init_lora_weights: Option<serde_json::Value>,
 }
 
 /// Loads a PEFT adapter folder into the model.
@@ -208,6 +209,13 @@ fn check_kind(config: &AdapterConfigFile) -> Result<(), String> {
     let kind = config.peft_type.as_deref().unwrap_or("LORA");
     let bias = config.bias.as_deref().unwrap_or("none");
     let saved = config.modules_to_save.as_deref().unwrap_or_default();
+    // These change the base weights as PEFT loads them.
+    let init = config.init_lora_weights.as_ref().and_then(serde_json::Value::as_str).unwrap_or_default();
+    let changes_base =
+        ["pissa", "olora", "corda", "loftq"].iter().any(|name| init.to_lowercase().starts_with(name));
+    // PEFT reads keys as regular expressions; plain names are all that is read here.
+    let mut keys = config.rank_pattern.keys().chain(config.alpha_pattern.keys());
+    let regex = keys.find(|key| !key.chars().all(|c| c.is_ascii_alphanumeric() || "._".contains(c)));
     if kind != "LORA" {
         Err(format!("peft_type is `{kind}`, only LORA is computed"))
     } else if config.use_dora {
@@ -216,6 +224,12 @@ fn check_kind(config: &AdapterConfigFile) -> Result<(), String> {
         Err(format!("bias is `{bias}`: adapters with biases are not computed"))
     } else if !saved.is_empty() {
         Err(format!("modules_to_save names {}: whole saved modules are not read", saved.join(", ")))
+    } else if changes_base {
+        Err(format!(
+            "init_lora_weights is `{init}`, which changes the base model: convert it with PEFT's save_pretrained first"
+        ))
+    } else if let Some(key) = regex {
+        Err(format!("the pattern `{key}` is a regular expression: only module names are read"))
     } else if config.r == 0 {
         Err("r is 0".to_owned())
     } else {

@@ -116,14 +116,16 @@ pub fn train<B: Kernels>(
     }
     let mut before = match data.val {
         [] => None,
-        val => Some(evaluate_all(model, val, settings)?),
+        val => Some(evaluate_all(model, val, settings, first_step)?),
     };
     let mut window = Window::default();
     for step in first_step..max_steps {
         let micro_batches = settings.plan.micro_batches(step);
         let (grads, metrics) = accumulate(model, data.train, &micro_batches, settings, &mut window)?;
         let (grads, grad_norm) = clip_grad_norm(grads, settings.max_grad_norm)?;
-        check_finite(step, &metrics, grad_norm, data.train, &micro_batches)?;
+        let indices = micro_batches.concat();
+        check_finite(step + 1, "loss", metrics.loss, data.train, &indices)?;
+        check_finite(step + 1, "grad_norm", grad_norm, data.train, &indices)?;
         let learning_rate = settings.schedule.at(step);
         let updated = optimizer.update(learning_rate, adapter(model), grads);
         lora::set_tensors(model, updated);
@@ -132,7 +134,7 @@ pub fn train<B: Kernels>(
         let is_last = done == max_steps;
         observer.on_step(done, &metrics, window.n_tokens);
         if done.is_multiple_of(settings.logging_steps) || is_last {
-            let mean = StepMetrics::mean(&window.metrics);
+            let mean = window.mean();
             before.get_or_insert(mean);
             let trace = StepTrace {
                 grad_norm,
@@ -143,16 +145,19 @@ pub fn train<B: Kernels>(
             let line = log_line(done, settings.plan.epoch(done), &mean.to_json(""), Some(&trace));
             run.log(done, &line)?;
             observer.on_log(&line);
-            window = Window { last: Some(mean), ..Window::default() };
+            window = Window { last: Some(mean), started: Some(Instant::now()), ..Window::default() };
         }
         if !data.val.is_empty() && (done.is_multiple_of(settings.eval_steps) || is_last) {
             let paused = Instant::now();
-            let metrics = evaluate_all(model, data.val, settings)?;
+            let metrics = evaluate_all(model, data.val, settings, done)?;
             let line = log_line(done, settings.plan.epoch(done), &metrics.to_json("eval_"), None);
             run.log(done, &line)?;
             observer.on_log(&line);
             window.last_eval = Some(metrics);
             window.paused_s += paused.elapsed().as_secs_f64();
+        }
+        if is_last {
+            check_moved(step, &initial, &adapter(model))?;
         }
         if done.is_multiple_of(settings.save_steps) || is_last {
             let paused = Instant::now();
@@ -161,7 +166,6 @@ pub fn train<B: Kernels>(
             window.paused_s += paused.elapsed().as_secs_f64();
         }
     }
-    check_moved(&initial, &adapter(model))?;
     let last = window.last_eval.or(window.last);
     let (Some(before), Some(after), Some(checkpoint)) = (before, last, run.last_checkpoint()) else {
         return Err(Error::config(format!(
@@ -181,7 +185,10 @@ pub fn train<B: Kernels>(
 /// What has happened since the last line of the log.
 #[derive(Default)]
 struct Window {
+    /// Of every micro-batch.
     metrics: Vec<StepMetrics>,
+    /// Of every step.
+    losses: Vec<f64>,
     n_tokens: usize,
     started: Option<Instant>,
     paused_s: f64,
@@ -190,6 +197,12 @@ struct Window {
 }
 
 impl Window {
+    /// Micro-batches count the same, as TRL logs its metrics; for the loss steps do, as `Trainer` logs it.
+    fn mean(&self) -> StepMetrics {
+        let loss = self.losses.iter().sum::<f64>() / self.losses.len() as f64;
+        StepMetrics { loss, ..StepMetrics::mean(&self.metrics) }
+    }
+
     fn tokens_per_second(&self) -> f64 {
         let elapsed_s = self.started.map_or(0.0, |at| at.elapsed().as_secs_f64()) - self.paused_s;
         if elapsed_s > 0.0 { self.n_tokens as f64 / elapsed_s } else { 0.0 }
@@ -223,8 +236,10 @@ fn accumulate<B: Kernels>(
             None => grads,
         });
     }
-    window.metrics.extend(&all);
-    Ok((total.unwrap_or_default(), StepMetrics::mean(&all)))
+    let mean = StepMetrics::mean(&all);
+    window.metrics.extend(all);
+    window.losses.push(mean.loss);
+    Ok((total.unwrap_or_default(), mean))
 }
 
 fn pack_rows(rows: &[TokenizedPair], indices: &[usize], compat: LossCompat) -> Batch {
@@ -232,40 +247,45 @@ fn pack_rows(rows: &[TokenizedPair], indices: &[usize], compat: LossCompat) -> B
     pack(&pairs, compat)
 }
 
+/// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss.
 fn evaluate_all<B: Kernels>(
     model: &Llama<B>,
     rows: &[TokenizedPair],
     settings: &TrainSettings,
+    step: usize,
 ) -> Result<StepMetrics> {
+    let mut metrics = Vec::with_capacity(rows.len());
     let indices: Vec<usize> = (0..rows.len()).collect();
-    let metrics: Result<Vec<StepMetrics>> = indices
-        .chunks(settings.plan.batch_size)
-        .map(|indices| evaluate(model, &pack_rows(rows, indices, settings.loss_compat), settings.beta))
-        .collect();
-    Ok(StepMetrics::mean(&metrics?))
+    for indices in indices.chunks(settings.plan.batch_size) {
+        let batch = evaluate(model, &pack_rows(rows, indices, settings.loss_compat), settings.beta)?;
+        check_finite(step, "eval_loss", batch.loss, rows, indices)?;
+        metrics.extend(vec![batch; indices.len()]);
+    }
+    Ok(StepMetrics::mean(&metrics))
 }
 
 fn check_finite(
-    step: usize,
-    metrics: &StepMetrics,
-    grad_norm: f64,
+    n_steps: usize,
+    quantity: &'static str,
+    value: f64,
     rows: &[TokenizedPair],
-    micro_batches: &[Vec<usize>],
+    indices: &[usize],
 ) -> Result<()> {
-    for (quantity, value) in [("loss", metrics.loss), ("grad_norm", grad_norm)] {
-        if !value.is_finite() {
-            let locations: Vec<String> =
-                micro_batches.iter().flatten().map(|&i| rows[i].location.to_string()).collect();
-            return Err(Error::NonFinite { step: step + 1, quantity, value, rows: locations.join(", ") });
-        }
+    if value.is_finite() {
+        return Ok(());
     }
-    Ok(())
+    let locations: Vec<String> = indices.iter().map(|&i| rows[i].location.to_string()).collect();
+    Err(Error::NonFinite { step: n_steps, quantity, value, rows: locations.join(", ") })
 }
 
 /// A run that moved nothing has trained nothing, whatever its log says.
-fn check_moved<B: Kernels>(before: &[Tensor<B, 2>], after: &[Tensor<B, 2>]) -> Result<()> {
+fn check_moved<B: Kernels>(step: usize, before: &[Tensor<B, 2>], after: &[Tensor<B, 2>]) -> Result<()> {
     let moved = before.iter().zip(after).map(|(b, a)| (a.clone() - b.clone()).abs().max());
     let moved = optim::read(Tensor::cat(moved.collect(), 0).max())?[0];
+    if !moved.is_finite() {
+        let rows = "the step's update".to_owned();
+        return Err(Error::NonFinite { step: step + 1, quantity: "the adapter", value: moved.into(), rows });
+    }
     if moved > 0.0 {
         return Ok(());
     }

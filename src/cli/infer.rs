@@ -149,7 +149,9 @@ fn newest_checkpoint(runs: &Path) -> Option<PathBuf> {
         entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect::<Vec<_>>()
     };
     let written = |path: &Path| path.join(lora::ADAPTER_FILE).metadata().and_then(|m| m.modified());
-    let checkpoints = folders(runs).into_iter().flat_map(|run| folders(&run));
+    let is_complete =
+        |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("checkpoint-"));
+    let checkpoints = folders(runs).into_iter().flat_map(|run| folders(&run)).filter(is_complete);
     let dated = checkpoints.filter_map(|path| Some((written(&path).ok()?, path)));
     dated.max_by_key(|(time, _): &(SystemTime, PathBuf)| *time).map(|(_, path)| path)
 }

@@ -58,6 +58,11 @@ impl OpenModel {
         Ok(Self { config, tokenizer, template, name, source })
     }
 
+    /// Whether this is the demo inside the program.
+    pub fn is_demo(&self) -> bool {
+        matches!(self.source, Source::Demo)
+    }
+
     /// Loads the weights onto a device. Matrices of the vocabulary's size come in shards of at most `shard_bytes`.
     ///
     /// # Errors

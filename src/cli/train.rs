@@ -65,8 +65,8 @@ fn run_on<B: Kernels>(
 ) -> Result<()> {
     let loading = Instant::now();
     device::self_test::<B>(device, choice)?;
-    let mut model = open.load::<B>(device, choice.shard_bytes())?;
     let settings = settings(args, data)?;
+    let mut model = open.load::<B>(device, choice.shard_bytes())?;
     let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
         Some(folder) => lora::load(&mut model, folder)?,
@@ -80,9 +80,24 @@ fn run_on<B: Kernels>(
         Some(folder) => Some(TrainerState::read(folder, &model, &settings.plan)?),
         None => None,
     };
+    let first_step = resume.as_ref().map_or(0, |state| state.global_step);
+    let max_steps = settings.schedule.max_steps;
+    if first_step >= max_steps {
+        return Err(Error::config(format!(
+            "nothing to train: {first_step} of {max_steps} steps are done already"
+        ))
+        .with_hint("raise --max_steps or --num_train_epochs"));
+    }
+    // What the adapter brought along goes over the flags, and into the run's own record.
+    let args = &TrainArgs {
+        lora_rank: lora_config.r,
+        lora_alpha: lora_config.lora_alpha,
+        lora_target_modules: lora_config.target_modules.clone(),
+        ..args.clone()
+    };
     describe(args, open, &model, data, &settings, choice, loading);
 
-    let held_out = if open.name == demo::NAME { demo::held_out()?.rows } else { Vec::new() };
+    let held_out = if open.is_demo() { demo::held_out()?.rows } else { Vec::new() };
     let questions: Vec<&str> = held_out.iter().map(|row| row.query.as_str()).collect();
     let before = answers(&model, open, &questions)?;
     let folder = run_folder(args, open);
@@ -91,7 +106,6 @@ fn run_on<B: Kernels>(
     let texts = texts(args, open, &lora_config);
     let mut run = RunFolder::create(&folder, texts, args.save_total_limit, history, tracker)?;
     let memory = || choice.memory_bytes();
-    let first_step = resume.as_ref().map_or(0, |state| state.global_step);
     let mut progress = Progress::new(settings.schedule.max_steps, first_step, &memory);
     let data = TrainData { train: &data.train, val: &data.val };
     let trained = train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress);
@@ -164,7 +178,9 @@ impl Data {
                 name,
                 format!("none of its rows can be trained on: {}", dataset::summarize(&skipped)),
             )
-            .with_hint("raise --max_length, or --truncation_strategy truncation_right"));
+            .with_hint(
+                "every row and its reason are listed above; rows that are too long: raise --max_length",
+            ));
         }
         Ok(Self { train, val, skipped })
     }
@@ -184,16 +200,21 @@ fn settings(args: &TrainArgs, data: &Data) -> Result<TrainSettings> {
     let epochs = (args.num_train_epochs * plan.steps_per_epoch() as f64).ceil() as usize;
     let max_steps = args.max_steps.unwrap_or(epochs);
     let loss_compat: LossCompat = args.loss_compat.parse()?;
+    let schedule = Schedule {
+        learning_rate: args.learning_rate,
+        kind: args.lr_scheduler_type,
+        warmup_steps: (args.warmup_ratio * max_steps as f64).ceil() as usize,
+        max_steps,
+    };
+    if (0..max_steps).all(|step| schedule.at(step) == 0.0) {
+        return Err(Error::config(format!("the learning rate is 0 in each of the {max_steps} steps"))
+            .with_hint("the first step of a warm-up uses 0: pass --warmup_ratio 0, or more steps, or a --learning_rate"));
+    }
     Ok(TrainSettings {
         plan,
         beta: args.beta as f32,
         loss_compat,
-        schedule: Schedule {
-            learning_rate: args.learning_rate,
-            kind: args.lr_scheduler_type,
-            warmup_steps: (args.warmup_ratio * max_steps as f64).ceil() as usize,
-            max_steps,
-        },
+        schedule,
         adamw: AdamWConfig {
             adam_beta1: args.adam_beta1,
             adam_beta2: args.adam_beta2,
@@ -268,8 +289,11 @@ fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
     if !args.add_output_dir_suffix {
         return args.output_dir.clone();
     }
-    let base_name =
-        || Path::new(&open.name).file_name().map_or(open.name.clone(), |n| n.to_string_lossy().into_owned());
+    let base_name = || {
+        let folder = Path::new(&open.name);
+        let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+        folder.file_name().map_or(open.name.clone(), |name| name.to_string_lossy().into_owned())
+    };
     let folder = args.output_dir.join(args.model_type.clone().unwrap_or_else(base_name));
     let version = |name: &str| name.strip_prefix('v')?.split('-').next()?.parse::<usize>().ok();
     let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
@@ -286,6 +310,10 @@ fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> Checkp
         Some(folder) => std::path::absolute(folder).unwrap_or_else(|_| folder.clone()).display().to_string(),
         None => open.name.clone(),
     };
+    if open.is_demo() {
+        let card = "# ORPO adapter for the demo of orpo-wgpu\n\nIts base model is inside the program: `orpo-wgpu infer --adapters .`\n";
+        return CheckpointTexts { base_model, args: args.to_json(), card: card.to_owned() };
+    }
     let card = format!(
         "---\nbase_model: {base_model}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- orpo\n- lora\n---\n\n\
          # ORPO adapter for {base_model}\n\n\

@@ -203,12 +203,18 @@ fn shuffle_seed(plan: &Plan) -> Option<u64> {
 fn put_in_place(partial: &Path, place: &Path) -> Result<()> {
     for entry in fs::read_dir(partial).map_err(Error::io("read", partial))? {
         let path = entry.map_err(Error::io("read", partial))?.path();
-        File::open(&path).and_then(|file| file.sync_all()).map_err(Error::io("flush", &path))?;
+        // Flushing needs a handle that may write, on Windows.
+        let file = OpenOptions::new().write(true).open(&path);
+        file.and_then(|file| file.sync_all()).map_err(Error::io("flush", &path))?;
     }
-    if place.exists() {
-        fs::remove_dir_all(place).map_err(Error::io("remove", place))?;
+    if !place.exists() {
+        return fs::rename(partial, place).map_err(Error::io("write", place));
     }
-    fs::rename(partial, place).map_err(Error::io("write", place))
+    // An older checkpoint of this name is there until the new one is.
+    let replaced = partial.with_extension("replaced");
+    fs::rename(place, &replaced).map_err(Error::io("replace", place))?;
+    fs::rename(partial, place).map_err(Error::io("write", place))?;
+    fs::remove_dir_all(&replaced).map_err(Error::io("remove", &replaced))
 }
 
 /// What a checkpoint says of the run that wrote it.

@@ -54,9 +54,14 @@ pub fn forward_backward<B: Kernels>(
 ) -> Result<(StepMetrics, Vec<Tensor<B, 2>>)> {
     let layout = attention_layout(model, batch);
     let tracked_layout = layout.lift();
-    let mut x = model.embed(&batch.tokens);
-    let mut kept = Vec::with_capacity(model.layers.len());
-    for layer in &model.layers {
+    // Below the first layer with an adapter there is nothing to learn, so nothing is kept for backward.
+    let has_adapter =
+        |layer: &DecoderLayer<B>| layer.linears().iter().any(|(_, linear)| linear.lora.is_some());
+    let n_frozen = model.layers.iter().position(has_adapter).unwrap_or(model.layers.len());
+    let (frozen, adapted) = model.layers.split_at(n_frozen);
+    let mut x = frozen.iter().fold(model.embed(&batch.tokens), |x, layer| layer.forward(x, &layout));
+    let mut kept = Vec::with_capacity(adapted.len());
+    for layer in adapted {
         match checkpointing {
             GradientCheckpointing::PerLayer => {
                 kept.push(Kept::Input(x.clone()));
@@ -80,8 +85,8 @@ pub fn forward_backward<B: Kernels>(
     let grads = backward(hidden, dhidden);
     let mut dx = top.grad(&grads).expect("the top of the layers is tracked");
 
-    let mut lora_grads = Vec::with_capacity(model.layers.len());
-    for (i, (layer, kept)) in model.layers.iter().zip(kept).enumerate().rev() {
+    let mut lora_grads = Vec::with_capacity(adapted.len());
+    for (i, (layer, kept)) in adapted.iter().zip(kept).enumerate().rev() {
         let tape = match kept {
             Kept::Input(x) => record(layer, x, &tracked_layout, i > 0),
             Kept::Tape(tape) => tape,

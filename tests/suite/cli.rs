@@ -256,6 +256,13 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             says: &["wgpu:99", "hint:"],
         },
         Case { name: "unknown device", spoil: |_| {}, flags: &["--device", "tpu"], code: 2, says: &["tpu"] },
+        Case {
+            name: "a warm-up that is the whole run",
+            spoil: |_| {},
+            flags: &["--max_steps", "1", "--warmup_ratio", "0.05"],
+            code: 2,
+            says: &["the learning rate is 0", "--warmup_ratio 0"],
+        },
         Case { name: "dtype", spoil: |_| {}, flags: &["--dtype", "fp8"], code: 2, says: &["fp8", "fp32"] },
         Case {
             name: "a typo in a configuration file",
@@ -345,6 +352,25 @@ fn a_run_writes_the_files_that_it_promises() {
     ] {
         assert!(lines[0][key].is_number(), "{key} is missing in {}", lines[0]);
     }
+    // What PEFT reads: the tensors' names are those of an adapter that PEFT wrote, and so are the settings that matter to it.
+    let names = |path: &Path| -> Vec<String> {
+        let checkpoint = orpo_wgpu::model::load::Checkpoint::open_file(path).unwrap();
+        checkpoint.names().map(str::to_owned).collect()
+    };
+    let (ours, theirs) = (workplace.path("out/checkpoint-2"), fixture("gqa/adapter"));
+    assert_eq!(
+        names(&ours.join("adapter_model.safetensors")),
+        names(&theirs.join("adapter_model.safetensors"))
+    );
+    let config = |folder: &Path| -> Value {
+        serde_json::from_str(&fs::read_to_string(folder.join("adapter_config.json")).unwrap()).unwrap()
+    };
+    let (ours, theirs) = (config(&ours), config(&theirs));
+    for key in
+        ["peft_type", "task_type", "r", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "modules_to_save"]
+    {
+        assert_eq!(ours[key], theirs[key], "{key} of adapter_config.json");
+    }
     // The summary's last line is the command to talk to the result.
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(
@@ -407,23 +433,41 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
         read("out/checkpoint-6/optimizer.safetensors"),
         read("resumed/checkpoint-6/optimizer.safetensors")
     );
-    let other = [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-3", "--batch_size", "1"]].concat();
-    let output = workplace.train(&other[..]);
-    assert!(
-        stderr(&output).contains("batch_size was 2 and is 1") || output.status.code() == Some(2),
-        "{}",
-        stderr(&output)
-    );
+    let other = [
+        "--max_steps",
+        "6",
+        "--batch_size",
+        "1",
+        "--resume_from_checkpoint",
+        "out/checkpoint-3",
+        "--output_dir",
+        "other",
+    ];
+    let output = workplace.train(&other);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("batch_size was 2 and is 1"), "{}", stderr(&output));
+    let done =
+        [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-6", "--output_dir", "done"]].concat();
+    let output = workplace.train(&done);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("6 of 6 steps are done already"), "{}", stderr(&output));
 }
 
 #[cfg(unix)]
 #[test]
 fn a_save_that_fails_leaves_the_last_checkpoint_and_nothing_half_written() {
     let workplace = Workplace::new();
-    assert!(workplace.train(&["--save_steps", "1"]).status.success());
+    assert!(workplace.train(&["--save_steps", "1", "--report_to", "none"]).status.success());
     let before = workplace.written();
     // Files may not grow beyond 16 blocks: the adapter does not fit, as on a disk that is full.
-    let command = workplace.train_command(&["--max_steps", "4", "--adapters", "out/checkpoint-2"]);
+    let command = workplace.train_command(&[
+        "--max_steps",
+        "4",
+        "--adapters",
+        "out/checkpoint-2",
+        "--report_to",
+        "none",
+    ]);
     let words: Vec<String> = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|word| format!("'{}'", word.to_string_lossy()))

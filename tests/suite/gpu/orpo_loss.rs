@@ -105,7 +105,17 @@ fn odds_gradient(chosen: f64, rejected: f64) -> [f64; 2] {
 
 #[test]
 fn equals_f64_from_a_memorised_answer_to_a_hopeless_one() {
-    let Some(device) = adapter() else { return };
+    if let Some(device) = adapter() {
+        check_f64::<Wgpu>(&device);
+    }
+}
+
+#[test]
+fn the_reference_equals_f64_from_a_memorised_answer_to_a_hopeless_one() {
+    check_f64::<Flex>(&Default::default());
+}
+
+fn check_f64<B: Kernels>(device: &B::Device) {
     // Means as exact f32 values; the largest that counts is met from below.
     let means: Vec<f32> = [
         1.001e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 0.5, 0.69, 0.692, 0.694, 0.7, 1.0, 2.0, 5.0,
@@ -118,7 +128,7 @@ fn equals_f64_from_a_memorised_answer_to_a_hopeless_one() {
         let lengths = vec![[0, 1, 1]; means.len()];
         let pairs = spans(&lengths);
         let logps: Vec<_> = means.iter().flat_map(|&rejected| [chosen, rejected]).collect();
-        let (stats, dlogps) = run::<Wgpu>(&logps, &pairs, &device);
+        let (stats, dlogps) = run::<B>(&logps, &pairs, device);
         assert!(stats.iter().chain(&dlogps).all(|v| v.is_finite()), "{chosen}: a value is not finite");
         for (i, &rejected) in means.iter().enumerate() {
             let (w, l) = (f64::from(chosen), f64::from(rejected));
