@@ -170,10 +170,7 @@ fn take(adapter: &Adapter) -> Result<Selected> {
 
 fn why_cpu(software: Option<&Adapter>) -> String {
     match software {
-        Some(adapter) => format!(
-            "the CPU, since {} is no GPU but {} in software, which is slower (--device wgpu takes it all the same)",
-            adapter.name, adapter.api
-        ),
+        Some(adapter) => format!("the CPU: {} is {} in software, which is slower", adapter.name, adapter.api),
         None => format!("the CPU, since no GPU with a {} driver was found", api()),
     }
 }

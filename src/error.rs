@@ -120,9 +120,9 @@ impl Error {
             | Self::File { hint, .. }
             | Self::Row { hint, .. }
             | Self::Device { hint, .. } => hint.as_deref(),
-            Self::Tensors { .. } => {
-                Some("compare the folder's config.json with the one that the weights were published with")
-            }
+            Self::Tensors { .. } => Some(
+                "these are tensors of another model: compare config.json, or the adapter's base_model_name_or_path",
+            ),
             Self::NonFinite { .. } => {
                 Some("lower --learning_rate or --beta, or take the rows named above out of the data")
             }

@@ -154,6 +154,10 @@ pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfi
             .with_hint(format!("name a folder that holds {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}")));
     }
     let config_path = folder.join(ADAPTER_CONFIG_FILE);
+    if !config_path.exists() {
+        return Err(Error::file(folder, format!("holds no {ADAPTER_CONFIG_FILE}"))
+            .with_hint("of a run's folder, name one of its checkpoints: FOLDER/checkpoint-100"));
+    }
     let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
     let config: AdapterConfigFile = serde_json::from_str(&text)
         .map_err(|e| Error::file(&config_path, format!("is not a LoRA configuration: {e}")))?;

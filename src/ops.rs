@@ -1,5 +1,5 @@
-//! The operations that this project brings along: each has one file here, one set of shaders, one test and one bench,
-//! all of the same name.
+//! The operations that this project brings along: each has one file here and one test of the same name, and so have its shaders and
+//! its group of the bench, where it has them.
 //!
 //! An op's file holds the formula and its source, the public function, a `_reference` of the same signature in plain
 //! burn tensors and the backward; `wgpu.rs` holds the launches. Two traits connect them:

@@ -33,7 +33,7 @@ pub struct InferArgs {
     #[arg(long, conflicts_with = "prompt")]
     prompts: Option<PathBuf>,
     /// Write the answers to --prompts here, as JSONL
-    #[arg(long, requires = "prompts")]
+    #[arg(long, requires = "prompts", conflicts_with = "prompt")]
     result_file: Option<PathBuf>,
     /// System prompt
     #[arg(long)]

@@ -1,9 +1,9 @@
 //! What a run shows while it runs: a bar on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
 use crate::train::Observer;
@@ -14,6 +14,10 @@ pub struct Progress<'a> {
     bar: ProgressBar,
     memory_bytes: &'a dyn Fn() -> u64,
     window_started: Instant,
+    started: Instant,
+    first_step: usize,
+    max_steps: usize,
+    left: Duration,
 }
 
 impl<'a> Progress<'a> {
@@ -21,10 +25,20 @@ impl<'a> Progress<'a> {
     pub fn new(max_steps: usize, done: usize, memory_bytes: &'a dyn Fn() -> u64) -> Self {
         let bar = ProgressBar::new(max_steps as u64).with_position(done as u64);
         // The template is a constant, and the default style serves as well should it ever be wrong.
-        let style = "{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed, {eta} left";
+        let style = "{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed";
         bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.reset_eta();
-        Self { bar, memory_bytes, window_started: Instant::now() }
+        bar.set_message("first step");
+        bar.enable_steady_tick(Duration::from_millis(500));
+        let now = Instant::now();
+        Self {
+            bar,
+            memory_bytes,
+            window_started: now,
+            started: now,
+            first_step: done,
+            max_steps,
+            left: Duration::ZERO,
+        }
     }
 
     /// Leaves the bar as it is.
@@ -37,7 +51,12 @@ impl Observer for Progress<'_> {
     fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize) {
         let tokens_per_second = n_tokens as f64 / self.window_started.elapsed().as_secs_f64();
         self.bar.set_position(step as u64);
-        self.bar.set_message(format!("loss {:.4}  {tokens_per_second:.0} tokens/s", metrics.loss));
+        // By the steps of this process alone: a resumed run did not make the others.
+        let per_step = self.started.elapsed().div_f64((step - self.first_step) as f64);
+        self.left = per_step.mul_f64((self.max_steps - step) as f64);
+        let left = HumanDuration(self.left);
+        self.bar
+            .set_message(format!("loss {:.4}  {tokens_per_second:.0} tokens/s  {left} left", metrics.loss));
     }
 
     fn on_log(&mut self, line: &Map<String, Value>) {
@@ -56,7 +75,7 @@ impl Observer for Progress<'_> {
         ];
         let figures = shown.iter().filter_map(|name| Some(format!("{name} {:.4}", figure(name)?)));
         let speed = figure("tokens_per_second").map(|v| format!("{v:.0} tokens/s"));
-        let left = self.bar.eta().as_secs();
+        let left = self.left.as_secs();
         let figures: Vec<String> = figures.chain(speed).collect();
         eprintln!(
             "step {}/{}  {}  {left} s left",
