@@ -2,20 +2,20 @@
 //
 //     out = scale · (main_lhs · main_rhs + prologue_scale · prologue_lhs · prologue_rhs)
 //
-// The accumulators start from the prologue, whose depth is the adapter's rank, and go on with the main product; both are
-// m x n and of one layout. A depth of 0 leaves the prologue out. By layout, with the letters of lora_linear.rs:
+// The accumulators start from the prologue, whose depth is the adapter's rank, and go on with the main product; both
+// are m x n and of one layout. A rank of 0 leaves the prologue out. By layout, with the letters of lora_linear.rs:
 //
 //                      main_lhs     main_rhs     prologue_lhs   prologue_rhs
 //     rows_rows        [m, depth]   [n, depth]   [m, rank]      [n, rank]      y = x Wᵀ + scale · s Bᵀ, s = x Aᵀ
 //     rows_columns     [m, depth]   [depth, n]   [m, rank]      [rank, n]      dx = dy W + ds A, ds = scale · dy B
 //     columns_columns  [depth, m]   [depth, n]                                 dB = scale · dyᵀ s, dA = dsᵀ x
 //
-//     out: [splits, m, n], where split z sums the span z of the depth; more than one split is summed by lora_linear_sum.wgsl.
+//     out: [splits, m, n]; split z sums span z of the depth, and lora_linear_sum.wgsl adds more than one split up
 //
-// One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands in
-// workgroup memory as [BLOCK_K][lines], so that a thread reads four lines at once; a thread keeps QUADS_M x QUADS_N blocks of
-// 4 x 4 accumulators, TILE_M (TILE_N) quads apart, so that neighbours read neighbouring words. Workgroups are numbered in bands
-// of BAND blocks down m, for the sake of the cache. All sums are f32.
+// One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands
+// in workgroup memory as [BLOCK_K][lines], so that a thread reads four lines at once. A thread keeps blocks of 4 x 4
+// accumulators, TILE_M (TILE_N) of them apart, so that neighbours read neighbouring words. Workgroups are numbered in
+// bands of BAND blocks down m, so that those running together share operands in the cache. All sums are f32.
 
 #if vec4
 alias Stored = vec4<{{ element }}>;
@@ -140,7 +140,12 @@ fn multiply(tile_m: u32, tile_n: u32) {
 #for i in {{ quads_m }}
         let a_{{ i }} = lhs_tile[k * LHS_PITCH + {{ i }}u * TILE_M + tile_m];
 #for j in {{ quads_n }}
-        acc_{{ i }}_{{ j }} += mat4x4f(a_{{ i }}.x * b_{{ j }}, a_{{ i }}.y * b_{{ j }}, a_{{ i }}.z * b_{{ j }}, a_{{ i }}.w * b_{{ j }});
+        acc_{{ i }}_{{ j }} += mat4x4f(
+            a_{{ i }}.x * b_{{ j }},
+            a_{{ i }}.y * b_{{ j }},
+            a_{{ i }}.z * b_{{ j }},
+            a_{{ i }}.w * b_{{ j }},
+        );
 #endfor
 #endfor
     }

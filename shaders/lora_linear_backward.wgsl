@@ -1,13 +1,15 @@
-// The adapter's half of the backward of src/ops/lora_linear.rs in one read of dy, for small ranks; launched by src/ops/wgpu.rs.
+// The adapter's half of the backward of src/ops/lora_linear.rs in one read of dy, for small ranks; launched by
+// src/ops/wgpu.rs.
 //
 //     ds = scale · dy B      dB = scale · dyᵀ s
 //
 //     dy: [tokens, out]   b: [out, rank]   s: [tokens, rank]
-//     ds_parts: [ceil(out / PANEL), tokens, rank]   db_parts: [ceil(tokens / span), out, rank]   both summed by lora_linear_sum.wgsl
+//     ds_parts: [ceil(out / PANEL), tokens, rank]   db_parts: [ceil(tokens / span), out, rank]
 //
-// One workgroup PANEL columns of dy by `span` tokens, in steps of PANEL tokens. A step stages PANEL x PANEL entries; then the first
-// half of the threads makes ds of the step, the second half goes on with dB, each thread 4 lines by 4 ranks. The tile holds four
-// tokens a word, [column][token quad ^ column quad]: both halves then read neighbouring words. All sums are f32.
+// lora_linear_sum.wgsl adds the parts up. One workgroup PANEL columns of dy by `span` tokens, in steps of PANEL tokens.
+// A step stages PANEL x PANEL entries; then the first half of the threads makes ds of the step while the second goes on
+// with dB, each thread four lines by four ranks. The tile holds four tokens a word, as [column][token quad ^ column
+// quad]: either half then reads words of different banks. All sums are f32.
 
 #if vec4
 alias Stored = vec4<{{ element }}>;

@@ -1,7 +1,9 @@
 // Statistics of src/ops/orpo_loss.rs.
 //
-//     log_odds       = (ℓw − ℓl) − (log1mexp(ℓw) − log1mexp(ℓl))      ℓ: mean log-probability of a response, at most max_mean_logp
+//     log_odds       = (ℓw − ℓl) − (log1mexp(ℓw) − log1mexp(ℓl))
 //     log_odds_ratio = log σ(log_odds)
+//
+// with ℓ the mean log-probability of the chosen (w) and the rejected (l) response, in the odds at most max_mean_logp.
 //
 //     logps: [entries]   spans: [pairs]   stats: [pairs, 5] = weighted NLL, ℓw, ℓl, log_odds, log_odds_ratio
 //

@@ -17,12 +17,14 @@ const LN_2 = 0.6931471805599453;
 // 2 atanh(z) = log((1 + z) / (1 − z)) for |z| ≤ 1/3.
 fn atanh_twice(z: f32) -> f32 {
     let q = z * z;
-    return 2.0 * z * (1.0 + q * (1.0 / 3.0 + q * (1.0 / 5.0 + q * (1.0 / 7.0 + q * (1.0 / 9.0 + q * (1.0 / 11.0 + q / 13.0))))));
+    let tail = 1.0 / 7.0 + q * (1.0 / 9.0 + q * (1.0 / 11.0 + q / 13.0));
+    return 2.0 * z * (1.0 + q * (1.0 / 3.0 + q * (1.0 / 5.0 + q * tail)));
 }
 
 // (eˣ − 1) / x for −ln 2 < x < 0, where eˣ − 1 itself would cancel.
 fn expm1_ratio(x: f32) -> f32 {
-    return 1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0 * (1.0 + x / 9.0)))))));
+    let tail = 1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0 * (1.0 + x / 9.0)));
+    return 1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0 * tail)));
 }
 
 // log(1 − eˣ) for x < 0. Series on both sides of −ln 2: WGSL has neither expm1 nor log1p.

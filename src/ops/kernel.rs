@@ -61,11 +61,13 @@ impl Tile {
         Self::new(8, 128, 16, 1, 1),
     ];
 
-    /// For software adapters, where a load costs much more than a product and registers spill to the first-level cache: threads of
-    /// up to 16 x 16 accumulators.
-    pub const SOFTWARE: [Self; 6] = [
+    /// For software adapters, where a load costs much more than a product and registers spill to the first-level
+    /// cache: threads of up to 16 x 16 accumulators.
+    pub const SOFTWARE: [Self; 8] = [
         Self::new(256, 128, 8, 4, 4),
         Self::new(128, 128, 8, 4, 4),
+        Self::new(256, 64, 8, 4, 4),
+        Self::new(64, 256, 8, 4, 4),
         Self::new(256, 16, 8, 4, 4),
         Self::new(256, 8, 8, 4, 2),
         Self::new(16, 256, 8, 4, 4),
@@ -275,10 +277,7 @@ pub fn launch(
     let buffers = buffers.iter().map(|handle| (*handle).clone().binding()).collect();
     let arguments = KernelArguments::new().with_buffers(buffers).with_info(MetadataBindingInfo::custom(info));
     let [x, y, z] = workgroups;
-    #[expect(
-        unsafe_code,
-        reason = "the checked launch bounds every loop, which costs the inner loops a quarter of their speed"
-    )]
+    #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
     // SAFETY: every index of every shader is held against the sizes in `params`, and every loop counts up to one of them.
     unsafe {
         client.launch_unchecked(Box::new(shader), CubeCount::Static(x, y, z), arguments);

@@ -55,6 +55,7 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
 
     fn orpo_loss_forward(logps: Floats, pairs: &[PairSpan]) -> Floats {
         let logps = input(logps);
+        check_order(pairs, logps.meta.shape()[0]);
         let stats = output(&logps, [pairs.len(), 5]);
         let spans = logps.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
         launch(
@@ -70,6 +71,7 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
     fn orpo_loss_backward(stats: Floats, pairs: &[PairSpan], beta: f32, grad_scale: f32) -> Floats {
         let stats = input(stats);
         let n_entries = pairs.last().map_or(0, |span| span.end as usize);
+        check_order(pairs, n_entries);
         let dlogps = output(&stats, [n_entries]);
         let spans = stats.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
         launch(
@@ -86,6 +88,11 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
 /// The tensor as a shader reads it: contiguous, `f32`.
 fn input(tensor: Floats) -> Floats {
     assert_eq!(tensor.dtype, DType::F32, "the wgpu kernels take f32 tensors");
+    assert!(
+        !tensor.meta.shape().contains(&0),
+        "the wgpu kernels take no empty tensor: {:?}",
+        tensor.meta.shape()
+    );
     into_contiguous(tensor)
 }
 
@@ -106,21 +113,29 @@ fn dims(tensor: &Floats) -> [u32; 2] {
     [0, 1].map(|i| u32::try_from(tensor.meta.shape()[i]).expect("a dimension fits 32 bits"))
 }
 
-/// Whether the device is a processor: Mesa's and Google's adapters have as many lanes as its vectors, and no GPU has that few.
-fn is_software(tensor: &Floats) -> bool {
-    tensor.client.properties().hardware.plane_size_max <= 16
+/// What a product is cut for.
+#[derive(Clone, Copy)]
+struct Device {
+    tiles: &'static [Tile],
+    /// How many workgroups keep it busy.
+    busy: u32,
 }
 
-/// How many workgroups it takes to keep the device busy.
-fn busy_workgroups(tensor: &Floats) -> u32 {
-    if is_software(tensor) { 4 } else { 128 }
+const GPU: Device = Device { tiles: &Tile::GPU, busy: 128 };
+const SOFTWARE: Device = Device { tiles: &Tile::SOFTWARE, busy: 4 };
+
+impl Device {
+    fn of(tensor: &Floats) -> Self {
+        // Mesa's and Google's software adapters have as many lanes as the processor's vectors; no GPU has that few.
+        if tensor.client.properties().hardware.plane_size_max <= 16 { SOFTWARE } else { GPU }
+    }
 }
 
 /// `(ds, dB)` in one read of `dy`.
 fn lora_backward(rank_quads: u32, dy: &Floats, b: &Floats, s: &Floats, scale: f32) -> (Floats, Floats) {
     let ([tokens, n_out], r) = (dims(dy), dims(b)[1]);
     let (panels, steps) = (n_out.div_ceil(PANEL), tokens.div_ceil(PANEL));
-    let splits = busy_workgroups(dy).div_ceil(panels).clamp(1, steps.div_ceil(2));
+    let splits = Device::of(dy).busy.div_ceil(panels).clamp(1, steps.div_ceil(2));
     let span = steps.div_ceil(splits) * PANEL;
     let splits = tokens.div_ceil(span);
     let ds_parts = output(dy, [(panels * tokens) as usize, r as usize]);
@@ -155,8 +170,7 @@ fn product(
     let rank = if prologue.is_some() { dims(prologue_lhs)[1] } else { 0 };
 
     let is_vec4 = [l1, r1, n, rank].iter().all(|length| length % 4 == 0);
-    let plan = Plan::new(lhs, [m, n, depth], prologue.is_some());
-    let Plan { tile, splits, span } = plan;
+    let Plan { tile, splits, span } = Plan::new(Device::of(lhs), [m, n, depth], prologue.is_some());
     let out = output(lhs, [(splits * m) as usize, n as usize]);
     let blocks_m = m.div_ceil(tile.block_m);
     launch(
@@ -190,27 +204,36 @@ fn sum(parts: Floats, splits: u32, [m, n]: [u32; 2]) -> Floats {
 /// How a product is cut on one device.
 struct Plan {
     tile: Tile,
+    /// Parts of the depth, each summed by workgroups of its own.
     splits: u32,
+    /// Entries of the depth in a part.
     span: u32,
 }
 
 impl Plan {
-    fn new(like: &Floats, [m, n, depth]: [u32; 3], has_prologue: bool) -> Self {
-        let tiles: &[Tile] = if is_software(like) { &Tile::SOFTWARE } else { &Tile::GPU };
-        let busy = busy_workgroups(like);
+    fn new(device: Device, [m, n, depth]: [u32; 3], has_prologue: bool) -> Self {
         let blocks = |tile: &Tile| m.div_ceil(tile.block_m) * n.div_ceil(tile.block_n);
-        // The time of a block, staging included, times how many the device cannot do at once.
+        // The time of a block, staging included, times the blocks, or the workgroups that would have been busy meanwhile.
         let cost = |tile: &Tile| {
-            let (bm, bn) = (u64::from(tile.block_m), u64::from(tile.block_n));
-            u64::from(blocks(tile).max(busy)) * (bm * bn + 8 * (bm + bn))
+            let (block_m, block_n) = (u64::from(tile.block_m), u64::from(tile.block_n));
+            u64::from(blocks(tile).max(device.busy)) * (block_m * block_n + 8 * (block_m + block_n))
         };
-        let tile = *tiles.iter().min_by_key(|tile| cost(tile)).expect("a list of tiles has entries");
-        // A split is worth its second launch when it is long, and a prologue belongs to one split only.
+        let tile = *device.tiles.iter().min_by_key(|tile| cost(tile)).expect("a device has tiles");
+        // A part is worth a second launch when it is long, and a prologue belongs to one part only.
         let most = if has_prologue { 1 } else { (depth / (16 * tile.block_k)).max(1) };
-        let splits = busy.div_ceil(blocks(&tile)).clamp(1, most);
+        let splits = device.busy.div_ceil(blocks(&tile)).clamp(1, most);
         let span = depth.div_ceil(splits).next_multiple_of(tile.block_k);
-        Self { tile, splits: depth.div_ceil(span).max(1), span }
+        Self { tile, splits: depth.div_ceil(span), span }
     }
+}
+
+/// The shaders hold no index against the number of entries: the spans have to be in order, and the last within it.
+fn check_order(pairs: &[PairSpan], n_entries: usize) {
+    let ends = pairs.iter().flat_map(|p| [p.nll_start, p.chosen_start, p.rejected_start, p.end]);
+    assert!(
+        ends.clone().is_sorted() && ends.last().is_some_and(|end| end as usize <= n_entries),
+        "orpo_loss: spans out of order or past {n_entries} entries: {pairs:?}"
+    );
 }
 
 /// A pair's span as the shaders' `Span` has it.
@@ -219,4 +242,60 @@ fn span_words(pairs: &[PairSpan]) -> Vec<[u32; 8]> {
         .iter()
         .map(|p| [p.nll_start, p.chosen_start, p.rejected_start, p.end, p.nll_weight.to_bits(), 0, 0, 0])
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPES: [[u32; 3]; 8] = [
+        [1, 1, 1],
+        [1, 4096, 4096],
+        [7, 331, 107],
+        [2048, 8, 4096],
+        [8, 4096, 2048],
+        [2048, 4096, 14336],
+        [4096, 16, 2049],
+        [100_000, 128_256, 17],
+    ];
+
+    #[test]
+    fn the_parts_of_a_product_cover_its_depth_once() {
+        for device in [GPU, SOFTWARE] {
+            for [m, n, depth] in SHAPES {
+                let Plan { tile, splits, span } = Plan::new(device, [m, n, depth], false);
+                assert_eq!(span % tile.block_k, 0, "{m} x {n} x {depth}");
+                assert!(
+                    splits * span >= depth && (splits - 1) * span < depth,
+                    "{m} x {n} x {depth}: {splits} x {span}"
+                );
+                assert_eq!(Plan::new(device, [m, n, depth], true).splits, 1, "{m} x {n} x {depth}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_plan_stays_within_the_dispatch_limits() {
+        for device in [GPU, SOFTWARE] {
+            for [m, n, depth] in SHAPES {
+                let Plan { tile, splits, .. } = Plan::new(device, [m, n, depth], false);
+                let groups =
+                    [BAND * n.div_ceil(tile.block_n), m.div_ceil(tile.block_m).div_ceil(BAND), splits];
+                assert!(
+                    groups.iter().all(|&g| (1..=MAX_WORKGROUPS).contains(&g)),
+                    "{m} x {n} x {depth}: {groups:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_products_get_narrow_tiles_and_split_depths() {
+        let Plan { tile, splits, .. } = Plan::new(GPU, [2048, 8, 4096], false);
+        assert_eq!(tile.block_n, 8);
+        assert_eq!(splits, 8);
+        assert_eq!(Plan::new(GPU, [8, 4096, 2048], false).tile.block_m, 8);
+        assert_eq!(Plan::new(GPU, [2048, 4096, 4096], true).tile, Tile::GPU[0]);
+        assert_eq!(Plan::new(GPU, [256, 1024, 1024], true).tile.block_m, 32);
+    }
 }

@@ -1,7 +1,6 @@
 //! Every variant of every shader parses and validates. Needs no GPU.
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-
 use orpo_wgpu::ops::kernel::{Layout, RANK_QUADS, Shader, Tile};
 
 /// Every variant that a launch can ask for.
@@ -60,5 +59,16 @@ fn no_variant_asks_for_more_than_every_device_has() {
         }
         assert!(workgroup_bytes <= 16_384, "{shader:?}: {workgroup_bytes} bytes of workgroup memory");
         assert!(n_storage <= 8, "{shader:?}: {n_storage} storage buffers");
+    }
+}
+
+/// naga gives a variable without a value its zero once a function, not once a turn of the loop that it stands in.
+#[test]
+fn every_variable_of_a_function_has_a_value() {
+    for shader in variants() {
+        for line in shader.wgsl().lines().filter(|line| line.starts_with("    ")) {
+            let is_bare = line.trim_start().starts_with("var ") && !line.contains('=');
+            assert!(!is_bare, "{shader:?}: {line}");
+        }
     }
 }

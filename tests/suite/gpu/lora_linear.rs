@@ -6,10 +6,10 @@ use burn_autodiff::Autodiff;
 use burn_cubecl::tensor::CubeTensor;
 use burn_flex::Flex;
 use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
+use orpo_wgpu::ops::kernel::{self, BAND, Layout, Shader, Tile};
 use orpo_wgpu::ops::lora_linear::{Lora, lora_linear, lora_linear_reference};
 
 use crate::support::{Numbers, adapter, assert_close};
-use orpo_wgpu::ops::kernel::{self, BAND, Layout, Shader, Tile};
 
 /// Sums of up to 331 products of numbers around one, in another order than the reference's.
 const ATOL: f32 = 1e-5;
@@ -69,7 +69,8 @@ fn run<B: AutodiffBackend>(case: Case, forward: Forward<B>, device: &B::Device) 
         x = x.require_grad();
     }
     let y = forward(x.clone(), weight, case.has_adapter.then_some(&lora));
-    let values = |tensor: Tensor<B::InnerBackend, 2>| tensor.into_data().to_vec::<f32>().unwrap();
+    let values =
+        |tensor: Tensor<B::InnerBackend, 2>| tensor.into_data().to_vec().expect("the values are f32");
     let outcome_y = y.clone().inner();
     if !case.has_adapter && !case.tracks_input {
         return Outcome { y: values(outcome_y), dx: None, da: None, db: None };
@@ -144,6 +145,26 @@ fn from_tensors_that_are_not_contiguous() {
 }
 
 #[test]
+fn from_slices_of_other_tensors() {
+    let Some(device) = adapter() else { return };
+    fn sliced<B: Backend>(device: &B::Device, forward: Forward<B>) -> Vec<f32> {
+        let mut numbers = Numbers::new(4);
+        let mut whole = |rows: usize| {
+            let data = TensorData::new(numbers.vec(rows * 64, 0.2), [rows, 64]);
+            Tensor::<B, 2>::from_data(data, device)
+        };
+        // Rows alone keep the buffer, at an offset; columns do not.
+        let (x, weight) = (whole(30).slice([11..24, 0..64]), whole(40).slice([4..40, 0..64]));
+        let lora =
+            Lora { a: whole(12).slice([4..12, 0..64]), b: whole(36).slice([0..36, 8..16]), scale: 0.5 };
+        forward(x, weight, Some(&lora)).into_data().to_vec().unwrap()
+    }
+    let got = sliced::<Wgpu>(&device, lora_linear);
+    let want = sliced::<Flex>(&Default::default(), lora_linear_reference);
+    assert_close(&got, &want, ATOL, RTOL, "y");
+}
+
+#[test]
 fn the_same_input_gives_the_same_bits() {
     let Some(device) = adapter() else { return };
     let case = Case { shape: [130, 256, 64, 8], has_adapter: true, tracks_input: true };
@@ -198,8 +219,8 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
         &[&lhs.handle, &rhs.handle, &prologue_lhs.handle, &prologue_rhs.handle, &out.handle],
         &[words[0], words[1], words[2], words[3], words[4], p, s],
     );
-    let parts: Vec<f32> =
-        Tensor::<Wgpu, 2>::from_primitive(TensorPrimitive::Float(out)).into_data().to_vec().unwrap();
+    let parts = Tensor::<Wgpu, 2>::from_primitive(TensorPrimitive::Float(out)).into_data();
+    let parts: Vec<f32> = parts.to_vec().expect("the values are f32");
     let got = (0..m * n).map(|i| (0..splits).map(|z| parts[z * m * n + i]).sum()).collect();
     let entry = |i: usize| {
         let (row, column) = (i / n, i % n);
