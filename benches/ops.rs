@@ -9,13 +9,14 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Tensor};
 use burn_autodiff::Autodiff;
 use burn_wgpu::{Wgpu, WgpuDevice};
-use orpo_wgpu::ops::lora_linear::{Lora, lora_linear, lora_linear_reference};
+use orpo_wgpu::ops::lora_linear::{
+    InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
+};
 use orpo_wgpu::ops::orpo_loss::{
     PairSpan, orpo_loss, orpo_loss_backward, orpo_loss_backward_reference, orpo_loss_reference,
 };
 
 type Tracked = Autodiff<Wgpu>;
-type Forward = fn(Tensor<Tracked, 2>, Tensor<Tracked, 2>, Option<&Lora<Tracked>>) -> Tensor<Tracked, 2>;
 
 /// Tokens, in, out, rank.
 const LORA_LINEAR: [[usize; 4]; 6] = [
@@ -36,11 +37,11 @@ struct Times {
     backward: Vec<f64>,
 }
 
-struct Inputs {
-    x: Tensor<Tracked, 2>,
-    weight: Tensor<Tracked, 2>,
-    lora: Lora<Tracked>,
-    dy: Tensor<Tracked, 2>,
+struct Inputs<B: Backend> {
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    lora: Lora<B>,
+    dy: Tensor<B, 2>,
 }
 
 fn time<T>(device: &WgpuDevice, f: impl FnOnce() -> T) -> (T, f64) {
@@ -52,16 +53,27 @@ fn time<T>(device: &WgpuDevice, f: impl FnOnce() -> T) -> (T, f64) {
     (result, start.elapsed().as_secs_f64() * 1e3)
 }
 
-fn step(forward: Forward, inputs: &Inputs, device: &WgpuDevice, times: &mut Times) {
-    let (y, forward_ms) =
-        time(device, || forward(inputs.x.clone(), inputs.weight.clone(), Some(&inputs.lora)));
-    let loss = (y * inputs.dy.clone()).sum();
+fn step(inputs: &Inputs<Wgpu>, device: &WgpuDevice, times: &mut Times) {
+    let Inputs { x, weight, lora, dy } = inputs;
+    let ((_, s), forward_ms) = time(device, || lora_linear(x.clone(), weight.clone(), Some(lora), None));
+    let (_, backward_ms) = time(device, || {
+        lora_linear_backward(dy.clone(), x.clone(), weight.clone(), Some(lora), s, InputGrad::New)
+    });
+    times.forward.push(forward_ms);
+    times.backward.push(backward_ms);
+}
+
+/// The same in three products of burn's, under its autodiff.
+fn plain_step(inputs: &Inputs<Wgpu>, device: &WgpuDevice, times: &mut Times) {
+    let track = |t: &Tensor<Wgpu, 2>| Tensor::<Tracked, 2>::from_inner(t.clone()).require_grad();
+    let (x, dy) = (track(&inputs.x), Tensor::<Tracked, 2>::from_inner(inputs.dy.clone()));
+    let weight = Tensor::from_inner(inputs.weight.clone());
+    let lora = Lora { a: track(&inputs.lora.a), b: track(&inputs.lora.b), scale: inputs.lora.scale };
+    let (y, forward_ms) = time(device, || lora_linear_reference(x.clone(), weight, Some(&lora), None));
+    let loss = (y * dy).sum();
     // The gradients live until the clock has stopped.
     let (grads, backward_ms) = time(device, || loss.backward());
-    assert!(
-        inputs.x.grad(&grads).is_some() && inputs.lora.a.grad(&grads).is_some(),
-        "all gradients are there"
-    );
+    assert!(x.grad(&grads).is_some() && lora.a.grad(&grads).is_some(), "all gradients are there");
     times.forward.push(forward_ms);
     times.backward.push(backward_ms);
 }
@@ -75,17 +87,17 @@ fn median(times: &mut Vec<f64>) -> f64 {
 fn bench_lora_linear(device: &WgpuDevice) {
     for [tokens, n_in, n_out, r] in LORA_LINEAR {
         let tensor =
-            |rows, columns| Tensor::<Tracked, 2>::random([rows, columns], Distribution::Default, device);
+            |rows, columns| Tensor::<Wgpu, 2>::random([rows, columns], Distribution::Default, device);
         let inputs = Inputs {
-            x: tensor(tokens, n_in).require_grad(),
+            x: tensor(tokens, n_in),
             weight: tensor(n_out, n_in),
-            lora: Lora { a: tensor(r, n_in).require_grad(), b: tensor(n_out, r).require_grad(), scale: 2.0 },
+            lora: Lora { a: tensor(r, n_in), b: tensor(n_out, r), scale: 2.0 },
             dy: tensor(tokens, n_out),
         };
         let (mut ours, mut burn) = (Times::default(), Times::default());
         for _ in 0..WARM_UPS + RUNS {
-            step(lora_linear, &inputs, device, &mut ours);
-            step(lora_linear_reference, &inputs, device, &mut burn);
+            step(&inputs, device, &mut ours);
+            plain_step(&inputs, device, &mut burn);
         }
         for (what, ours, burn) in [
             ("forward", &mut ours.forward, &mut burn.forward),
@@ -115,7 +127,6 @@ fn bench_orpo_loss(device: &WgpuDevice) {
         let pairs: Vec<_> = (0..n_pairs).map(span).collect();
         let logps =
             Tensor::<Wgpu, 1>::random([2 * n_pairs * n_tokens], Distribution::Uniform(-4.0, 0.0), device);
-        let float = |tensor: Tensor<Wgpu, 1>| tensor.into_primitive().tensor();
         let (mut ours, mut burn) = (vec![], vec![]);
         for _ in 0..WARM_UPS + RUNS {
             let (_, ms) = time(device, || {
@@ -124,7 +135,7 @@ fn bench_orpo_loss(device: &WgpuDevice) {
             });
             ours.push(ms);
             let (_, ms) = time(device, || {
-                let stats = orpo_loss_reference::<Wgpu>(float(logps.clone()), &pairs);
+                let stats = orpo_loss_reference::<Wgpu>(logps.clone(), &pairs);
                 orpo_loss_backward_reference::<Wgpu>(stats, &pairs, 0.1, 1.0)
             });
             burn.push(ms);

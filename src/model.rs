@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod config;
+pub mod linear;
 pub mod llama;
 pub mod load;
 pub mod mlp;
@@ -12,4 +13,5 @@ pub mod norm;
 pub mod rope;
 
 pub use config::LlamaConfig;
-pub use llama::{DecoderLayer, Linear, Llama};
+pub use linear::Linear;
+pub use llama::{DecoderLayer, Llama};

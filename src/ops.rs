@@ -1,104 +1,195 @@
 //! The operations that this project brings along: each has one file here and one test of the same name, and so have its shaders and
 //! its group of the bench, where it has them.
 //!
-//! An op's file holds the formula and its source, the public function, a `_reference` of the same signature in plain
-//! burn tensors and the backward; `wgpu.rs` holds the launches. Two traits connect them:
+//! An op's file holds the formula and its source, the public functions for forward and backward, and a `_reference` in plain burn
+//! tensors. [`Kernels`] is what a runtime brings: forward and backward of every op as separate calls. Its default bodies are the
+//! references, which is what the CPU runs; `wgpu.rs` launches the project's kernels instead. A backward that has no short formula of
+//! its own is the reference under burn's autodiff.
 //!
-//! - [`Kernels`] is what a *runtime* brings: forward and backward of every op as separate calls, without autodiff.
-//!   wgpu launches the project's WGSL; the CPU keeps the default bodies, which are the references.
-//! - [`Ops`] is what *model code* needs: ops to be called with and without autodiff. Every runtime has it through its
-//!   kernels, and `Autodiff` over a runtime records a step whose backward calls the kernels again.
+//! Activations and frozen weights are `f32` or `f16`; the residual stream, adapters, statistics and every sum are `f32`.
 
+pub mod adamw;
+pub mod attention;
 pub mod lora_linear;
 pub mod orpo_loss;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
 pub mod token_logps;
 
 pub mod kernel;
 mod wgpu;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::ops::FloatTensor;
+use burn::tensor::{DType, FloatDType, Tensor};
 use burn_autodiff::Autodiff;
-use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_flex::Flex;
 
-use lora_linear::{LoraGrads, LoraPrimitive};
-use orpo_loss::{PairSpan, orpo_loss_backward_reference, orpo_loss_reference};
+use adamw::AdamWStep;
+use attention::{AttentionMask, AttentionOutput};
+use lora_linear::{Lora, LoraGrads};
+use orpo_loss::PairSpan;
+use rope::RopeTable;
 
-/// Forward and backward of every op on one runtime, without autodiff. The default bodies are the references.
+/// Forward and backward of every op on one runtime. The default bodies are the references; shapes are those of the ops' public
+/// functions, which check them.
 pub trait Kernels: Backend {
     /// `(y, s)` of [`lora_linear`](lora_linear::lora_linear); `s: [tokens, r]` is there exactly when `lora` is.
     fn lora_linear_forward(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        lora: Option<LoraPrimitive<Self>>,
-    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>) {
-        lora_linear::forward_reference::<Self>(x, weight, lora)
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        lora: Option<&Lora<Self>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> (Tensor<Self, 2>, Option<Tensor<Self, 2>>) {
+        lora_linear::forward_reference(x, weight, lora, residual)
+    }
+
+    /// `s = x Aᵀ`, `[tokens, r]` in `f32`.
+    fn lora_rank_r(x: Tensor<Self, 2>, lora: &Lora<Self>) -> Tensor<Self, 2> {
+        to_f32(x).matmul(lora.a.clone().transpose())
     }
 
     /// The adapter's gradients, from `dy: [tokens, out]`, `x: [tokens, in]` and the saved `s: [tokens, r]`.
     fn lora_linear_backward_lora(
-        dy: FloatTensor<Self>,
-        x: FloatTensor<Self>,
-        s: FloatTensor<Self>,
-        lora: LoraPrimitive<Self>,
+        dy: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        s: Tensor<Self, 2>,
+        lora: &Lora<Self>,
     ) -> LoraGrads<Self> {
-        lora_linear::backward_lora_reference::<Self>(dy, x, s, lora)
+        lora_linear::backward_lora_reference(dy, x, s, lora)
     }
 
-    /// `dx = dy W + ds A`, `[tokens, in]`; without an adapter `dy W`.
+    /// `dx = sum + dy W + ds A`, `[tokens, in]`, in `dtype`; without an adapter or a sum the rest of it.
     fn lora_linear_backward_input(
-        dy: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        ds_a: Option<(FloatTensor<Self>, FloatTensor<Self>)>,
-    ) -> FloatTensor<Self> {
-        lora_linear::backward_input_reference::<Self>(dy, weight, ds_a)
+        dy: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        ds_a: Option<(Tensor<Self, 2>, Tensor<Self, 2>)>,
+        sum: Option<Tensor<Self, 2>>,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        lora_linear::backward_input_reference(dy, weight, ds_a, sum, dtype)
+    }
+
+    /// See [`rms_norm`](rms_norm::rms_norm).
+    fn rms_norm_forward(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        eps: f64,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        rms_norm::rms_norm_reference(x, weight, eps, dtype)
+    }
+
+    /// See [`rms_norm_backward`](rms_norm::rms_norm_backward).
+    fn rms_norm_backward(
+        dy: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        eps: f64,
+        sum: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        rms_norm::rms_norm_backward_reference(dy, x, weight, eps, sum)
+    }
+
+    /// See [`rope`](rope::rope).
+    fn rope_forward(x: Tensor<Self, 3>, table: &RopeTable<Self>) -> Tensor<Self, 3> {
+        rope::rope_reference(x, table.cos.clone(), table.sin.clone())
+    }
+
+    /// See [`rope_backward`](rope::rope_backward).
+    fn rope_backward(dy: Tensor<Self, 3>, table: &RopeTable<Self>) -> Tensor<Self, 3> {
+        rope::rope_reference(dy, table.cos.clone(), -table.sin.clone())
+    }
+
+    /// See [`swiglu`](swiglu::swiglu).
+    fn swiglu_forward(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        swiglu::swiglu_reference(gate, up)
+    }
+
+    /// See [`swiglu_backward`](swiglu::swiglu_backward).
+    fn swiglu_backward(
+        dy: Tensor<Self, 2>,
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
+        swiglu::swiglu_backward_reference(dy, gate, up)
+    }
+
+    /// See [`attention`](attention::attention).
+    fn attention_forward(
+        q: Tensor<Self, 3>,
+        k: Tensor<Self, 3>,
+        v: Tensor<Self, 3>,
+        mask: &AttentionMask<Self>,
+    ) -> AttentionOutput<Self> {
+        attention::attention_forward_reference(q, k, v, mask)
+    }
+
+    /// See [`attention_backward`](attention::attention_backward).
+    fn attention_backward(
+        dout: Tensor<Self, 2>,
+        q: Tensor<Self, 3>,
+        k: Tensor<Self, 3>,
+        v: Tensor<Self, 3>,
+        output: AttentionOutput<Self>,
+        mask: &AttentionMask<Self>,
+    ) -> [Tensor<Self, 3>; 3] {
+        attention::attention_backward_reference(dout, q, k, v, output, mask)
     }
 
     /// The statistics of [`orpo_loss`](orpo_loss::orpo_loss): `[pairs, 5]` from `logps: [entries]`.
-    fn orpo_loss_forward(logps: FloatTensor<Self>, pairs: &[PairSpan]) -> FloatTensor<Self> {
-        orpo_loss_reference::<Self>(logps, pairs)
+    fn orpo_loss_forward(logps: Tensor<Self, 1>, pairs: &[PairSpan]) -> Tensor<Self, 2> {
+        orpo_loss::orpo_loss_reference(logps, pairs)
     }
 
     /// The loss's derivative by every entry's log-probability, `[entries]`.
     fn orpo_loss_backward(
-        stats: FloatTensor<Self>,
+        stats: Tensor<Self, 2>,
         pairs: &[PairSpan],
         beta: f32,
         grad_scale: f32,
-    ) -> FloatTensor<Self> {
-        orpo_loss_backward_reference::<Self>(stats, pairs, beta, grad_scale)
+    ) -> Tensor<Self, 1> {
+        orpo_loss::orpo_loss_backward_reference(stats, pairs, beta, grad_scale)
+    }
+
+    /// See [`grad_norm`](adamw::grad_norm).
+    fn grad_norm(grads: &[Tensor<Self, 2>]) -> Tensor<Self, 1> {
+        adamw::grad_norm_reference(grads)
+    }
+
+    /// See [`adamw`](adamw::adamw).
+    fn adamw(
+        parameter: Tensor<Self, 2>,
+        grad: Tensor<Self, 2>,
+        moments: [Tensor<Self, 2>; 2],
+        norm: Tensor<Self, 1>,
+        step: &AdamWStep,
+    ) -> (Tensor<Self, 2>, [Tensor<Self, 2>; 2]) {
+        adamw::adamw_reference(parameter, grad, moments, norm, step)
     }
 }
 
 impl Kernels for Flex {}
 
-/// The ops that model code calls, with or without autodiff.
-pub trait Ops: Backend {
-    /// See [`lora_linear`](lora_linear::lora_linear).
-    fn lora_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        lora: Option<LoraPrimitive<Self>>,
-    ) -> FloatTensor<Self>;
+/// The tensor in another float type; itself where it has it.
+pub(crate) fn cast<B: Backend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
+    if tensor.dtype() == dtype { tensor } else { tensor.cast(FloatDType::from(dtype)) }
 }
 
-impl<B: Kernels> Ops for B {
-    fn lora_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        lora: Option<LoraPrimitive<Self>>,
-    ) -> FloatTensor<Self> {
-        B::lora_linear_forward(x, weight, lora).0
-    }
+/// The tensor in `f32`.
+pub(crate) fn to_f32<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Tensor<B, D> {
+    cast(tensor, DType::F32)
 }
 
-impl<B: Kernels, C: CheckpointStrategy> Ops for Autodiff<B, C> {
-    fn lora_linear(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        lora: Option<LoraPrimitive<Self>>,
-    ) -> FloatTensor<Self> {
-        lora_linear::lora_linear_autodiff::<B, C>(x, weight, lora)
-    }
+/// A tensor of the references' backward: under autodiff, tracked.
+fn tracked<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Tensor<Autodiff<B>, D> {
+    Tensor::from_inner(tensor).require_grad()
+}
+
+/// Backward from `y` with the gradient `dy`: that of `Σ y · dy`.
+fn backward<B: Backend, const D: usize>(
+    y: Tensor<Autodiff<B>, D>,
+    dy: Tensor<B, D>,
+) -> <Autodiff<B> as burn::tensor::backend::AutodiffBackend>::Gradients {
+    (y * Tensor::from_inner(dy)).sum().backward()
 }

@@ -22,13 +22,15 @@ use crate::data::tokenize::TokenizedPair;
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
+use crate::model::llama::Keep;
 use crate::ops::Kernels;
+use crate::ops::adamw::grad_norm;
 use metrics::{StepMetrics, StepTrace};
-use optim::{AdamW, AdamWConfig, clip_grad_norm};
+use optim::{AdamW, AdamWConfig};
 use plan::Plan;
 use run_folder::{RunFolder, TrainerState};
 use schedule::Schedule;
-use step::{GradientCheckpointing, evaluate, forward_backward};
+use step::{evaluate, forward_backward};
 
 /// What the loop is told; names as in Hugging Face's `TrainingArguments` and TRL's `ORPOConfig`.
 #[derive(Debug, Clone)]
@@ -43,10 +45,8 @@ pub struct TrainSettings {
     pub schedule: Schedule,
     /// The optimizer.
     pub adamw: AdamWConfig,
-    /// Largest global norm of the gradients; 0 for no clipping.
-    pub max_grad_norm: f64,
-    /// What is kept for backward.
-    pub gradient_checkpointing: GradientCheckpointing,
+    /// What of each layer is kept for backward.
+    pub keep: Keep,
     /// Steps between lines of the log.
     pub logging_steps: usize,
     /// Steps between evaluations.
@@ -121,14 +121,15 @@ pub fn train<B: Kernels>(
     let mut window = Window::default();
     for step in first_step..max_steps {
         let micro_batches = settings.plan.micro_batches(step);
-        let (grads, metrics) = accumulate(model, data.train, &micro_batches, settings, &mut window)?;
-        let (grads, grad_norm) = clip_grad_norm(grads, settings.max_grad_norm)?;
+        let (grads, stats) = accumulate(model, data.train, &micro_batches, settings, &mut window);
+        let norm = grad_norm(&grads);
+        let learning_rate = settings.schedule.at(step);
+        let updated = optimizer.update(learning_rate, adapter(model), grads, norm.clone());
+        lora::set_tensors(model, updated);
+        let (metrics, grad_norm) = read_step(stats, norm, settings.beta, &mut window)?;
         let indices = micro_batches.concat();
         check_finite(step + 1, "loss", metrics.loss, data.train, &indices)?;
         check_finite(step + 1, "grad_norm", grad_norm, data.train, &indices)?;
-        let learning_rate = settings.schedule.at(step);
-        let updated = optimizer.update(learning_rate, adapter(model), grads);
-        lora::set_tensors(model, updated);
 
         let done = step + 1;
         let is_last = done == max_steps;
@@ -213,33 +214,52 @@ fn adapter<B: Kernels>(model: &Llama<B>) -> Vec<Tensor<B, 2>> {
     lora::tensors(model).into_iter().map(|(_, tensor)| tensor).collect()
 }
 
-/// Forward and backward of a step's micro-batches: their mean gradient and their mean metrics.
+/// Forward and backward of a step's micro-batches: their mean gradient and each one's statistics.
 fn accumulate<B: Kernels>(
     model: &Llama<B>,
     rows: &[TokenizedPair],
     micro_batches: &[Vec<usize>],
     settings: &TrainSettings,
     window: &mut Window,
-) -> Result<(Vec<Tensor<B, 2>>, StepMetrics)> {
+) -> (Vec<Tensor<B, 2>>, Vec<Tensor<B, 2>>) {
     window.started.get_or_insert_with(Instant::now);
     let grad_scale = 1.0 / micro_batches.len() as f32;
     let mut total: Option<Vec<Tensor<B, 2>>> = None;
-    let mut all = Vec::with_capacity(micro_batches.len());
+    let mut stats = Vec::with_capacity(micro_batches.len());
     for indices in micro_batches {
         let batch = pack_rows(rows, indices, settings.loss_compat);
         window.n_tokens += batch.n_tokens();
-        let (metrics, grads) =
-            forward_backward(model, &batch, settings.beta, grad_scale, settings.gradient_checkpointing)?;
-        all.push(metrics);
+        let grads = forward_backward(model, &batch, settings.beta, grad_scale, settings.keep);
+        stats.push(grads.stats);
         total = Some(match total {
-            Some(total) => total.into_iter().zip(grads).map(|(a, b)| a + b).collect(),
-            None => grads,
+            Some(total) => total.into_iter().zip(grads.lora).map(|(a, b)| a + b).collect(),
+            None => grads.lora,
         });
+    }
+    (total.unwrap_or_default(), stats)
+}
+
+/// Reads what a step came to, once for all of it: the mean metrics of its micro-batches and the norm of its gradient.
+fn read_step<B: Kernels>(
+    stats: Vec<Tensor<B, 2>>,
+    norm: Tensor<B, 1>,
+    beta: f32,
+    window: &mut Window,
+) -> Result<(StepMetrics, f64)> {
+    let lengths: Vec<usize> = stats.iter().map(|s| s.dims().iter().product()).collect();
+    let flat = stats.into_iter().zip(&lengths).map(|(s, &n)| s.reshape([n]));
+    let values = optim::read(Tensor::cat(std::iter::once(norm).chain(flat).collect(), 0))?;
+    let (norm, mut values) = (f64::from(values[0]), &values[1..]);
+    let mut all = Vec::with_capacity(lengths.len());
+    for n in lengths {
+        let (stats, rest) = values.split_at(n);
+        all.push(StepMetrics::from_stats(stats, beta));
+        values = rest;
     }
     let mean = StepMetrics::mean(&all);
     window.metrics.extend(all);
     window.losses.push(mean.loss);
-    Ok((total.unwrap_or_default(), mean))
+    Ok((mean, norm))
 }
 
 fn pack_rows(rows: &[TokenizedPair], indices: &[usize], compat: LossCompat) -> Batch {
@@ -257,7 +277,8 @@ fn evaluate_all<B: Kernels>(
     let mut metrics = Vec::with_capacity(rows.len());
     let indices: Vec<usize> = (0..rows.len()).collect();
     for indices in indices.chunks(settings.plan.batch_size) {
-        let batch = evaluate(model, &pack_rows(rows, indices, settings.loss_compat), settings.beta)?;
+        let stats = evaluate(model, &pack_rows(rows, indices, settings.loss_compat));
+        let batch = StepMetrics::from_stats(&optim::read(stats)?, settings.beta);
         check_finite(step, "eval_loss", batch.loss, rows, indices)?;
         metrics.extend(vec![batch; indices.len()]);
     }

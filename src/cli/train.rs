@@ -19,12 +19,12 @@ use crate::error::{Error, Result};
 use crate::infer::generate::{GenerationConfig, answer};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
+use crate::model::llama::Keep;
 use crate::ops::Kernels;
 use crate::train::optim::AdamWConfig;
 use crate::train::plan::Plan;
 use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
 use crate::train::schedule::Schedule;
-use crate::train::step::GradientCheckpointing;
 use crate::train::{Summary, TrainData, TrainSettings, train};
 
 /// Answers of the demo that are shown; all are counted.
@@ -220,12 +220,9 @@ fn settings(args: &TrainArgs, data: &Data) -> Result<TrainSettings> {
             adam_beta2: args.adam_beta2,
             adam_epsilon: args.adam_epsilon,
             weight_decay: args.weight_decay,
+            max_grad_norm: args.max_grad_norm,
         },
-        max_grad_norm: args.max_grad_norm,
-        gradient_checkpointing: match args.gradient_checkpointing {
-            true => GradientCheckpointing::PerLayer,
-            false => GradientCheckpointing::Off,
-        },
+        keep: if args.gradient_checkpointing { Keep::Input } else { Keep::All },
         logging_steps: args.logging_steps,
         eval_steps: args.eval_steps,
         save_steps: args.save_steps,

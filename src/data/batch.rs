@@ -23,6 +23,7 @@ use std::str::FromStr;
 use super::dataset::Location;
 use super::tokenize::TokenizedPair;
 use crate::error::{Error, Result};
+use crate::ops::attention::Visible;
 use crate::ops::orpo_loss::PairSpan;
 use crate::ops::token_logps::ScoredToken;
 
@@ -130,18 +131,22 @@ impl Batch {
         self.tokens.len()
     }
 
-    /// Whether packed row `i` sees packed row `j`: the definition of the attention mask.
-    ///
-    /// Both belong to the same pair, `j` does not come after `i`, and rejected does not see what chosen has alone.
-    ///
-    /// # Panics
-    /// If `i` or `j` is not less than [`n_tokens`](Self::n_tokens).
-    pub fn attends(&self, i: usize, j: usize) -> bool {
-        assert!(i.max(j) < self.n_tokens(), "rows {i} and {j} of {} tokens", self.n_tokens());
-        let segment = self.segments[self.segments.partition_point(|segment| segment.start <= i) - 1];
-        let is_other_answer =
-            i >= segment.rejected_start() && (segment.chosen_start()..segment.rejected_start()).contains(&j);
-        segment.start <= j && j <= i && !is_other_answer
+    /// Which packed rows each packed row sees: those of its pair up to itself, and none that the other answer has alone.
+    pub fn visible(&self) -> Vec<Visible> {
+        let rows = self.segments.iter().flat_map(|segment| {
+            (segment.start..segment.end()).map(|row| {
+                let is_rejected = row >= segment.rejected_start();
+                let prefix_end = if is_rejected { segment.chosen_start() } else { segment.start };
+                let own_start = if is_rejected { segment.rejected_start() } else { segment.start };
+                Visible {
+                    first: index(segment.start),
+                    prefix_end: index(prefix_end),
+                    own_start: index(own_start),
+                    end: index(row + 1),
+                }
+            })
+        });
+        rows.collect()
     }
 }
 
@@ -247,8 +252,10 @@ mod tests {
 
     /// What packed row `i` sees, in the order of the positions, which must be 0, 1, … up to its own.
     fn context(batch: &Batch, i: usize) -> Vec<u32> {
-        let mut visible: Vec<_> = (0..batch.n_tokens())
-            .filter(|&j| batch.attends(i, j))
+        let row = batch.visible()[i];
+        let mut visible: Vec<_> = (row.first..row.prefix_end)
+            .chain(row.own_start..row.end)
+            .map(|j| j as usize)
             .map(|j| (batch.positions[j] as usize, batch.tokens[j]))
             .collect();
         visible.sort_unstable();
@@ -344,9 +351,10 @@ mod tests {
         let first = pair(&[1, 2], &[3, 4, 5], &[6, 7, 8]);
         let batch = pack(&[&first, &pair(&[1], &[2, 3], &[3, 2])], LossCompat::Swift);
         // prefix 0..2, chosen 2..4, rejected 4..6; then prefix 6, chosen 7, rejected 8.
-        let seen = |i: usize| (0..batch.n_tokens()).filter(|&j| batch.attends(i, j)).collect::<Vec<_>>();
-        let all: Vec<_> = (0..batch.n_tokens()).map(seen).collect();
-        let expected: [&[usize]; 9] =
+        let seen =
+            |row: &Visible| (row.first..row.prefix_end).chain(row.own_start..row.end).collect::<Vec<_>>();
+        let all: Vec<_> = batch.visible().iter().map(seen).collect();
+        let expected: [&[u32]; 9] =
             [&[0], &[0, 1], &[0, 1, 2], &[0, 1, 2, 3], &[0, 1, 4], &[0, 1, 4, 5], &[6], &[6, 7], &[6, 8]];
         assert_eq!(all, expected);
     }

@@ -11,7 +11,7 @@ use crate::data::template::{Renderer, Template};
 use crate::data::tokenize::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::model::Llama;
-use crate::ops::Ops;
+use crate::ops::Kernels;
 
 /// A conversation.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub struct Chat<'m, B: Backend> {
     history: Vec<(String, String)>,
 }
 
-impl<'m, B: Ops> Chat<'m, B> {
+impl<'m, B: Kernels> Chat<'m, B> {
     /// A conversation without history; an empty `system` is none.
     ///
     /// # Errors
@@ -123,7 +123,7 @@ pub(super) const OUTPUT: &str = "standard output";
 ///
 /// # Errors
 /// As [`Chat::ask`]. That nobody reads the output any more is none.
-pub fn one_shot<B: Ops>(
+pub fn one_shot<B: Kernels>(
     chat: &mut Chat<'_, B>,
     query: &str,
     output: &mut dyn Write,
@@ -182,7 +182,7 @@ exit, quit     end; so does the end of input (Ctrl-D)
 /// # Errors
 /// [`Error::Io`] if input or output fails, and as [`Chat::ask`]; on a terminal a message that cannot be answered (because it is too
 /// long) is noted, and the conversation goes on. That nobody reads the output any more is no error.
-pub fn run<B: Ops>(
+pub fn run<B: Kernels>(
     chat: &mut Chat<'_, B>,
     input: &mut dyn BufRead,
     output: &mut dyn Write,
@@ -207,7 +207,7 @@ struct Loop<'io> {
 }
 
 impl Loop<'_> {
-    fn run<B: Ops>(&mut self, chat: &mut Chat<'_, B>, output: &mut dyn Write) -> Result<()> {
+    fn run<B: Kernels>(&mut self, chat: &mut Chat<'_, B>, output: &mut dyn Write) -> Result<()> {
         self.say("type a message, or /help for the commands\n")?;
         while let Some(message) = self.read_message(">>> ")? {
             match Command::parse(&message) {
@@ -272,7 +272,7 @@ impl Loop<'_> {
     }
 }
 
-pub(super) fn ask_on_line<B: Ops>(
+pub(super) fn ask_on_line<B: Kernels>(
     chat: &mut Chat<'_, B>,
     query: &str,
     output: &mut dyn Write,

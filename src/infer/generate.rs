@@ -14,7 +14,7 @@ use crate::data::tokenize::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::model::Llama;
 use crate::model::llama::KvCache;
-use crate::ops::Ops;
+use crate::ops::Kernels;
 
 /// What attention's scores of one chunk of a prompt may take, in bytes.
 const SCORE_BYTES: usize = 64 << 20;
@@ -115,7 +115,7 @@ pub struct Session<'m, B: Backend> {
     config: GenerationConfig,
 }
 
-impl<'m, B: Ops> Session<'m, B> {
+impl<'m, B: Kernels> Session<'m, B> {
     /// A session with an empty cache, at the beginning of the seed's draws.
     pub fn new(model: &'m Llama<B>, config: &GenerationConfig) -> Self {
         Self {
@@ -273,7 +273,7 @@ fn read<B: Backend>(tensor: Tensor<B, 2>) -> Result<Vec<f32>, String> {
 ///
 /// # Errors
 /// As [`Session::generate`].
-pub fn generate<B: Ops>(
+pub fn generate<B: Kernels>(
     model: &Llama<B>,
     prompt: &[u32],
     stop_ids: &[u32],
@@ -287,7 +287,7 @@ pub fn generate<B: Ops>(
 ///
 /// # Errors
 /// As [`Session::generate`], and [`Error::File`] if the tokenizer cannot decode the answer.
-pub fn answer<B: Ops>(
+pub fn answer<B: Kernels>(
     model: &Llama<B>,
     tokenizer: &TextTokenizer,
     prompt: &[u32],

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
 use crate::data::dataset::Location;
 use crate::error::{Error, Result};
-use crate::ops::Ops;
+use crate::ops::Kernels;
 
 /// Names of the column that holds what the user says, in the order in which they are looked for.
 const QUERY_COLUMNS: [&str; 3] = ["query", "prompt", "question"];
@@ -99,7 +99,7 @@ fn parse(line: &str, location: &Location) -> Result<Prompt, String> {
 /// # Errors
 /// [`Error::Row`], before anything is answered, for the first prompt that cannot be; as [`Chat::ask`]; [`Error::Io`] if the file or the
 /// output cannot be written. That nobody reads the output any more is no error.
-pub fn answer_prompts<B: Ops>(
+pub fn answer_prompts<B: Kernels>(
     chat: &mut Chat<'_, B>,
     prompts: &[Prompt],
     result_file: Option<&Path>,

@@ -1,75 +1,36 @@
-//! Grouped-query attention over packed rows.
+//! Self-attention with rotary positions.
 
-use std::ops::Range;
-
-use burn::tensor::activation::softmax;
-use burn::tensor::{Tensor, TensorData, backend::Backend};
-use burn_autodiff::Autodiff;
+use burn::tensor::{Tensor, backend::Backend};
 
 use super::LlamaConfig;
-use super::llama::Linear;
-use super::rope::RopeTable;
-use crate::ops::Ops;
-
-/// What a masked score gets added; large enough for a weight of exactly zero, and finite.
-const MASKED: f32 = -1e30;
-
-/// Rows that attend among themselves, and which of them see which.
-#[derive(Debug, Clone)]
-pub struct Block<B: Backend> {
-    /// The packed rows.
-    pub rows: Range<usize>,
-    /// Added to the scores, `[rows, keys]`: 0 where a row sees a key, a large negative number where not.
-    pub mask: Tensor<B, 2>,
-}
+use super::linear::{Linear, LinearOutput};
+use super::rope::rope_table;
+use crate::ops::Kernels;
+use crate::ops::attention::{AttentionMask, AttentionOutput, Visible, attention, attention_backward};
+use crate::ops::lora_linear::InputGrad;
+use crate::ops::rope::{RopeTable, rope, rope_backward};
 
 /// Positions and masks of a packed row of tokens, shared by every layer.
 #[derive(Debug, Clone)]
 pub struct AttentionLayout<B: Backend> {
     /// Rotations by row.
     pub rope: RopeTable<B>,
-    /// Disjoint blocks that cover all rows, in order.
-    pub blocks: Vec<Block<B>>,
+    /// Which rows each row sees.
+    pub mask: AttentionMask<B>,
 }
 
 impl<B: Backend> AttentionLayout<B> {
-    /// Builds the layout of `positions.len()` rows that fall into `blocks`; `attends(query, key)` takes packed rows.
-    pub fn new(
-        config: &LlamaConfig,
-        positions: &[u32],
-        blocks: &[Range<usize>],
-        attends: impl Fn(usize, usize) -> bool,
-        device: &B::Device,
-    ) -> Self {
-        let blocks = blocks.iter().map(|rows| {
-            let visible = rows.clone().flat_map(|i| rows.clone().map(move |j| (i, j)));
-            let mask: Vec<f32> = visible.map(|(i, j)| if attends(i, j) { 0.0 } else { MASKED }).collect();
-            let mask = Tensor::from_data(TensorData::new(mask, [rows.len(), rows.len()]), device);
-            Block { rows: rows.clone(), mask }
-        });
-        Self { rope: RopeTable::new(config, positions, device), blocks: blocks.collect() }
+    /// Builds the layout of packed rows at these positions.
+    pub fn new(config: &LlamaConfig, positions: &[u32], visible: Vec<Visible>, device: &B::Device) -> Self {
+        Self { rope: rope_table(config, positions, device), mask: AttentionMask::new(visible, device) }
     }
 
     /// Builds the layout of one sequence's next rows after `n_cached` cached ones: row `i` sees the cache and rows up to itself.
     pub fn causal(config: &LlamaConfig, n_cached: usize, n_new: usize, device: &B::Device) -> Self {
-        let n_keys = n_cached + n_new;
-        let mask: Vec<f32> = (0..n_new)
-            .flat_map(|i| (0..n_keys).map(move |j| if j <= n_cached + i { 0.0 } else { MASKED }))
-            .collect();
-        let mask = Tensor::from_data(TensorData::new(mask, [n_new, n_keys]), device);
-        let positions: Vec<u32> = (n_cached as u32..n_keys as u32).collect();
+        let positions: Vec<u32> = (n_cached as u32..(n_cached + n_new) as u32).collect();
         Self {
-            rope: RopeTable::new(config, &positions, device),
-            blocks: vec![Block { rows: 0..n_new, mask }],
-        }
-    }
-
-    /// The same layout under autodiff.
-    pub fn lift(&self) -> AttentionLayout<Autodiff<B>> {
-        let lift = |t: &Tensor<B, 2>| Tensor::from_inner(t.clone());
-        AttentionLayout {
-            rope: RopeTable { cos: lift(&self.rope.cos), sin: lift(&self.rope.sin) },
-            blocks: self.blocks.iter().map(|b| Block { rows: b.rows.clone(), mask: lift(&b.mask) }).collect(),
+            rope: rope_table(config, &positions, device),
+            mask: AttentionMask::causal(n_cached, n_new, device),
         }
     }
 }
@@ -96,78 +57,134 @@ pub struct Attention<B: Backend> {
     pub head_dim: usize,
 }
 
-impl<B: Ops> Attention<B> {
-    /// Runs the block over packed rows.
+/// What backward needs of the block's forward pass.
+#[derive(Debug, Clone)]
+pub struct AttentionActivations<B: Backend> {
+    /// The block's input, `[tokens, hidden]`.
+    x: Tensor<B, 2>,
+    /// Rotated queries and keys, and the values, with their layers' rank-r tensors.
+    qkv: [Tensor<B, 3>; 3],
+    s_qkv: [Option<Tensor<B, 2>>; 3],
+    output: AttentionOutput<B>,
+    /// The rank-r tensor of `o_proj`.
+    s_o: Option<Tensor<B, 2>>,
+}
+
+impl<B: Backend> AttentionActivations<B> {
+    /// What attention itself computed.
+    pub fn output(&self) -> &AttentionOutput<B> {
+        &self.output
+    }
+}
+
+impl<B: Kernels> Attention<B> {
+    /// Runs the block over packed rows and adds its output to the residual stream.
     ///
     /// # Shapes
-    /// - `x`, output: `[tokens, hidden]`
-    pub fn forward(&self, x: Tensor<B, 2>, layout: &AttentionLayout<B>) -> Tensor<B, 2> {
-        let (q, k, v) = self.project(x, layout);
-        let blocks = layout.blocks.iter().map(|Block { rows, mask }| {
-            let part = |t: &Tensor<B, 3>| t.clone().narrow(0, rows.start, rows.len());
-            attend(part(&q), part(&k), part(&v), mask.clone())
-        });
-        self.o_proj.forward(Tensor::cat(blocks.collect(), 0))
+    /// - `x`, `residual`, output: `[tokens, hidden]`
+    pub fn forward(
+        &self,
+        x: Tensor<B, 2>,
+        residual: Tensor<B, 2>,
+        layout: &AttentionLayout<B>,
+    ) -> Tensor<B, 2> {
+        let ([q, k, v], _) = self.project(x, layout);
+        self.o_proj.forward_onto(attention(q, k, v, &layout.mask).out, residual).y
+    }
+
+    /// [`forward`](Self::forward) that keeps what backward needs.
+    pub fn forward_keeping(
+        &self,
+        x: Tensor<B, 2>,
+        residual: Tensor<B, 2>,
+        layout: &AttentionLayout<B>,
+    ) -> (Tensor<B, 2>, AttentionActivations<B>) {
+        let (qkv, s_qkv) = self.project(x.clone(), layout);
+        let [q, k, v] = qkv.clone();
+        let output = attention(q, k, v, &layout.mask);
+        let LinearOutput { y, s: s_o } = self.o_proj.forward_onto(output.out.clone(), residual);
+        (y, AttentionActivations { x, qkv, s_qkv, output, s_o })
+    }
+
+    /// What backward needs, from the block's input and what attention itself computed.
+    pub fn recompute(
+        &self,
+        x: Tensor<B, 2>,
+        output: AttentionOutput<B>,
+        layout: &AttentionLayout<B>,
+    ) -> AttentionActivations<B> {
+        let (qkv, s_qkv) = self.project(x.clone(), layout);
+        let s_o = self.o_proj.rank_r(output.out.clone());
+        AttentionActivations { x, qkv, s_qkv, output, s_o }
     }
 
     /// Runs the block for the next rows of one sequence, whose earlier keys and values are in `cache`.
     pub fn forward_cached(
         &self,
         x: Tensor<B, 2>,
+        residual: Tensor<B, 2>,
         layout: &AttentionLayout<B>,
         cache: &mut Option<LayerCache<B>>,
     ) -> Tensor<B, 2> {
-        let (q, k, v) = self.project(x, layout);
+        let ([q, k, v], _) = self.project(x, layout);
         let (keys, values) = match cache.take() {
             Some(seen) => (Tensor::cat(vec![seen.keys, k], 0), Tensor::cat(vec![seen.values, v], 0)),
             None => (k, v),
         };
         *cache = Some(LayerCache { keys: keys.clone(), values: values.clone() });
-        self.o_proj.forward(attend(q, keys, values, layout.blocks[0].mask.clone()))
+        self.o_proj.forward_onto(attention(q, keys, values, &layout.mask).out, residual).y
     }
 
+    /// The gradient by `x`, where it is asked for, from that of the output; adds the adapters' gradients to `lora`, in the
+    /// checkpoint's order.
+    pub fn backward(
+        &self,
+        dy: Tensor<B, 2>,
+        kept: AttentionActivations<B>,
+        layout: &AttentionLayout<B>,
+        needs_dx: bool,
+        lora: &mut Vec<Tensor<B, 2>>,
+    ) -> Option<Tensor<B, 2>> {
+        let AttentionActivations { x, qkv: [q, k, v], s_qkv: [s_q, s_k, s_v], output, s_o } = kept;
+        let projections = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let needs_dout = needs_dx || projections.iter().any(|linear| linear.lora.is_some());
+        let input = if needs_dout { InputGrad::New } else { InputGrad::Skip };
+        let o = self.o_proj.backward(dy, output.out.clone(), s_o, input);
+        let mut dx = None;
+        if let Some(dout) = o.dx {
+            let [dq, dk, dv] = attention_backward(dout, q, k, v, output, &layout.mask);
+            let (dq, dk) = (rope_backward(dq, &layout.rope), rope_backward(dk, &layout.rope));
+            let input = if needs_dx { InputGrad::New } else { InputGrad::Skip };
+            let q = self.q_proj.backward(rows(dq), x.clone(), s_q, input);
+            let k = self.k_proj.backward(rows(dk), x.clone(), s_k, InputGrad::after(q.dx));
+            let v = self.v_proj.backward(rows(dv), x, s_v, InputGrad::after(k.dx));
+            lora.extend(q.lora.into_iter().chain(k.lora).chain(v.lora).flatten());
+            dx = v.dx;
+        }
+        lora.extend(o.lora.into_iter().flatten());
+        dx
+    }
+
+    /// Rotated queries and keys, and the values, with the rank-r tensors of their layers.
     fn project(
         &self,
         x: Tensor<B, 2>,
         layout: &AttentionLayout<B>,
-    ) -> (Tensor<B, 3>, Tensor<B, 3>, Tensor<B, 3>) {
+    ) -> ([Tensor<B, 3>; 3], [Option<Tensor<B, 2>>; 3]) {
         let heads = |t: Tensor<B, 2>| {
             let [n_tokens, width] = t.dims();
             t.reshape([n_tokens, width / self.head_dim, self.head_dim])
         };
-        let q = layout.rope.rotate(heads(self.q_proj.forward(x.clone())));
-        let k = layout.rope.rotate(heads(self.k_proj.forward(x.clone())));
-        (q, k, heads(self.v_proj.forward(x)))
+        let q = self.q_proj.forward(x.clone());
+        let k = self.k_proj.forward(x.clone());
+        let v = self.v_proj.forward(x);
+        let rotate = |y: Tensor<B, 2>| rope(heads(y), &layout.rope);
+        ([rotate(q.y), rotate(k.y), heads(v.y)], [q.s, k.s, v.s])
     }
 }
 
-impl<B: Backend> Attention<B> {
-    /// The same block under autodiff: frozen weights, tracked adapters.
-    pub fn lift(&self) -> Attention<Autodiff<B>> {
-        Attention {
-            q_proj: self.q_proj.lift(),
-            k_proj: self.k_proj.lift(),
-            v_proj: self.v_proj.lift(),
-            o_proj: self.o_proj.lift(),
-            head_dim: self.head_dim,
-        }
-    }
-}
-
-/// `softmax(q kᵀ / sqrt(head_dim) + mask) v` (arXiv:1706.03762), query head `h` with key head `h / (heads / kv_heads)`.
-///
-/// The query heads of one key head are laid end to end as rows, so keys and values are never repeated.
-///
-/// # Shapes
-/// - `q`: `[queries, heads, head_dim]`   - `k`, `v`: `[keys, kv_heads, head_dim]`   - `mask`: `[queries, keys]`
-/// - output: `[queries, heads · head_dim]`
-fn attend<B: Backend>(q: Tensor<B, 3>, k: Tensor<B, 3>, v: Tensor<B, 3>, mask: Tensor<B, 2>) -> Tensor<B, 2> {
-    let ([n_queries, heads, head_dim], [n_keys, kv_heads, _]) = (q.dims(), k.dims());
-    let group = heads / kv_heads;
-    let q = q.swap_dims(0, 1).reshape([kv_heads, group * n_queries, head_dim]);
-    let scores = q.matmul(k.permute([1, 2, 0])) * (head_dim as f64).powf(-0.5);
-    let scores = scores.reshape([kv_heads, group, n_queries, n_keys]) + mask.unsqueeze::<4>();
-    let weights = softmax(scores, 3).reshape([kv_heads, group * n_queries, n_keys]);
-    let out = weights.matmul(v.swap_dims(0, 1)).reshape([heads, n_queries, head_dim]);
-    out.swap_dims(0, 1).reshape([n_queries, heads * head_dim])
+/// `[tokens, heads, head_dim] -> [tokens, heads · head_dim]`
+fn rows<B: Backend>(t: Tensor<B, 3>) -> Tensor<B, 2> {
+    let [n_tokens, heads, head_dim] = t.dims();
+    t.reshape([n_tokens, heads * head_dim])
 }

@@ -1,53 +1,16 @@
 //! The model: embedding, decoder layers, final norm and head.
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
-use burn_autodiff::Autodiff;
 
 use super::LlamaConfig;
-use super::attention::{Attention, AttentionLayout, LayerCache};
+use super::attention::{Attention, AttentionActivations, AttentionLayout, LayerCache};
+use super::linear::Linear;
 use super::load::HostMatrix;
-use super::mlp::Mlp;
+use super::mlp::{Mlp, MlpActivations};
 use super::norm::RmsNorm;
-use crate::ops::Ops;
-use crate::ops::lora_linear::{Lora, lora_linear};
+use crate::ops::Kernels;
+use crate::ops::attention::AttentionOutput;
 use crate::ops::token_logps::Head;
-
-/// A linear layer without bias: a frozen weight and, where one is attached, a LoRA adapter.
-#[derive(Debug, Clone)]
-pub struct Linear<B: Backend> {
-    /// `[out, in]`, as the checkpoint stores it.
-    pub weight: Tensor<B, 2>,
-    /// The trainable part.
-    pub lora: Option<Lora<B>>,
-}
-
-impl<B: Backend> Linear<B> {
-    /// A layer without adapter.
-    pub fn frozen(weight: Tensor<B, 2>) -> Self {
-        Self { weight, lora: None }
-    }
-
-    /// Applies the layer: `[tokens, in] -> [tokens, out]`.
-    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2>
-    where
-        B: Ops,
-    {
-        lora_linear(x, self.weight.clone(), self.lora.as_ref())
-    }
-
-    /// The same layer under autodiff: frozen weight, tracked adapter.
-    pub fn lift(&self) -> Linear<Autodiff<B>> {
-        let track = |t: &Tensor<B, 2>| Tensor::from_inner(t.clone()).require_grad();
-        Linear {
-            weight: Tensor::from_inner(self.weight.clone()),
-            lora: self.lora.as_ref().map(|lora| Lora {
-                a: track(&lora.a),
-                b: track(&lora.b),
-                scale: lora.scale,
-            }),
-        }
-    }
-}
 
 /// One decoder layer: attention and MLP, each behind its norm and added to the residual stream.
 #[derive(Debug, Clone)]
@@ -62,14 +25,51 @@ pub struct DecoderLayer<B: Backend> {
     pub mlp: Mlp<B>,
 }
 
-impl<B: Backend> DecoderLayer<B> {
+/// Everything that a layer's backward needs.
+#[derive(Debug, Clone)]
+pub struct LayerActivations<B: Backend> {
+    /// The residual stream into the layer, `[tokens, hidden]`.
+    x: Tensor<B, 2>,
+    attention: AttentionActivations<B>,
+    /// The residual stream between attention and MLP, `[tokens, hidden]`.
+    middle: Tensor<B, 2>,
+    mlp: MlpActivations<B>,
+}
+
+/// How much of a layer's forward pass is kept for its backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// The layer's input.
+    Input,
+    /// Also what attention computed, and the residual stream behind it: two products and attention are not run again.
+    Attention,
+    /// Everything.
+    All,
+}
+
+/// What of a layer's forward pass was kept.
+#[derive(Debug, Clone)]
+pub enum Kept<B: Backend> {
+    /// See [`Keep::Input`].
+    Input(Tensor<B, 2>),
+    /// See [`Keep::Attention`].
+    Attention {
+        /// The residual stream into the layer.
+        x: Tensor<B, 2>,
+        /// What attention computed.
+        output: AttentionOutput<B>,
+        /// The residual stream between attention and MLP.
+        middle: Tensor<B, 2>,
+    },
+    /// See [`Keep::All`].
+    All(Box<LayerActivations<B>>),
+}
+
+impl<B: Kernels> DecoderLayer<B> {
     /// Runs the layer over packed rows, `[tokens, hidden] -> [tokens, hidden]`.
-    pub fn forward(&self, x: Tensor<B, 2>, layout: &AttentionLayout<B>) -> Tensor<B, 2>
-    where
-        B: Ops,
-    {
-        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), layout);
-        self.forward_mlp(x)
+    pub fn forward(&self, x: Tensor<B, 2>, layout: &AttentionLayout<B>) -> Tensor<B, 2> {
+        let x = self.self_attn.forward(self.input_layernorm.forward(x.clone()), x, layout);
+        self.mlp.forward(self.post_attention_layernorm.forward(x.clone()), x)
     }
 
     /// Runs the layer for the next rows of one sequence.
@@ -78,29 +78,82 @@ impl<B: Backend> DecoderLayer<B> {
         x: Tensor<B, 2>,
         layout: &AttentionLayout<B>,
         cache: &mut Option<LayerCache<B>>,
-    ) -> Tensor<B, 2>
-    where
-        B: Ops,
-    {
-        let x = x.clone() + self.self_attn.forward_cached(self.input_layernorm.forward(x), layout, cache);
-        self.forward_mlp(x)
+    ) -> Tensor<B, 2> {
+        let x = self.self_attn.forward_cached(self.input_layernorm.forward(x.clone()), x, layout, cache);
+        self.mlp.forward(self.post_attention_layernorm.forward(x.clone()), x)
     }
 
-    fn forward_mlp(&self, x: Tensor<B, 2>) -> Tensor<B, 2>
-    where
-        B: Ops,
-    {
-        x.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x))
-    }
-
-    /// The same layer under autodiff: frozen weights, tracked adapters.
-    pub fn lift(&self) -> DecoderLayer<Autodiff<B>> {
-        DecoderLayer {
-            input_layernorm: self.input_layernorm.lift(),
-            self_attn: self.self_attn.lift(),
-            post_attention_layernorm: self.post_attention_layernorm.lift(),
-            mlp: self.mlp.lift(),
+    /// [`forward`](Self::forward) that keeps what `keep` says.
+    pub fn forward_keeping(
+        &self,
+        x: Tensor<B, 2>,
+        layout: &AttentionLayout<B>,
+        keep: Keep,
+    ) -> (Tensor<B, 2>, Kept<B>) {
+        if keep == Keep::Input {
+            return (self.forward(x.clone(), layout), Kept::Input(x));
         }
+        let normed = self.input_layernorm.forward(x.clone());
+        let (middle, attention) = self.self_attn.forward_keeping(normed, x.clone(), layout);
+        let normed = self.post_attention_layernorm.forward(middle.clone());
+        if keep == Keep::Attention {
+            let output = attention.output().clone();
+            drop(attention);
+            let y = self.mlp.forward(normed, middle.clone());
+            return (y, Kept::Attention { x, output, middle });
+        }
+        let (y, mlp) = self.mlp.forward_keeping(normed, middle.clone());
+        (y, Kept::All(Box::new(LayerActivations { x, attention, middle, mlp })))
+    }
+
+    /// What backward needs, computed again from what was kept. The layer's output is not among it.
+    pub fn recompute(&self, kept: Kept<B>, layout: &AttentionLayout<B>) -> LayerActivations<B> {
+        let (x, middle, attention) = match kept {
+            Kept::All(activations) => return *activations,
+            Kept::Input(x) => {
+                let normed = self.input_layernorm.forward(x.clone());
+                let (middle, attention) = self.self_attn.forward_keeping(normed, x.clone(), layout);
+                (x, middle, attention)
+            }
+            Kept::Attention { x, output, middle } => {
+                let normed = self.input_layernorm.forward(x.clone());
+                let attention = self.self_attn.recompute(normed, output, layout);
+                (x, middle, attention)
+            }
+        };
+        let mlp = self.mlp.recompute(self.post_attention_layernorm.forward(middle.clone()));
+        LayerActivations { x, attention, middle, mlp }
+    }
+
+    /// The gradient by the layer's input, where it is asked for, and those of its adapters, in the order of
+    /// [`linears`](Self::linears), from that of its output.
+    pub fn backward(
+        &self,
+        dy: Tensor<B, 2>,
+        activations: LayerActivations<B>,
+        layout: &AttentionLayout<B>,
+        needs_dx: bool,
+    ) -> (Option<Tensor<B, 2>>, Vec<Tensor<B, 2>>) {
+        let LayerActivations { x, attention, middle, mlp } = activations;
+        let below = needs_dx || self.attention_linears().iter().any(|linear| linear.lora.is_some());
+        let mut mlp_grads = Vec::new();
+        let dnormed = self.mlp.backward(dy.clone(), mlp, below, &mut mlp_grads);
+        let mut grads = Vec::new();
+        let mut dx = None;
+        if let Some(dnormed) = dnormed {
+            let dmiddle = self.post_attention_layernorm.backward(dnormed, middle, Some(dy));
+            let dnormed = self.self_attn.backward(dmiddle.clone(), attention, layout, needs_dx, &mut grads);
+            dx = dnormed.map(|dnormed| self.input_layernorm.backward(dnormed, x, Some(dmiddle)));
+        }
+        grads.extend(mlp_grads);
+        (dx, grads)
+    }
+}
+
+impl<B: Backend> DecoderLayer<B> {
+    fn attention_linears(&self) -> [&Linear<B>; 4] {
+        let a = &self.self_attn;
+        [&a.q_proj, &a.k_proj, &a.v_proj, &a.o_proj]
     }
 
     /// The layer's linears with their names within it (`self_attn.q_proj`), in the checkpoint's order.
@@ -169,7 +222,7 @@ impl<B: Backend> Llama<B> {
     /// Computes the final hidden states, after the last norm, `[tokens] -> [tokens, hidden]`.
     pub fn forward(&self, tokens: &[u32], layout: &AttentionLayout<B>) -> Tensor<B, 2>
     where
-        B: Ops,
+        B: Kernels,
     {
         let x = self.layers.iter().fold(self.embed(tokens), |x, layer| layer.forward(x, layout));
         self.norm.forward(x)
@@ -178,7 +231,7 @@ impl<B: Backend> Llama<B> {
     /// Computes the final hidden states of the next tokens of one sequence and extends its cache.
     pub fn forward_cached(&self, tokens: &[u32], cache: &mut KvCache<B>) -> Tensor<B, 2>
     where
-        B: Ops,
+        B: Kernels,
     {
         let layout = AttentionLayout::causal(&self.config, cache.n_tokens, tokens.len(), &self.device());
         let mut x = self.embed(tokens);

@@ -7,14 +7,15 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
 use super::LlamaConfig;
 use super::attention::Attention;
-use super::llama::{DecoderLayer, LINEAR_NAMES, Linear, Llama};
+use super::linear::Linear;
+use super::llama::{DecoderLayer, LINEAR_NAMES, Llama};
 use super::mlp::Mlp;
 use super::norm::RmsNorm;
 use crate::error::{Error, Result};
@@ -300,7 +301,11 @@ pub fn load_llama<B: Backend>(
     // Old conversions store the rotary frequencies, which follow from the configuration.
     checkpoint.check(&expected, |name| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD))?;
 
-    let norm = |name: &str| RmsNorm { weight: checkpoint.tensor(name, device), eps: config.rms_norm_eps };
+    let norm = |name: &str| RmsNorm {
+        weight: checkpoint.tensor(name, device),
+        eps: config.rms_norm_eps,
+        dtype: DType::F32,
+    };
     let layers = (0..config.num_hidden_layers).map(|layer| {
         let linear = |part: &str| {
             Linear::frozen(checkpoint.tensor(&format!("model.layers.{layer}.{part}.weight"), device))

@@ -1,11 +1,11 @@
 //! The gated MLP.
 
-use burn::tensor::activation::silu;
 use burn::tensor::{Tensor, backend::Backend};
-use burn_autodiff::Autodiff;
 
-use super::llama::Linear;
-use crate::ops::Ops;
+use super::linear::{Linear, LinearOutput};
+use crate::ops::Kernels;
+use crate::ops::lora_linear::InputGrad;
+use crate::ops::swiglu::{swiglu, swiglu_backward};
 
 /// `down(silu(gate(x)) · up(x))` (SwiGLU, arXiv:2002.05202).
 #[derive(Debug, Clone)]
@@ -18,25 +18,72 @@ pub struct Mlp<B: Backend> {
     pub down_proj: Linear<B>,
 }
 
-impl<B: Backend> Mlp<B> {
-    /// Runs the block.
+/// What backward needs of the block's forward pass.
+#[derive(Debug, Clone)]
+pub struct MlpActivations<B: Backend> {
+    /// The block's input, `[tokens, hidden]`.
+    x: Tensor<B, 2>,
+    gate: LinearOutput<B>,
+    up: LinearOutput<B>,
+    /// `silu(gate) · up`, `[tokens, intermediate]`.
+    h: Tensor<B, 2>,
+    /// The rank-r tensor of `down_proj`.
+    s_down: Option<Tensor<B, 2>>,
+}
+
+impl<B: Kernels> Mlp<B> {
+    /// Runs the block and adds its output to the residual stream.
     ///
     /// # Shapes
-    /// - `x`, output: `[tokens, hidden]`
-    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2>
-    where
-        B: Ops,
-    {
-        let gate = silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+    /// - `x`, `residual`, output: `[tokens, hidden]`
+    pub fn forward(&self, x: Tensor<B, 2>, residual: Tensor<B, 2>) -> Tensor<B, 2> {
+        let (gate, up) = (self.gate_proj.forward(x.clone()).y, self.up_proj.forward(x).y);
+        self.down_proj.forward_onto(swiglu(gate, up), residual).y
     }
 
-    /// The same block under autodiff: frozen weights, tracked adapters.
-    pub fn lift(&self) -> Mlp<Autodiff<B>> {
-        Mlp {
-            gate_proj: self.gate_proj.lift(),
-            up_proj: self.up_proj.lift(),
-            down_proj: self.down_proj.lift(),
+    /// [`forward`](Self::forward) that keeps what backward needs.
+    pub fn forward_keeping(
+        &self,
+        x: Tensor<B, 2>,
+        residual: Tensor<B, 2>,
+    ) -> (Tensor<B, 2>, MlpActivations<B>) {
+        let (gate, up) = (self.gate_proj.forward(x.clone()), self.up_proj.forward(x.clone()));
+        let h = swiglu(gate.y.clone(), up.y.clone());
+        let LinearOutput { y, s: s_down } = self.down_proj.forward_onto(h.clone(), residual);
+        (y, MlpActivations { x, gate, up, h, s_down })
+    }
+
+    /// What backward needs, without the block's output: the product of `down_proj` is left out.
+    pub fn recompute(&self, x: Tensor<B, 2>) -> MlpActivations<B> {
+        let (gate, up) = (self.gate_proj.forward(x.clone()), self.up_proj.forward(x.clone()));
+        let h = swiglu(gate.y.clone(), up.y.clone());
+        let s_down = self.down_proj.rank_r(h.clone());
+        MlpActivations { x, gate, up, h, s_down }
+    }
+
+    /// The gradient by `x`, where it is asked for, from that of the output; adds the adapters' gradients to `lora`, in the
+    /// checkpoint's order.
+    pub fn backward(
+        &self,
+        dy: Tensor<B, 2>,
+        kept: MlpActivations<B>,
+        needs_dx: bool,
+        lora: &mut Vec<Tensor<B, 2>>,
+    ) -> Option<Tensor<B, 2>> {
+        let MlpActivations { x, gate, up, h, s_down } = kept;
+        let needs_dh = needs_dx || self.gate_proj.lora.is_some() || self.up_proj.lora.is_some();
+        let down =
+            self.down_proj.backward(dy, h, s_down, if needs_dh { InputGrad::New } else { InputGrad::Skip });
+        let mut dx = None;
+        if let Some(dh) = down.dx {
+            let (dgate, dup) = swiglu_backward(dh, gate.y, up.y);
+            let input = if needs_dx { InputGrad::New } else { InputGrad::Skip };
+            let gate = self.gate_proj.backward(dgate, x.clone(), gate.s, input);
+            let up = self.up_proj.backward(dup, x, up.s, InputGrad::after(gate.dx));
+            lora.extend(gate.lora.into_iter().chain(up.lora).flatten());
+            dx = up.dx;
         }
+        lora.extend(down.lora.into_iter().flatten());
+        dx
     }
 }

@@ -1,30 +1,30 @@
-//! RMSNorm.
+//! RMSNorm with its frozen weight.
 
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use burn_autodiff::Autodiff;
+use burn::tensor::{DType, Tensor};
 
-/// Normalizes the last dimension by its root mean square: `y = x / sqrt(mean(x²) + eps) · weight` (arXiv:1910.07467), in `f32`.
+use crate::ops::Kernels;
+use crate::ops::rms_norm::{rms_norm, rms_norm_backward};
+
+/// Normalizes every row of the residual stream by its root mean square; see [`rms_norm`].
 #[derive(Debug, Clone)]
 pub struct RmsNorm<B: Backend> {
-    /// `[hidden]`, frozen.
+    /// `[hidden]`, frozen, in `f32`.
     pub weight: Tensor<B, 1>,
     /// `rms_norm_eps`
     pub eps: f64,
+    /// What the output is stored in.
+    pub dtype: DType,
 }
 
-impl<B: Backend> RmsNorm<B> {
-    /// Normalizes every row.
-    ///
-    /// # Shapes
-    /// - `x`, output: `[tokens, hidden]`
+impl<B: Kernels> RmsNorm<B> {
+    /// Normalizes every row, `[tokens, hidden] -> [tokens, hidden]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let mean_square = (x.clone() * x.clone()).mean_dim(1);
-        x * (mean_square + self.eps).sqrt().recip() * self.weight.clone().unsqueeze()
+        rms_norm(x, self.weight.clone(), self.eps, self.dtype)
     }
 
-    /// The same norm under autodiff, frozen.
-    pub fn lift(&self) -> RmsNorm<Autodiff<B>> {
-        RmsNorm { weight: Tensor::from_inner(self.weight.clone()), eps: self.eps }
+    /// `sum` plus the gradient by `x`, from that of the output; `[tokens, hidden]` in `f32`.
+    pub fn backward(&self, dy: Tensor<B, 2>, x: Tensor<B, 2>, sum: Option<Tensor<B, 2>>) -> Tensor<B, 2> {
+        rms_norm_backward(dy, x, self.weight.clone(), self.eps, sum)
     }
 }

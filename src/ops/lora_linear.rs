@@ -8,20 +8,15 @@
 //! dA = dsᵀ x             dx = dy W + ds A        the same prologue as forward
 //! ```
 //!
-//! Saved for backward: `x`, `s`, and the weights. Every product accumulates in `f32`.
+//! Forward may add a residual, and backward to what `dx` already sums, in the same pass. Saved for backward: `x` and `s`. `x`, `dy`
+//! and the weight are `f32` or `f16`, each on its own; the adapter, `s` and its gradients are `f32`, and so is every sum.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Tensor, TensorPrimitive};
-use burn_autodiff::Autodiff;
-use burn_autodiff::checkpoint::base::Checkpointer;
-use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn_autodiff::grads::Gradients;
-use burn_autodiff::ops::{Backward, Ops as AutodiffOps, OpsKind};
+use burn::tensor::{DType, Tensor};
 
-use super::{Kernels, Ops};
+use super::{Kernels, cast, to_f32};
 
-/// One LoRA adapter of one linear layer, as burn tensors.
+/// One LoRA adapter of one linear layer, in `f32`.
 ///
 /// # Shapes
 /// - `a`: `[r, in]`   - `b`: `[out, r]` (PEFT's `lora_A.weight` and `lora_B.weight`)
@@ -35,60 +30,116 @@ pub struct Lora<B: Backend> {
     pub scale: f32,
 }
 
-/// [`Lora`] as a runtime's kernels see it.
-#[derive(Debug, Clone)]
-pub struct LoraPrimitive<B: Backend> {
-    /// `[r, in]`
-    pub a: FloatTensor<B>,
-    /// `[out, r]`
-    pub b: FloatTensor<B>,
-    /// `lora_alpha / r`
-    pub scale: f32,
-}
-
 /// What backward gives the adapter.
 #[derive(Debug, Clone)]
 pub struct LoraGrads<B: Backend> {
-    /// Gradient of the rank-r tensor, `[tokens, r]`; [`Kernels::lora_linear_backward_input`] goes on from it.
-    pub ds: FloatTensor<B>,
+    /// Gradient of the rank-r tensor, `[tokens, r]`; the gradient by `x` goes on from it.
+    pub ds: Tensor<B, 2>,
     /// `[r, in]`
-    pub da: FloatTensor<B>,
+    pub da: Tensor<B, 2>,
     /// `[out, r]`
-    pub db: FloatTensor<B>,
+    pub db: Tensor<B, 2>,
 }
 
-/// Computes `x Wᵀ`, plus `scale · (x Aᵀ) Bᵀ` where there is an adapter.
+/// What is to become of the gradient by `x`.
+#[derive(Debug, Clone)]
+pub enum InputGrad<B: Backend> {
+    /// Nothing below the layer learns: its product with `W` would be the step's dearest wasted one.
+    Skip,
+    /// A tensor of its own, in `x`'s dtype.
+    New,
+    /// Added to `[tokens, in]`, in its dtype.
+    AddTo(Tensor<B, 2>),
+}
+
+impl<B: Backend> InputGrad<B> {
+    /// Goes on from the gradient of another layer of the same input; where that was skipped, this is too.
+    pub fn after(dx: Option<Tensor<B, 2>>) -> Self {
+        dx.map_or(Self::Skip, Self::AddTo)
+    }
+}
+
+/// What a layer's backward computes.
+#[derive(Debug, Clone)]
+pub struct LoraLinearGrads<B: Backend> {
+    /// `[tokens, in]`, unless it was to be skipped.
+    pub dx: Option<Tensor<B, 2>>,
+    /// `[da, db]`, where there is an adapter.
+    pub lora: Option<[Tensor<B, 2>; 2]>,
+}
+
+/// Computes `residual + x Wᵀ + scale · (x Aᵀ) Bᵀ`, without the terms that are not there, and the rank-r tensor `s = x Aᵀ`.
 ///
 /// # Shapes
-/// - `x`: `[tokens, in]`   - `weight`: `[out, in]`   - output: `[tokens, out]`
+/// - `x`: `[tokens, in]`   - `weight`: `[out, in]`   - `residual`, output: `[tokens, out]`, in the residual's dtype, or `x`'s without
+/// - `s`: `[tokens, r]`, there where an adapter is
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn lora_linear<B: Ops>(x: Tensor<B, 2>, weight: Tensor<B, 2>, lora: Option<&Lora<B>>) -> Tensor<B, 2> {
+pub fn lora_linear<B: Kernels>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    lora: Option<&Lora<B>>,
+    residual: Option<Tensor<B, 2>>,
+) -> (Tensor<B, 2>, Option<Tensor<B, 2>>) {
     check_shapes(&x, &weight, lora);
-    let lora = lora.map(|lora| LoraPrimitive {
-        a: primitive(lora.a.clone()),
-        b: primitive(lora.b.clone()),
-        scale: lora.scale,
-    });
-    tensor(B::lora_linear(primitive(x), primitive(weight), lora))
+    if let Some(residual) = &residual {
+        assert_eq!(residual.dims(), [x.dims()[0], weight.dims()[0]], "lora_linear: shape of the residual");
+    }
+    B::lora_linear_forward(x, weight, lora, residual)
 }
 
-/// [`lora_linear`] in plain burn tensors: three products and a sum. Differentiable by burn's own autodiff.
+/// Computes the rank-r tensor of [`lora_linear`] alone: `[tokens, in] -> [tokens, r]`.
+///
+/// # Panics
+/// If the shapes do not fit each other.
+pub fn lora_rank_r<B: Kernels>(x: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
+    assert_eq!(x.dims()[1], lora.a.dims()[1], "lora_linear: columns of x against lora_A");
+    B::lora_rank_r(x, lora)
+}
+
+/// Computes the gradients from that of the output, `dy: [tokens, out]`, and what forward was given and gave.
+///
+/// # Panics
+/// If the shapes do not fit each other, or `s` is missing where there is an adapter.
+pub fn lora_linear_backward<B: Kernels>(
+    dy: Tensor<B, 2>,
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    lora: Option<&Lora<B>>,
+    s: Option<Tensor<B, 2>>,
+    input: InputGrad<B>,
+) -> LoraLinearGrads<B> {
+    check_shapes(&x, &weight, lora);
+    assert_eq!(dy.dims(), [x.dims()[0], weight.dims()[0]], "lora_linear: shape of the gradient");
+    let (sum, dtype) = match input {
+        InputGrad::Skip => (None, None),
+        InputGrad::New => (None, Some(x.dtype())),
+        InputGrad::AddTo(sum) => {
+            assert_eq!(sum.dims(), x.dims(), "lora_linear: shape of what the gradient is added to");
+            let dtype = sum.dtype();
+            (Some(sum), Some(dtype))
+        }
+    };
+    let grads = lora.map(|lora| {
+        let s = s.expect("lora_linear: forward with an adapter gives the rank-r tensor");
+        B::lora_linear_backward_lora(dy.clone(), x, s, lora)
+    });
+    let dx = dtype.map(|dtype| {
+        let ds_a = grads.as_ref().zip(lora).map(|(grads, lora)| (grads.ds.clone(), lora.a.clone()));
+        B::lora_linear_backward_input(dy, weight, ds_a, sum, dtype)
+    });
+    LoraLinearGrads { dx, lora: grads.map(|grads| [grads.da, grads.db]) }
+}
+
+/// The output of [`lora_linear`] in plain burn tensors: three products and sums. Differentiable by burn's own autodiff.
 pub fn lora_linear_reference<B: Backend>(
     x: Tensor<B, 2>,
     weight: Tensor<B, 2>,
     lora: Option<&Lora<B>>,
+    residual: Option<Tensor<B, 2>>,
 ) -> Tensor<B, 2> {
-    check_shapes(&x, &weight, lora);
-    let y = x.clone().matmul(weight.transpose());
-    match lora {
-        Some(lora) => {
-            let s = x.matmul(lora.a.clone().transpose());
-            y + s.matmul(lora.b.clone().transpose()) * lora.scale
-        }
-        None => y,
-    }
+    forward_reference(x, weight, lora, residual).0
 }
 
 fn check_shapes<B: Backend>(x: &Tensor<B, 2>, weight: &Tensor<B, 2>, lora: Option<&Lora<B>>) {
@@ -101,142 +152,54 @@ fn check_shapes<B: Backend>(x: &Tensor<B, 2>, weight: &Tensor<B, 2>, lora: Optio
     }
 }
 
-/// [`Kernels::lora_linear_forward`] in plain burn tensors: `(y, s)`.
+/// [`Kernels::lora_linear_forward`] in plain burn tensors.
 pub(super) fn forward_reference<B: Backend>(
-    x: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    lora: Option<LoraPrimitive<B>>,
-) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
-    let (x, weight) = (tensor::<B>(x), tensor::<B>(weight));
-    let y = x.clone().matmul(weight.transpose());
-    match lora {
-        Some(lora) => {
-            let s = x.matmul(tensor::<B>(lora.a).transpose());
-            let y = y + s.clone().matmul(tensor::<B>(lora.b).transpose() * lora.scale);
-            (primitive(y), Some(primitive(s)))
-        }
-        None => (primitive(y), None),
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    lora: Option<&Lora<B>>,
+    residual: Option<Tensor<B, 2>>,
+) -> (Tensor<B, 2>, Option<Tensor<B, 2>>) {
+    let dtype = residual.as_ref().map_or(x.dtype(), Tensor::dtype);
+    let x = to_f32(x);
+    let mut y = x.clone().matmul(to_f32(weight).transpose());
+    let s = lora.map(|lora| x.matmul(lora.a.clone().transpose()));
+    if let (Some(lora), Some(s)) = (lora, &s) {
+        y = y + s.clone().matmul(lora.b.clone().transpose() * lora.scale);
     }
+    if let Some(residual) = residual {
+        y = to_f32(residual) + y;
+    }
+    (cast(y, dtype), s)
 }
 
 /// [`Kernels::lora_linear_backward_lora`] in plain burn tensors.
 pub(super) fn backward_lora_reference<B: Backend>(
-    dy: FloatTensor<B>,
-    x: FloatTensor<B>,
-    s: FloatTensor<B>,
-    lora: LoraPrimitive<B>,
+    dy: Tensor<B, 2>,
+    x: Tensor<B, 2>,
+    s: Tensor<B, 2>,
+    lora: &Lora<B>,
 ) -> LoraGrads<B> {
-    let (dy, x, s) = (tensor::<B>(dy), tensor::<B>(x), tensor::<B>(s));
-    let ds = dy.clone().matmul(tensor::<B>(lora.b) * lora.scale);
+    let (dy, x) = (to_f32(dy), to_f32(x));
+    let ds = dy.clone().matmul(lora.b.clone() * lora.scale);
     let db = dy.transpose().matmul(s * lora.scale);
     let da = ds.clone().transpose().matmul(x);
-    LoraGrads { ds: primitive(ds), da: primitive(da), db: primitive(db) }
+    LoraGrads { ds, da, db }
 }
 
 /// [`Kernels::lora_linear_backward_input`] in plain burn tensors.
 pub(super) fn backward_input_reference<B: Backend>(
-    dy: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    ds_a: Option<(FloatTensor<B>, FloatTensor<B>)>,
-) -> FloatTensor<B> {
-    let dx = tensor::<B>(dy).matmul(tensor::<B>(weight));
-    primitive(match ds_a {
-        Some((ds, a)) => dx + tensor::<B>(ds).matmul(tensor::<B>(a)),
-        None => dx,
-    })
-}
-
-fn tensor<B: Backend>(primitive: FloatTensor<B>) -> Tensor<B, 2> {
-    Tensor::from_primitive(TensorPrimitive::Float(primitive))
-}
-
-fn primitive<B: Backend>(tensor: Tensor<B, 2>) -> FloatTensor<B> {
-    tensor.into_primitive().tensor()
-}
-
-/// Backward of a linear layer with an adapter; parents `x`, `a`, `b`.
-#[derive(Debug)]
-struct LoraLinearBackward;
-
-/// What [`LoraLinearBackward`] keeps. The frozen weight is a raw primitive: it never is a node of the graph.
-#[derive(Debug, Clone)]
-struct LoraLinearState<B: Backend> {
-    x: FloatTensor<B>,
-    s: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    lora: LoraPrimitive<B>,
-}
-
-impl<B: Kernels> Backward<B, 3> for LoraLinearBackward {
-    type State = LoraLinearState<B>;
-
-    fn backward(
-        self,
-        ops: AutodiffOps<Self::State, 3>,
-        grads: &mut Gradients,
-        _checkpointer: &mut Checkpointer,
-    ) {
-        let [node_x, node_a, node_b] = ops.parents;
-        let dy = grads.consume::<B>(&ops.node);
-        let LoraLinearState { x, s, weight, lora } = ops.state;
-        let a = lora.a.clone();
-        let LoraGrads { ds, da, db } = B::lora_linear_backward_lora(dy.clone(), x, s, lora);
-        if let Some(node) = node_a {
-            grads.register::<B>(node.id, da);
-        }
-        if let Some(node) = node_b {
-            grads.register::<B>(node.id, db);
-        }
-        // The first layer's input needs no gradient: its product with W would be the step's dearest wasted one.
-        if let Some(node) = node_x {
-            grads.register::<B>(node.id, B::lora_linear_backward_input(dy, weight, Some((ds, a))));
-        }
+    dy: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    ds_a: Option<(Tensor<B, 2>, Tensor<B, 2>)>,
+    sum: Option<Tensor<B, 2>>,
+    dtype: DType,
+) -> Tensor<B, 2> {
+    let mut dx = to_f32(dy).matmul(to_f32(weight));
+    if let Some((ds, a)) = ds_a {
+        dx = dx + ds.matmul(a);
     }
-}
-
-/// Backward of a frozen linear layer; parent `x`.
-#[derive(Debug)]
-struct LinearBackward;
-
-impl<B: Kernels> Backward<B, 1> for LinearBackward {
-    type State = FloatTensor<B>;
-
-    fn backward(
-        self,
-        ops: AutodiffOps<Self::State, 1>,
-        grads: &mut Gradients,
-        _checkpointer: &mut Checkpointer,
-    ) {
-        let [node_x] = ops.parents;
-        let dy = grads.consume::<B>(&ops.node);
-        if let Some(node) = node_x {
-            grads.register::<B>(node.id, B::lora_linear_backward_input(dy, ops.state, None));
-        }
+    if let Some(sum) = sum {
+        dx = to_f32(sum) + dx;
     }
-}
-
-/// [`Ops::lora_linear`] under autodiff.
-pub(super) fn lora_linear_autodiff<B: Kernels, C: CheckpointStrategy>(
-    x: FloatTensor<Autodiff<B, C>>,
-    weight: FloatTensor<Autodiff<B, C>>,
-    lora: Option<LoraPrimitive<Autodiff<B, C>>>,
-) -> FloatTensor<Autodiff<B, C>> {
-    let weight = weight.primitive;
-    let Some(lora) = lora else {
-        let (y, _) = B::lora_linear_forward(x.primitive.clone(), weight.clone(), None);
-        return match LinearBackward.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(weight, y),
-            OpsKind::UnTracked(prep) => prep.finish(y),
-        };
-    };
-    let nodes = [x.node.clone(), lora.a.node.clone(), lora.b.node.clone()];
-    let lora = LoraPrimitive { a: lora.a.primitive, b: lora.b.primitive, scale: lora.scale };
-    let (y, s) = B::lora_linear_forward(x.primitive.clone(), weight.clone(), Some(lora.clone()));
-    match (LoraLinearBackward.prepare::<C>(nodes).compute_bound().stateful(), s) {
-        (OpsKind::Tracked(prep), Some(s)) => {
-            prep.finish(LoraLinearState { x: x.primitive, s, weight, lora }, y)
-        }
-        (OpsKind::Tracked(_), None) => unreachable!("a forward with an adapter gives the rank-r tensor"),
-        (OpsKind::UnTracked(prep), _) => prep.finish(y),
-    }
+    cast(dx, dtype)
 }

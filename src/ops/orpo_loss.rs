@@ -17,8 +17,7 @@
 //! (a memorised answer) counts as that, which keeps the odds finite. Everything is `f32`.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{Tensor, TensorData};
 
 use super::Kernels;
 
@@ -59,8 +58,7 @@ pub struct OrpoLoss<B: Backend> {
 /// If a span is empty on either side or runs past `logps`.
 pub fn orpo_loss<B: Kernels>(logps: Tensor<B, 1>, pairs: &[PairSpan]) -> OrpoLoss<B> {
     check_spans(logps.dims()[0], pairs);
-    let stats = B::orpo_loss_forward(logps.into_primitive().tensor(), pairs);
-    OrpoLoss { stats: Tensor::from_primitive(TensorPrimitive::Float(stats)) }
+    OrpoLoss { stats: B::orpo_loss_forward(logps, pairs) }
 }
 
 /// Computes `grad_scale · ∂loss/∂logps`, `[entries]`.
@@ -72,8 +70,7 @@ pub fn orpo_loss_backward<B: Kernels>(
     beta: f32,
     grad_scale: f32,
 ) -> Tensor<B, 1> {
-    let stats = loss.stats.clone().into_primitive().tensor();
-    Tensor::from_primitive(TensorPrimitive::Float(B::orpo_loss_backward(stats, pairs, beta, grad_scale)))
+    B::orpo_loss_backward(loss.stats.clone(), pairs, beta, grad_scale)
 }
 
 fn check_spans(n_entries: usize, pairs: &[PairSpan]) {
@@ -107,8 +104,7 @@ fn log_sigmoid<B: Backend>(x: Tensor<B, 1>) -> Tensor<B, 1> {
 }
 
 /// [`Kernels::orpo_loss_forward`] in plain burn tensors. Differentiable by burn's own autodiff.
-pub fn orpo_loss_reference<B: Backend>(logps: FloatTensor<B>, pairs: &[PairSpan]) -> FloatTensor<B> {
-    let logps = Tensor::<B, 1>::from_primitive(TensorPrimitive::Float(logps));
+pub fn orpo_loss_reference<B: Backend>(logps: Tensor<B, 1>, pairs: &[PairSpan]) -> Tensor<B, 2> {
     let part = |start: u32, end: u32| logps.clone().slice(start as usize..end as usize);
     let columns = |f: &dyn Fn(&PairSpan) -> Tensor<B, 1>| Tensor::cat(pairs.iter().map(f).collect(), 0);
     let nll = columns(&|p| part(p.nll_start, p.rejected_start).sum() * -p.nll_weight);
@@ -117,18 +113,16 @@ pub fn orpo_loss_reference<B: Backend>(logps: FloatTensor<B>, pairs: &[PairSpan]
     let (w, l) = (chosen.clone().clamp_max(MEAN_LOGP_MAX), rejected.clone().clamp_max(MEAN_LOGP_MAX));
     let log_odds = w.clone() - l.clone() - (log1mexp(w) - log1mexp(l));
     let log_odds_ratio = log_sigmoid(log_odds.clone());
-    let stats = Tensor::<B, 1>::stack::<2>(vec![nll, chosen, rejected, log_odds, log_odds_ratio], 1);
-    stats.into_primitive().tensor()
+    Tensor::stack(vec![nll, chosen, rejected, log_odds, log_odds_ratio], 1)
 }
 
 /// [`Kernels::orpo_loss_backward`] in plain burn tensors.
 pub fn orpo_loss_backward_reference<B: Backend>(
-    stats: FloatTensor<B>,
+    stats: Tensor<B, 2>,
     pairs: &[PairSpan],
     beta: f32,
     grad_scale: f32,
-) -> FloatTensor<B> {
-    let stats = Tensor::<B, 2>::from_primitive(TensorPrimitive::Float(stats));
+) -> Tensor<B, 1> {
     let device = stats.device();
     let column = |i: usize| stats.clone().slice([0..pairs.len(), i..i + 1]).squeeze_dim::<1>(1);
     let log_sigmoid_neg = log_sigmoid(-column(3));
@@ -155,5 +149,5 @@ pub fn orpo_loss_backward_reference<B: Backend>(
     let pair_of = Tensor::from_data(TensorData::new(pair_of, [n_entries]), &device);
     let odds = chosen.select(0, pair_of.clone()) * upload(per_chosen)
         + rejected.select(0, pair_of) * upload(per_rejected);
-    ((odds + upload(nll)) * grad_scale).into_primitive().tensor()
+    (odds + upload(nll)) * grad_scale
 }

@@ -1,6 +1,7 @@
 //! The ops on wgpu: which shader is launched how often, on which buffers.
 
-use burn::tensor::{DType, Shape};
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
 use burn_cubecl::element::BoolElement;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
@@ -9,33 +10,46 @@ use burn_wgpu::WgpuRuntime;
 
 use super::Kernels;
 use super::kernel::{BAND, Layout, MAX_WORKGROUPS, PANEL, RANK_QUADS, Shader, Tile, launch};
-use super::lora_linear::{LoraGrads, LoraPrimitive};
+use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan};
 
 type Floats = CubeTensor<WgpuRuntime>;
 
 impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<WgpuRuntime, F, I, BT> {
     fn lora_linear_forward(
-        x: Floats,
-        weight: Floats,
-        lora: Option<LoraPrimitive<Self>>,
-    ) -> (Floats, Option<Floats>) {
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        lora: Option<&Lora<Self>>,
+        residual: Option<Tensor<Self, 2>>,
+    ) -> (Tensor<Self, 2>, Option<Tensor<Self, 2>>) {
         let (x, weight) = (input(x), input(weight));
-        let Some(LoraPrimitive { a, b, scale }) = lora else {
-            return (product(Layout::RowsRows, &x, &weight, None, 1.0), None);
+        let (y, s) = match lora {
+            None => (product(Layout::RowsRows, &x, &weight, None, 1.0), None),
+            Some(lora) => {
+                let s = product(Layout::RowsRows, &x, &input(lora.a.clone()), None, 1.0);
+                let prologue = Some((&s, &input(lora.b.clone()), lora.scale));
+                (product(Layout::RowsRows, &x, &weight, prologue, 1.0), Some(s))
+            }
         };
-        let s = product(Layout::RowsRows, &x, &input(a), None, 1.0);
-        let y = product(Layout::RowsRows, &x, &weight, Some((&s, &input(b), scale)), 1.0);
-        (y, Some(s))
+        let y = tensor(y);
+        let y = match residual {
+            Some(residual) => residual + y,
+            None => y,
+        };
+        (y, s.map(tensor))
+    }
+
+    fn lora_rank_r(x: Tensor<Self, 2>, lora: &Lora<Self>) -> Tensor<Self, 2> {
+        tensor(product(Layout::RowsRows, &input(x), &input(lora.a.clone()), None, 1.0))
     }
 
     fn lora_linear_backward_lora(
-        dy: Floats,
-        x: Floats,
-        s: Floats,
-        lora: LoraPrimitive<Self>,
+        dy: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        s: Tensor<Self, 2>,
+        lora: &Lora<Self>,
     ) -> LoraGrads<Self> {
-        let (dy, x, s, b) = (input(dy), input(x), input(s), input(lora.b));
+        let (dy, x, s, b) = (input(dy), input(x), input(s), input(lora.b.clone()));
         let (ds, db) = match RANK_QUADS.into_iter().find(|quads| dims(&b)[1] <= 4 * quads) {
             Some(rank_quads) => lora_backward(rank_quads, &dy, &b, &s, lora.scale),
             None => (
@@ -44,16 +58,27 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
             ),
         };
         let da = product(Layout::ColumnsColumns, &ds, &x, None, 1.0);
-        LoraGrads { ds, da, db }
+        LoraGrads { ds: tensor(ds), da: tensor(da), db: tensor(db) }
     }
 
-    fn lora_linear_backward_input(dy: Floats, weight: Floats, ds_a: Option<(Floats, Floats)>) -> Floats {
+    fn lora_linear_backward_input(
+        dy: Tensor<Self, 2>,
+        weight: Tensor<Self, 2>,
+        ds_a: Option<(Tensor<Self, 2>, Tensor<Self, 2>)>,
+        sum: Option<Tensor<Self, 2>>,
+        _dtype: DType,
+    ) -> Tensor<Self, 2> {
         let (dy, weight) = (input(dy), input(weight));
         let ds_a = ds_a.map(|(ds, a)| (input(ds), input(a)));
-        product(Layout::RowsColumns, &dy, &weight, ds_a.as_ref().map(|(ds, a)| (ds, a, 1.0)), 1.0)
+        let prologue = ds_a.as_ref().map(|(ds, a)| (ds, a, 1.0));
+        let dx = tensor(product(Layout::RowsColumns, &dy, &weight, prologue, 1.0));
+        match sum {
+            Some(sum) => sum + dx,
+            None => dx,
+        }
     }
 
-    fn orpo_loss_forward(logps: Floats, pairs: &[PairSpan]) -> Floats {
+    fn orpo_loss_forward(logps: Tensor<Self, 1>, pairs: &[PairSpan]) -> Tensor<Self, 2> {
         let logps = input(logps);
         check_order(pairs, logps.meta.shape()[0]);
         let stats = output(&logps, [pairs.len(), 5]);
@@ -65,10 +90,15 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
             &[&logps.handle, &spans, &stats.handle],
             &[pairs.len() as u32, MEAN_LOGP_MAX.to_bits()],
         );
-        stats
+        tensor(stats)
     }
 
-    fn orpo_loss_backward(stats: Floats, pairs: &[PairSpan], beta: f32, grad_scale: f32) -> Floats {
+    fn orpo_loss_backward(
+        stats: Tensor<Self, 2>,
+        pairs: &[PairSpan],
+        beta: f32,
+        grad_scale: f32,
+    ) -> Tensor<Self, 1> {
         let stats = input(stats);
         let n_entries = pairs.last().map_or(0, |span| span.end as usize);
         check_order(pairs, n_entries);
@@ -81,12 +111,13 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
             &[&stats.handle, &spans, &dlogps.handle],
             &[pairs.len() as u32, MEAN_LOGP_MAX.to_bits(), beta.to_bits(), grad_scale.to_bits()],
         );
-        dlogps
+        tensor(dlogps)
     }
 }
 
 /// The tensor as a shader reads it: contiguous, `f32`.
-fn input(tensor: Floats) -> Floats {
+fn input<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(tensor: Tensor<B, D>) -> Floats {
+    let tensor = tensor.into_primitive().tensor();
     assert_eq!(tensor.dtype, DType::F32, "the wgpu kernels take f32 tensors");
     assert!(
         !tensor.meta.shape().contains(&0),
@@ -94,6 +125,11 @@ fn input(tensor: Floats) -> Floats {
         tensor.meta.shape()
     );
     into_contiguous(tensor)
+}
+
+/// The primitive as a tensor.
+fn tensor<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(primitive: Floats) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
 }
 
 /// A new tensor on the device of `like`, not initialised.

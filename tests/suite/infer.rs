@@ -17,7 +17,7 @@ use orpo_wgpu::lora;
 use orpo_wgpu::model::attention::AttentionLayout;
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig};
-use orpo_wgpu::ops::Ops;
+use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::token_logps::{Expected, ScoredToken, token_logps};
 use serde_json::Value;
 
@@ -57,13 +57,13 @@ fn floats(value: &Value) -> Vec<f32> {
     value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
 }
 
-fn greedy<B: Ops>(model: &Llama<B>, prompt: &[u32], max_new_tokens: usize) -> Generation {
+fn greedy<B: Kernels>(model: &Llama<B>, prompt: &[u32], max_new_tokens: usize) -> Generation {
     let config = GenerationConfig::greedy(max_new_tokens);
     generate(model, prompt, &[], &config, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
 /// The logits that follow each of the tokens, `[tokens · vocab]`, from one pass without a cache.
-fn logits<B: Ops>(model: &Llama<B>, tokens: &[u32]) -> Vec<f32> {
+fn logits<B: Kernels>(model: &Llama<B>, tokens: &[u32]) -> Vec<f32> {
     let layout = AttentionLayout::causal(&model.config, 0, tokens.len(), &model.device());
     model.lm_head.logits(model.forward(tokens, &layout)).into_data().to_vec().unwrap()
 }
@@ -104,7 +104,7 @@ fn logits_and_log_probabilities_equal_transformers() {
     }
 }
 
-fn check_forward<B: Ops>(model: &Llama<B>, vectors: &Value) {
+fn check_forward<B: Kernels>(model: &Llama<B>, vectors: &Value) {
     let tokens = ids(&vectors["input_ids"]);
     let all = logits(model, &tokens);
     let last = &all[all.len() - model.config.vocab_size..];
@@ -119,7 +119,7 @@ fn check_forward<B: Ops>(model: &Llama<B>, vectors: &Value) {
 }
 
 /// Every case's model with its adapter: what is generated with a cache is what whole passes without one would choose.
-fn check_cached_equals_uncached<B: Ops>(case: &str, n_new: usize, device: &B::Device) {
+fn check_cached_equals_uncached<B: Kernels>(case: &str, n_new: usize, device: &B::Device) {
     let mut model = load::<B>(&golden(case).join("model"), device);
     lora::load(&mut model, &golden(case).join("adapter")).unwrap();
     let prompt: Vec<u32> = (0..11).map(|i| i * 37 % 300).collect();

@@ -12,6 +12,7 @@ mod gpu {
 }
 mod infer;
 mod packing;
+mod plain;
 mod shaders;
 mod support;
 mod tidy;

@@ -9,10 +9,14 @@ use orpo_wgpu::data::batch::{LossCompat, pack};
 use orpo_wgpu::data::tokenize::TokenizedPair;
 use orpo_wgpu::lora;
 use orpo_wgpu::model::attention::AttentionLayout;
+use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::{DecoderLayer, Llama};
-use orpo_wgpu::train::step::{GradientCheckpointing, forward_backward};
+use orpo_wgpu::train::metrics::StepMetrics;
+use orpo_wgpu::train::optim::read;
+use orpo_wgpu::train::step::forward_backward;
 
 use crate::goldens::Case;
+use crate::plain;
 use crate::support::assert_close;
 
 type Tracked = Autodiff<Flex>;
@@ -22,9 +26,8 @@ const BETA: f32 = 0.3;
 /// Log-probabilities of a sequence's tokens after the first, `[tokens - 1]`.
 fn sequence_logps(model: &Llama<Flex>, layers: &[DecoderLayer<Tracked>], ids: &[u32]) -> Tensor<Tracked, 1> {
     let n = ids.len();
-    let layout = AttentionLayout::<Flex>::causal(&model.config, 0, n, &model.device()).lift();
-    let x = layers.iter().fold(Tensor::from_inner(model.embed(ids)), |x, layer| layer.forward(x, &layout));
-    let hidden = model.norm.lift().forward(x);
+    let layout = AttentionLayout::<Flex>::causal(&model.config, 0, n, &model.device());
+    let hidden = plain::forward(model, layers, ids, &layout);
     let logits = model.lm_head.shards.iter().map(|w| {
         let w = Tensor::<Tracked, 2>::from_inner(w.clone());
         hidden.clone().matmul(w.transpose())
@@ -77,23 +80,17 @@ fn packed_batch_equals_two_sequences_in_loss_and_every_gradient() {
         for compat in LossCompat::ALL {
             for pairs in case.pairs.chunks(3) {
                 let pairs: Vec<&TokenizedPair> = pairs.iter().collect();
-                let layers: Vec<_> = model.layers.iter().map(DecoderLayer::lift).collect();
+                let layers: Vec<_> = model.layers.iter().map(plain::track).collect();
                 let loss = two_sequence_loss(&model, &layers, &pairs, compat);
                 let grads = loss.backward();
-                let (metrics, got) = forward_backward(
-                    &model,
-                    &pack(&pairs, compat),
-                    BETA,
-                    1.0,
-                    GradientCheckpointing::PerLayer,
-                )
-                .unwrap();
+                let got = forward_backward(&model, &pack(&pairs, compat), BETA, 1.0, Keep::Input);
+                let metrics = StepMetrics::from_stats(&read(got.stats).unwrap(), BETA);
                 let want = loss.into_scalar();
                 assert_close(&[metrics.loss as f32], &[want], 0.0, 1e-5, &format!("{name} {compat} loss"));
                 let adapters =
                     layers.iter().flat_map(|layer| layer.linears()).filter_map(|(_, l)| l.lora.as_ref());
                 let want = adapters.flat_map(|lora| [&lora.a, &lora.b]).map(|t| t.grad(&grads).unwrap());
-                for (((tensor, _), got), want) in lora::tensors(&model).iter().zip(got).zip(want) {
+                for (((tensor, _), got), want) in lora::tensors(&model).iter().zip(got.lora).zip(want) {
                     let flat = |t: Tensor<Flex, 2>| t.into_data().to_vec::<f32>().unwrap();
                     let (got, want) = (flat(got), flat(want));
                     let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));

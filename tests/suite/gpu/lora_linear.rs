@@ -1,13 +1,16 @@
-//! `lora_linear` on wgpu against the reference on the CPU: the output and every gradient.
+//! `lora_linear` on wgpu against the reference on the CPU under burn's autodiff: the output and every gradient.
 
-use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData, TensorPrimitive};
 use burn_autodiff::Autodiff;
 use burn_cubecl::tensor::CubeTensor;
 use burn_flex::Flex;
 use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
+use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::kernel::{self, BAND, Layout, Shader, Tile};
-use orpo_wgpu::ops::lora_linear::{Lora, lora_linear, lora_linear_reference};
+use orpo_wgpu::ops::lora_linear::{
+    InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
+};
 
 use crate::support::{Numbers, adapter, assert_close};
 
@@ -36,7 +39,16 @@ const SHAPES: [[usize; 4]; 13] = [
 struct Case {
     shape: [usize; 4],
     has_adapter: bool,
-    tracks_input: bool,
+    has_residual: bool,
+    input: Input,
+}
+
+/// What the gradient by the input is to be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Input {
+    Skip,
+    New,
+    AddTo,
 }
 
 struct Outcome {
@@ -46,49 +58,77 @@ struct Outcome {
     db: Option<Vec<f32>>,
 }
 
-type Forward<B> = fn(Tensor<B, 2>, Tensor<B, 2>, Option<&Lora<B>>) -> Tensor<B, 2>;
+fn values<B: Backend>(tensor: Tensor<B, 2>) -> Vec<f32> {
+    tensor.into_data().convert::<f32>().to_vec().expect("the values are f32")
+}
 
-/// Forward and backward from a random gradient by the output.
-fn run<B: AutodiffBackend>(case: Case, forward: Forward<B>, device: &B::Device) -> Outcome {
-    let [tokens, n_in, n_out, r] = case.shape;
-    let mut numbers = Numbers::new(7);
-    let mut tensor = |rows: usize, columns: usize, size: f32| {
-        let data = TensorData::new(numbers.vec(rows * columns, size), [rows, columns]);
-        Tensor::<B, 2>::from_data(data, device)
-    };
-    let root = |n: usize| 1.0 / (n as f32).sqrt();
-    let mut x = tensor(tokens, n_in, 1.0);
-    let weight = tensor(n_out, n_in, root(n_in));
-    let lora = Lora {
-        a: tensor(r, n_in, root(n_in)).require_grad(),
-        b: tensor(n_out, r, root(r)).require_grad(),
-        scale: 1.7,
-    };
-    let dy = tensor(tokens, n_out, root(n_out));
-    if case.tracks_input {
-        x = x.require_grad();
+struct Inputs<B: Backend> {
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    lora: Lora<B>,
+    residual: Tensor<B, 2>,
+    dy: Tensor<B, 2>,
+    sum: Tensor<B, 2>,
+}
+
+impl<B: Backend> Inputs<B> {
+    fn new([tokens, n_in, n_out, r]: [usize; 4], device: &B::Device) -> Self {
+        let mut numbers = Numbers::new(7);
+        let mut tensor = |rows: usize, columns: usize, size: f32| {
+            let data = TensorData::new(numbers.vec(rows * columns, size), [rows, columns]);
+            Tensor::<B, 2>::from_data(data, device)
+        };
+        let root = |n: usize| 1.0 / (n as f32).sqrt();
+        Self {
+            x: tensor(tokens, n_in, 1.0),
+            weight: tensor(n_out, n_in, root(n_in)),
+            lora: Lora { a: tensor(r, n_in, root(n_in)), b: tensor(n_out, r, root(r)), scale: 1.7 },
+            dy: tensor(tokens, n_out, root(n_out)),
+            residual: tensor(tokens, n_out, 1.0),
+            sum: tensor(tokens, n_in, 1.0),
+        }
     }
-    let y = forward(x.clone(), weight, case.has_adapter.then_some(&lora));
-    let values =
-        |tensor: Tensor<B::InnerBackend, 2>| tensor.into_data().to_vec().expect("the values are f32");
-    let outcome_y = y.clone().inner();
-    if !case.has_adapter && !case.tracks_input {
-        return Outcome { y: values(outcome_y), dx: None, da: None, db: None };
-    }
-    let grads = (y * dy).sum().backward();
+}
+
+/// Forward and backward of the op from a random gradient by the output.
+fn run<B: Kernels>(case: Case, device: &B::Device) -> Outcome {
+    let Inputs { x, weight, lora, residual, dy, sum } = Inputs::<B>::new(case.shape, device);
+    let lora = case.has_adapter.then_some(&lora);
+    let (y, s) = lora_linear(x.clone(), weight.clone(), lora, case.has_residual.then_some(residual));
+    let input = match case.input {
+        Input::Skip => InputGrad::Skip,
+        Input::New => InputGrad::New,
+        Input::AddTo => InputGrad::AddTo(sum),
+    };
+    let grads = lora_linear_backward(dy, x, weight, lora, s, input);
+    let [da, db] = grads.lora.map_or([None, None], |lora| lora.map(Some));
+    Outcome { y: values(y), dx: grads.dx.map(values), da: da.map(values), db: db.map(values) }
+}
+
+/// The same by burn's autodiff through the reference.
+fn run_reference(case: Case) -> Outcome {
+    type B = Autodiff<Flex>;
+    let Inputs { x, weight, lora, residual, dy, sum } = Inputs::<B>::new(case.shape, &Default::default());
+    let x = x.require_grad();
+    let lora = Lora { a: lora.a.require_grad(), b: lora.b.require_grad(), scale: lora.scale };
+    let adapter = case.has_adapter.then_some(&lora);
+    let y = lora_linear_reference(x.clone(), weight, adapter, case.has_residual.then_some(residual));
+    let grads = (y.clone() * dy).sum().backward();
+    let dx = x.grad(&grads).map(|dx| if case.input == Input::AddTo { sum.inner() + dx } else { dx });
     Outcome {
-        y: values(outcome_y),
-        dx: x.grad(&grads).map(values),
+        y: values(y.inner()),
+        dx: dx.filter(|_| case.input != Input::Skip).map(values),
         da: lora.a.grad(&grads).map(values),
         db: lora.b.grad(&grads).map(values),
     }
 }
 
 fn compare(case: Case, device: &WgpuDevice) {
-    let got = run::<Autodiff<Wgpu>>(case, lora_linear, device);
-    let want = run::<Autodiff<Flex>>(case, lora_linear_reference, &Default::default());
+    let got = run::<Wgpu>(case, device);
+    let want = run_reference(case);
     let gradients = [("dx", got.dx, want.dx), ("da", got.da, want.da), ("db", got.db, want.db)];
-    let name = format!("{:?}, adapter {}, input tracked {}", case.shape, case.has_adapter, case.tracks_input);
+    let Case { shape, has_adapter, has_residual, input } = case;
+    let name = format!("{shape:?}, adapter {has_adapter}, residual {has_residual}, input {input:?}");
     assert_close(&got.y, &want.y, ATOL, RTOL, &format!("{name}: y"));
     for (which, got, want) in gradients {
         let what = format!("{name}: {which}");
@@ -101,18 +141,12 @@ fn compare(case: Case, device: &WgpuDevice) {
 }
 
 #[test]
-fn with_only_the_adapter_tracked() {
+fn with_an_adapter() {
     let Some(device) = adapter() else { return };
     for shape in SHAPES {
-        compare(Case { shape, has_adapter: true, tracks_input: false }, &device);
-    }
-}
-
-#[test]
-fn with_the_input_tracked_too() {
-    let Some(device) = adapter() else { return };
-    for shape in SHAPES {
-        compare(Case { shape, has_adapter: true, tracks_input: true }, &device);
+        for (input, has_residual) in [(Input::Skip, false), (Input::New, true), (Input::AddTo, false)] {
+            compare(Case { shape, has_adapter: true, has_residual, input }, &device);
+        }
     }
 }
 
@@ -120,8 +154,8 @@ fn with_the_input_tracked_too() {
 fn without_an_adapter() {
     let Some(device) = adapter() else { return };
     for shape in SHAPES {
-        for tracks_input in [false, true] {
-            compare(Case { shape, has_adapter: false, tracks_input }, &device);
+        for (input, has_residual) in [(Input::Skip, true), (Input::New, false), (Input::AddTo, true)] {
+            compare(Case { shape, has_adapter: false, has_residual, input }, &device);
         }
     }
 }
@@ -129,7 +163,7 @@ fn without_an_adapter() {
 #[test]
 fn from_tensors_that_are_not_contiguous() {
     let Some(device) = adapter() else { return };
-    fn turned<B: Backend>(device: &B::Device, forward: Forward<B>) -> Vec<f32> {
+    fn turned<B: Kernels>(device: &B::Device) -> Vec<f32> {
         let mut numbers = Numbers::new(3);
         let mut turned = |rows: usize, columns: usize| {
             let data = TensorData::new(numbers.vec(rows * columns, 0.2), [columns, rows]);
@@ -137,17 +171,17 @@ fn from_tensors_that_are_not_contiguous() {
         };
         let (x, weight) = (turned(12, 40), turned(24, 40));
         let lora = Lora { a: turned(8, 40), b: turned(24, 8), scale: 0.5 };
-        forward(x, weight, Some(&lora)).into_data().to_vec().unwrap()
+        values(lora_linear(x, weight, Some(&lora), None).0)
     }
-    let got = turned::<Wgpu>(&device, lora_linear);
-    let want = turned::<Flex>(&Default::default(), lora_linear_reference);
+    let got = turned::<Wgpu>(&device);
+    let want = turned::<Flex>(&Default::default());
     assert_close(&got, &want, ATOL, RTOL, "y");
 }
 
 #[test]
 fn from_slices_of_other_tensors() {
     let Some(device) = adapter() else { return };
-    fn sliced<B: Backend>(device: &B::Device, forward: Forward<B>) -> Vec<f32> {
+    fn sliced<B: Kernels>(device: &B::Device) -> Vec<f32> {
         let mut numbers = Numbers::new(4);
         let mut whole = |rows: usize| {
             let data = TensorData::new(numbers.vec(rows * 64, 0.2), [rows, 64]);
@@ -157,18 +191,18 @@ fn from_slices_of_other_tensors() {
         let (x, weight) = (whole(30).slice([11..24, 0..64]), whole(40).slice([4..40, 0..64]));
         let lora =
             Lora { a: whole(12).slice([4..12, 0..64]), b: whole(36).slice([0..36, 8..16]), scale: 0.5 };
-        forward(x, weight, Some(&lora)).into_data().to_vec().unwrap()
+        values(lora_linear(x, weight, Some(&lora), None).0)
     }
-    let got = sliced::<Wgpu>(&device, lora_linear);
-    let want = sliced::<Flex>(&Default::default(), lora_linear_reference);
+    let got = sliced::<Wgpu>(&device);
+    let want = sliced::<Flex>(&Default::default());
     assert_close(&got, &want, ATOL, RTOL, "y");
 }
 
 #[test]
 fn the_same_input_gives_the_same_bits() {
     let Some(device) = adapter() else { return };
-    let case = Case { shape: [130, 256, 64, 8], has_adapter: true, tracks_input: true };
-    let [first, second] = [(); 2].map(|()| run::<Autodiff<Wgpu>>(case, lora_linear, &device));
+    let case = Case { shape: [130, 256, 64, 8], has_adapter: true, has_residual: true, input: Input::AddTo };
+    let [first, second] = [(); 2].map(|()| run::<Wgpu>(case, &device));
     let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
     for (a, b) in [(first.y, second.y), (first.dx.unwrap(), second.dx.unwrap())] {
         assert_eq!(bits(&a), bits(&b));

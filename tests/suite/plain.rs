@@ -1,0 +1,95 @@
+//! The model and a whole training step in plain burn operations under burn's autodiff: what the project's kernels and its hand-placed
+//! backward are held to, and measured against.
+
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use burn_autodiff::Autodiff;
+use orpo_wgpu::model::attention::{Attention, AttentionLayout};
+use orpo_wgpu::model::mlp::Mlp;
+use orpo_wgpu::model::norm::RmsNorm;
+use orpo_wgpu::model::{DecoderLayer, Linear, Llama};
+use orpo_wgpu::ops::attention::attention_reference;
+use orpo_wgpu::ops::lora_linear::{Lora, lora_linear_reference};
+use orpo_wgpu::ops::rms_norm::rms_norm_reference;
+use orpo_wgpu::ops::rope::rope_reference;
+use orpo_wgpu::ops::swiglu::swiglu_reference;
+
+type Tracked<B> = Autodiff<B>;
+
+/// A layer under autodiff: frozen weights, tracked adapters.
+pub(crate) fn track<B: Backend>(layer: &DecoderLayer<B>) -> DecoderLayer<Tracked<B>> {
+    let frozen = |linear: &Linear<B>| {
+        let track = |t: &Tensor<B, 2>| Tensor::from_inner(t.clone()).require_grad();
+        let lora = linear.lora.as_ref();
+        Linear {
+            weight: Tensor::from_inner(linear.weight.clone()),
+            lora: lora.map(|lora| Lora { a: track(&lora.a), b: track(&lora.b), scale: lora.scale }),
+        }
+    };
+    let (a, m) = (&layer.self_attn, &layer.mlp);
+    DecoderLayer {
+        input_layernorm: track_norm(&layer.input_layernorm),
+        self_attn: Attention {
+            q_proj: frozen(&a.q_proj),
+            k_proj: frozen(&a.k_proj),
+            v_proj: frozen(&a.v_proj),
+            o_proj: frozen(&a.o_proj),
+            head_dim: a.head_dim,
+        },
+        post_attention_layernorm: track_norm(&layer.post_attention_layernorm),
+        mlp: Mlp {
+            gate_proj: frozen(&m.gate_proj),
+            up_proj: frozen(&m.up_proj),
+            down_proj: frozen(&m.down_proj),
+        },
+    }
+}
+
+fn track_norm<B: Backend>(norm: &RmsNorm<B>) -> RmsNorm<Tracked<B>> {
+    RmsNorm { weight: Tensor::from_inner(norm.weight.clone()), eps: norm.eps, dtype: norm.dtype }
+}
+
+fn normalize<B: Backend>(norm: &RmsNorm<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    rms_norm_reference(x, norm.weight.clone(), norm.eps, norm.dtype)
+}
+
+fn linear<B: Backend>(layer: &Linear<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    lora_linear_reference(x, layer.weight.clone(), layer.lora.as_ref(), None)
+}
+
+/// Runs a layer over packed rows.
+pub(crate) fn layer_forward<B: Backend>(
+    layer: &DecoderLayer<Tracked<B>>,
+    x: Tensor<Tracked<B>, 2>,
+    layout: &AttentionLayout<B>,
+) -> Tensor<Tracked<B>, 2> {
+    let a = &layer.self_attn;
+    let normed = normalize(&layer.input_layernorm, x.clone());
+    let heads = |t: Tensor<Tracked<B>, 2>| {
+        let [n_tokens, width] = t.dims();
+        t.reshape([n_tokens, width / a.head_dim, a.head_dim])
+    };
+    let rotate = |t: Tensor<Tracked<B>, 3>| {
+        let table = |t: &Tensor<B, 2>| Tensor::from_inner(t.clone());
+        rope_reference(t, table(&layout.rope.cos), table(&layout.rope.sin))
+    };
+    let q = rotate(heads(linear(&a.q_proj, normed.clone())));
+    let k = rotate(heads(linear(&a.k_proj, normed.clone())));
+    let v = heads(linear(&a.v_proj, normed));
+    let x = x + linear(&a.o_proj, attention_reference(q, k, v, &layout.mask.visible));
+    let normed = normalize(&layer.post_attention_layernorm, x.clone());
+    let (gate, up) = (linear(&layer.mlp.gate_proj, normed.clone()), linear(&layer.mlp.up_proj, normed));
+    x + linear(&layer.mlp.down_proj, swiglu_reference(gate, up))
+}
+
+/// Final hidden states of packed rows, `[tokens, hidden]`.
+pub(crate) fn forward<B: Backend>(
+    model: &Llama<B>,
+    layers: &[DecoderLayer<Tracked<B>>],
+    tokens: &[u32],
+    layout: &AttentionLayout<B>,
+) -> Tensor<Tracked<B>, 2> {
+    let embedded = Tensor::from_inner(model.embed(tokens));
+    let x = layers.iter().fold(embedded, |x, layer| layer_forward(layer, x, layout));
+    normalize(&track_norm(&model.norm), x)
+}
