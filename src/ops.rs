@@ -30,6 +30,7 @@ use attention::{AttentionMask, AttentionOutput};
 use lora_linear::{Lora, LoraGrads};
 use orpo_loss::PairSpan;
 use rope::RopeTable;
+use token_logps::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps};
 
 /// Forward and backward of every op on one runtime. The default bodies are the references; shapes are those of the ops' public
 /// functions, which check them.
@@ -135,6 +136,26 @@ pub trait Kernels: Backend {
         mask: &AttentionMask<Self>,
     ) -> [Tensor<Self, 3>; 3] {
         attention::attention_backward_reference(dout, q, k, v, output, mask)
+    }
+
+    /// See [`token_logps`](token_logps::token_logps).
+    fn token_logps_forward(
+        hidden: Tensor<Self, 2>,
+        head: &Head<Self>,
+        scored: &[ScoredToken],
+        expected: Expected,
+    ) -> TokenLogps<Self> {
+        token_logps::forward_reference(hidden, head, scored, expected)
+    }
+
+    /// See [`token_logps_backward`](token_logps::token_logps_backward).
+    fn token_logps_backward(
+        dlogps: Tensor<Self, 1>,
+        expected: ExpectedRows<Self>,
+        head: &Head<Self>,
+        scored: &[ScoredToken],
+    ) -> Tensor<Self, 2> {
+        token_logps::backward_reference(dlogps, expected, head, scored)
     }
 
     /// The statistics of [`orpo_loss`](orpo_loss::orpo_loss): `[pairs, 5]` from `logps: [entries]`.

@@ -1,12 +1,23 @@
 //! The head: `lm_head`, log-softmax and gather over the rows that are scored, in chunks.
 //!
-//! `[tokens, vocab]` never exists: the softmax is taken shard by shard of the vocabulary and merged. A token's log-probability is `z[target] − logsumexp(z)` with `z = W h`, and its derivative by
-//! `h`, `W[target] − Wᵀ softmax(z)`, does not depend on what the loss later weighs it with. So one pass over the chunks computes
-//! both the log-probabilities and `expected = Wᵀ softmax(z)` of every row, and [`token_logps_backward`] applies the weights: two
-//! products with the head a row, no second forward. Softmax and log-sum-exp are `f32`.
+//! `[tokens, vocab]` never exists: the softmax is taken shard by shard of the vocabulary and merged (arXiv:1805.02867). A token's
+//! log-probability is `z[target] − logsumexp(z)` with `z = W h`, and its derivative by `h`, `W[target] − Wᵀ softmax(z)`, does not
+//! depend on what the loss later weighs it with. So one pass over the chunks computes both the log-probabilities and
+//! `Wᵀ softmax(z)` of every row, and [`token_logps_backward`] applies the weights: two products with the head a row, no second
+//! forward. The weight is `f32` or `f16`; hidden states, logits, softmax and log-sum-exp are `f32`.
 
+mod fused;
+mod kernel;
+mod reference;
+
+use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
+
+use super::Kernels;
+use super::lora_linear::lora_linear;
+
+pub(super) use fused::{backward as backward_fused, forward as forward_fused};
+pub(super) use reference::{backward as backward_reference, forward as forward_reference};
 
 /// One scored token: a target for a row of the hidden states. A row may have more than one target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +31,7 @@ pub struct ScoredToken {
 /// The head's weight `[vocab, hidden]`, in shards of rows: each fits the device's largest binding, and a chunk's logits the cache.
 #[derive(Debug, Clone)]
 pub struct Head<B: Backend> {
-    /// Consecutive rows of the matrix, `[rows, hidden]` each.
+    /// Consecutive rows of the matrix, `[rows, hidden]` each, in one dtype.
     pub shards: Vec<Tensor<B, 2>>,
     /// The most bytes that a chunk's logits may take.
     pub chunk_bytes: usize,
@@ -31,8 +42,17 @@ pub struct Head<B: Backend> {
 pub struct TokenLogps<B: Backend> {
     /// `[entries]`, nats.
     pub logps: Tensor<B, 1>,
-    /// `Wᵀ softmax(W h)` by row, `[rows, hidden]`; there when [`Expected::Keep`] was asked for.
-    pub expected: Option<Tensor<B, 2>>,
+    /// There when [`Expected::Keep`] was asked for.
+    pub expected: Option<ExpectedRows<B>>,
+}
+
+/// `Wᵀ softmax(W h)` by row, `weighted / sum`: backward divides, in the pass that it makes anyway.
+#[derive(Debug, Clone)]
+pub struct ExpectedRows<B: Backend> {
+    /// `Wᵀ exp(z − max)`, up to a factor that `sum` has too, `[rows, hidden]`.
+    pub weighted: Tensor<B, 2>,
+    /// `Σ exp(z − max)`, `[rows]`.
+    pub sum: Tensor<B, 1>,
 }
 
 /// Whether [`token_logps`] also prepares backward.
@@ -51,9 +71,12 @@ impl<B: Backend> Head<B> {
     }
 
     /// Computes the logits of a few rows, `[rows, hidden] -> [rows, vocab]`; for generation, not for training.
-    pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
-        let logits = self.shards.iter().map(|w| hidden.clone().matmul(w.clone().transpose()));
-        Tensor::cat(logits.collect(), 1)
+    pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2>
+    where
+        B: Kernels,
+    {
+        let logits = |shard: &Tensor<B, 2>| lora_linear(hidden.clone(), shard.clone(), None, None).0;
+        Tensor::cat(self.shards.iter().map(logits).collect(), 1)
     }
 
     /// The first token id of every shard.
@@ -61,70 +84,12 @@ impl<B: Backend> Head<B> {
         let lengths = self.shards.iter().map(|shard| shard.dims()[0]);
         lengths.scan(0, |first, n| Some(std::mem::replace(first, *first + n))).collect()
     }
-
-    /// Rows of the weight by token id, `[ids] -> [ids, hidden]`.
-    fn rows(&self, ids: &[u32]) -> Tensor<B, 2> {
-        let mut gathered = Gathered::default();
-        for (shard, first) in self.shards.iter().zip(self.first_ids()) {
-            let range = first..first + shard.dims()[0];
-            gathered.push(
-                ids,
-                |&id| range.contains(&(id as usize)),
-                |picked| {
-                    let local: Vec<u32> = picked.iter().map(|&&id| id - first as u32).collect();
-                    shard.clone().select(0, indices(&local, &shard.device()))
-                },
-            );
-        }
-        gathered.in_order()
-    }
 }
 
-/// Parts picked out of a list in several passes, to be put back into the list's order.
-struct Gathered<B: Backend, const D: usize> {
-    parts: Vec<Tensor<B, D>>,
-    order: Vec<usize>,
-}
-
-impl<B: Backend, const D: usize> Default for Gathered<B, D> {
-    fn default() -> Self {
-        Self { parts: Vec::new(), order: Vec::new() }
-    }
-}
-
-impl<B: Backend, const D: usize> Gathered<B, D> {
-    /// Adds `compute` of the items that `belongs` picks; one row of its result an item.
-    fn push<T>(
-        &mut self,
-        items: &[T],
-        belongs: impl Fn(&T) -> bool,
-        compute: impl FnOnce(&[&T]) -> Tensor<B, D>,
-    ) {
-        let picked: Vec<(usize, &T)> = items.iter().enumerate().filter(|(_, item)| belongs(item)).collect();
-        if !picked.is_empty() {
-            self.order.extend(picked.iter().map(|(i, _)| i));
-            self.parts.push(compute(&picked.iter().map(|(_, item)| *item).collect::<Vec<_>>()));
-        }
-    }
-
-    fn in_order(self) -> Tensor<B, D> {
-        let rows = Tensor::cat(self.parts, 0);
-        if self.order.is_sorted() {
-            return rows;
-        }
-        let mut place = vec![0; self.order.len()];
-        for (at, &i) in self.order.iter().enumerate() {
-            place[i] = at as u32;
-        }
-        let device = rows.device();
-        rows.select(0, indices(&place, &device))
-    }
-}
-
-fn indices<B: Backend>(values: &[u32], device: &B::Device) -> Tensor<B, 1, Int> {
-    let values: Vec<i32> = values.iter().map(|&v| v as i32).collect();
-    let shape = [values.len()];
-    Tensor::from_data(TensorData::new(values, shape), device)
+/// How many rows' logits for the longest shard take at most the bytes that a chunk may.
+fn chunk_rows<B: Backend>(head: &Head<B>, n_rows: usize) -> usize {
+    let shard_rows = head.shards.iter().map(|shard| shard.dims()[0]).max().unwrap_or(1);
+    (head.chunk_bytes / (shard_rows * size_of::<f32>())).clamp(1, n_rows)
 }
 
 /// Computes the log-probabilities of the scored tokens.
@@ -133,80 +98,21 @@ fn indices<B: Backend>(values: &[u32], device: &B::Device) -> Tensor<B, 1, Int> 
 /// - `hidden`: `[rows, hidden]`, only rows that are scored   - `scored`: entries, sorted or not
 ///
 /// # Panics
-/// If a row index or a target is out of range.
-pub fn token_logps<B: Backend>(
+/// If nothing is scored, or a row index or a target is out of range.
+pub fn token_logps<B: Kernels>(
     hidden: Tensor<B, 2>,
     head: &Head<B>,
     scored: &[ScoredToken],
     expected: Expected,
 ) -> TokenLogps<B> {
-    let [n_rows, n_hidden] = hidden.dims();
-    let device = hidden.device();
-    let shard_rows = head.shards.iter().map(|shard| shard.dims()[0]).max().unwrap_or(1);
-    let chunk_rows = (head.chunk_bytes / (shard_rows * size_of::<f32>())).clamp(1, n_rows);
-    let (mut target_logits, mut softmaxes) = (Gathered::default(), Vec::new());
-    for start in (0..n_rows).step_by(chunk_rows) {
-        let rows = start..(start + chunk_rows).min(n_rows);
-        let h = hidden.clone().slice([rows.clone(), 0..n_hidden]);
-        let mut softmax: Option<PartialSoftmax<B>> = None;
-        for (shard, first) in head.shards.iter().zip(head.first_ids()) {
-            let n = shard.dims()[0];
-            let logits = h.clone().matmul(shard.clone().transpose());
-            let belongs = |token: &ScoredToken| {
-                rows.contains(&(token.row_idx as usize))
-                    && (first..first + n).contains(&(token.target as usize))
-            };
-            target_logits.push(scored, belongs, |picked| {
-                let place = |token: &&ScoredToken| {
-                    (token.row_idx - start as u32) * n as u32 + token.target - first as u32
-                };
-                let places: Vec<u32> = picked.iter().map(place).collect();
-                logits.clone().reshape([rows.len() * n]).select(0, indices(&places, &device))
-            });
-            let part = PartialSoftmax::new(logits, shard, expected);
-            softmax = Some(match softmax {
-                Some(seen) => seen.merge(part),
-                None => part,
-            });
-        }
-        softmaxes.extend(softmax);
-    }
-    let by_row =
-        |f: fn(&PartialSoftmax<B>) -> Tensor<B, 2>| Tensor::cat(softmaxes.iter().map(f).collect(), 0);
-    let (max, sum) = (by_row(|s| s.max.clone()), by_row(|s| s.sum.clone()));
-    let by_entry = |t: Tensor<B, 2>| {
-        let row_indices: Vec<u32> = scored.iter().map(|token| token.row_idx).collect();
-        t.squeeze_dim::<1>(1).select(0, indices(&row_indices, &device))
-    };
-    // In this order: where the target is the likeliest token the difference is exactly zero, and the logarithm is all there is.
-    let logps = (target_logits.in_order() - by_entry(max)) - by_entry(sum.clone().log());
-    let weighted: Option<Vec<_>> = softmaxes.into_iter().map(|s| s.weighted).collect();
-    TokenLogps { logps, expected: weighted.map(|weighted| Tensor::cat(weighted, 0) / sum) }
-}
-
-/// A softmax over a part of the vocabulary: `max` of the logits, `sum = Σ exp(z − max)`, both `[rows, 1]`, and
-/// `weighted = Σ exp(z − max) W`, `[rows, hidden]`, where it is asked for.
-struct PartialSoftmax<B: Backend> {
-    max: Tensor<B, 2>,
-    sum: Tensor<B, 2>,
-    weighted: Option<Tensor<B, 2>>,
-}
-
-impl<B: Backend> PartialSoftmax<B> {
-    fn new(logits: Tensor<B, 2>, weight: &Tensor<B, 2>, expected: Expected) -> Self {
-        let max = logits.clone().max_dim(1);
-        let exps = (logits - max.clone()).exp();
-        let sum = exps.clone().sum_dim(1);
-        Self { max, sum, weighted: (expected == Expected::Keep).then(|| exps.matmul(weight.clone())) }
-    }
-
-    /// The softmax over both parts (arXiv:1805.02867).
-    fn merge(self, other: Self) -> Self {
-        let max = self.max.clone().max_pair(other.max.clone());
-        let (a, b) = ((self.max - max.clone()).exp(), (other.max - max.clone()).exp());
-        let weighted = self.weighted.zip(other.weighted).map(|(x, y)| x * a.clone() + y * b.clone());
-        Self { max, sum: self.sum * a + other.sum * b, weighted }
-    }
+    let n_hidden = hidden.dims()[1];
+    let fits = |shard: &Tensor<B, 2>| shard.dims()[1] == n_hidden && shard.dtype() == head.shards[0].dtype();
+    assert!(
+        head.shards.iter().all(fits),
+        "token_logps: the head's shards fit neither {n_hidden} columns nor each other"
+    );
+    check_entries(scored, hidden.dims()[0], head.vocab_size());
+    B::token_logps_forward(hidden, head, scored, expected)
 }
 
 /// Computes the loss's gradient by the hidden states from its gradient by the log-probabilities.
@@ -217,8 +123,8 @@ impl<B: Backend> PartialSoftmax<B> {
 /// - `dlogps`: `[entries]`   - output: `[rows, hidden]`
 ///
 /// # Panics
-/// If the forward pass was made with [`Expected::Skip`].
-pub fn token_logps_backward<B: Backend>(
+/// If the forward pass was made with [`Expected::Skip`] or of other entries.
+pub fn token_logps_backward<B: Kernels>(
     dlogps: Tensor<B, 1>,
     forward: TokenLogps<B>,
     head: &Head<B>,
@@ -226,17 +132,16 @@ pub fn token_logps_backward<B: Backend>(
 ) -> Tensor<B, 2> {
     let expected =
         forward.expected.expect("token_logps_backward: the forward pass kept nothing for backward");
-    let ([n_rows, n_hidden], device) = (expected.dims(), expected.device());
-    let (row_indices, targets): (Vec<u32>, Vec<u32>) = scored.iter().map(|t| (t.row_idx, t.target)).unzip();
-    let row_indices = indices(&row_indices, &device);
-    let weighted = head.rows(&targets) * dlogps.clone().unsqueeze_dim::<2>(1);
-    let by_row = Tensor::<B, 2>::zeros([n_rows, n_hidden], &device).select_assign(
-        0,
-        row_indices.clone(),
-        weighted,
-        IndexingUpdateOp::Add,
-    );
-    let row_weight =
-        Tensor::<B, 1>::zeros([n_rows], &device).select_assign(0, row_indices, dlogps, IndexingUpdateOp::Add);
-    by_row - expected * row_weight.unsqueeze_dim::<2>(1)
+    assert_eq!(dlogps.dims(), [scored.len()], "token_logps_backward: a gradient an entry");
+    check_entries(scored, expected.weighted.dims()[0], head.vocab_size());
+    B::token_logps_backward(dlogps, expected, head, scored)
+}
+
+fn check_entries(scored: &[ScoredToken], n_rows: usize, vocab_size: usize) {
+    assert!(!scored.is_empty(), "token_logps: nothing is scored");
+    let outside =
+        |token: &&ScoredToken| token.row_idx as usize >= n_rows || token.target as usize >= vocab_size;
+    if let Some(token) = scored.iter().find(outside) {
+        panic!("token_logps: {token:?} is outside {n_rows} rows or {vocab_size} tokens");
+    }
 }

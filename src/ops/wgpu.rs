@@ -12,6 +12,7 @@ use super::Kernels;
 use super::kernel::{BAND, Layout, MAX_WORKGROUPS, PANEL, RANK_QUADS, Shader, Tile, launch};
 use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan};
+use super::token_logps::{self, Expected, ExpectedRows, Head, ScoredToken, TokenLogps};
 
 type Floats = CubeTensor<WgpuRuntime>;
 
@@ -76,6 +77,24 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
             Some(sum) => sum + dx,
             None => dx,
         }
+    }
+
+    fn token_logps_forward(
+        hidden: Tensor<Self, 2>,
+        head: &Head<Self>,
+        scored: &[ScoredToken],
+        expected: Expected,
+    ) -> TokenLogps<Self> {
+        token_logps::forward_fused(hidden, head, scored, expected)
+    }
+
+    fn token_logps_backward(
+        dlogps: Tensor<Self, 1>,
+        expected: ExpectedRows<Self>,
+        head: &Head<Self>,
+        scored: &[ScoredToken],
+    ) -> Tensor<Self, 2> {
+        token_logps::backward_fused(dlogps, expected, head, scored)
     }
 
     fn orpo_loss_forward(logps: Tensor<Self, 1>, pairs: &[PairSpan]) -> Tensor<Self, 2> {

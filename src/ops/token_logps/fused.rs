@@ -1,0 +1,353 @@
+//! The head on a GPU: products by the runtime's matrix engine, everything around them by the kernels of `kernel.rs`.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Shape, Tensor, TensorPrimitive};
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::cubecl::calculate_cube_count_elemwise;
+use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::cubecl::server::Handle;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::kernel::{ROW_THREADS, add_targets, log_probabilities, merge, softmax_shard, subtract_expected};
+use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
+use crate::ops::{Kernels, to_f32};
+
+/// What WebGPU guarantees in each dimension of a dispatch.
+const MAX_CUBES: u32 = 65_535;
+
+/// The entries grouped by row, as the kernels read them: where each row's begin and the last ends, then their targets, then their
+/// places in the list that they came in.
+struct Entries {
+    words: Vec<u32>,
+    targets_at: usize,
+    order_at: usize,
+}
+
+impl Entries {
+    fn new(scored: &[ScoredToken], n_rows: usize) -> Self {
+        let mut order: Vec<u32> = (0..scored.len() as u32).collect();
+        order.sort_by_key(|&i| scored[i as usize].row_idx);
+        let mut words = vec![0; n_rows + 1];
+        for token in scored {
+            words[token.row_idx as usize + 1] += 1;
+        }
+        for row in 0..n_rows {
+            words[row + 1] += words[row];
+        }
+        let targets_at = words.len();
+        words.extend(order.iter().map(|&i| scored[i as usize].target));
+        let order_at = words.len();
+        words.extend(order);
+        Self { words, targets_at, order_at }
+    }
+}
+
+/// The entries grouped by shard and row: for each such group its row and the range of its entries, then for each entry its place in
+/// the list that it came in and its target's row in the shard.
+struct Slots {
+    words: Vec<u32>,
+    /// Where each shard's groups begin, and how many there are.
+    shards: Vec<(usize, usize)>,
+    entries_at: usize,
+}
+
+impl Slots {
+    fn new(scored: &[ScoredToken], first_ids: &[usize]) -> Self {
+        let shard_of = |token: &ScoredToken| first_ids.partition_point(|&id| id <= token.target as usize) - 1;
+        let mut order: Vec<(usize, u32, u32)> =
+            (0u32..).zip(scored).map(|(i, token)| (shard_of(token), token.row_idx, i)).collect();
+        order.sort_unstable();
+        let (mut words, mut shards) = (Vec::new(), vec![(0, 0); first_ids.len()]);
+        let mut start = 0;
+        for group in order.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
+            let (shard, row, _) = group[0];
+            if shards[shard].1 == 0 {
+                shards[shard].0 = words.len();
+            }
+            shards[shard].1 += 1;
+            let end = start + group.len() as u32;
+            words.extend([row, start, end]);
+            start = end;
+        }
+        let entries_at = words.len();
+        let target = |i: u32| scored[i as usize].target;
+        words.extend(order.iter().flat_map(|&(shard, _, i)| [i, target(i) - first_ids[shard] as u32]));
+        Self { words, shards, entries_at }
+    }
+}
+
+/// [`Kernels::token_logps_forward`] in kernels.
+pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPrimitive = CubeTensor<R>>>(
+    hidden: Tensor<B, 2>,
+    head: &Head<B>,
+    scored: &[ScoredToken],
+    expected: Expected,
+) -> TokenLogps<B> {
+    let hidden = to_f32(hidden);
+    let [n_rows, n_hidden] = hidden.dims();
+    let keeps = expected == Expected::Keep;
+    let like = primitive(hidden.clone());
+    let entries = Entries::new(scored, n_rows);
+    let statistics = Statistics {
+        handle: like.client.create_from_slice(bytemuck::cast_slice(&entries.words)),
+        target_logits: output(&like, [scored.len()], DType::F32),
+        peaks: output(&like, [2 * n_rows], DType::F32),
+        sums: output(&like, [n_rows], DType::F32),
+        scale: scale(head, keeps),
+        entries,
+    };
+    let chunk_rows = chunk_rows(head, n_rows);
+    let mut chunks = Vec::new();
+    for first_row in (0..n_rows).step_by(chunk_rows) {
+        let rows = first_row..(first_row + chunk_rows).min(n_rows);
+        let h = if rows.len() == n_rows { hidden.clone() } else { hidden.clone().slice([rows, 0..n_hidden]) };
+        let mut weighted = None;
+        for (shard, first_id) in head.shards.iter().zip(head.first_ids()) {
+            let (logits, _) = B::lora_linear_forward(h.clone(), shard.clone(), None, None);
+            let is_first = first_id == 0;
+            let exps =
+                statistics.extend(primitive(logits), shard.dtype(), first_row, first_id, is_first, keeps);
+            if let Some(exps) = exps {
+                let part = B::lora_linear_backward_input(tensor(exps), shard.clone(), None, None, DType::F32);
+                let part = primitive(part);
+                weighted = Some(match weighted {
+                    Some(weighted) => statistics.merge(weighted, &part, first_row),
+                    None => part,
+                });
+            }
+        }
+        chunks.extend(weighted.map(tensor::<R, B, 2>));
+    }
+    let weighted = if chunks.len() > 1 { Some(Tensor::cat(chunks, 0)) } else { chunks.pop() };
+    let logps = tensor(statistics.log_probabilities());
+    let sum = tensor(statistics.sums);
+    TokenLogps { logps, expected: weighted.map(|weighted| ExpectedRows { weighted, sum }) }
+}
+
+/// By what the exponentials are multiplied. As `f16` the smallest normal number would be 6e-5, and the unlikely tokens, which may be
+/// most of the vocabulary and some of the probability, would lose their digits; from 2^15 down it is 2e-9.
+fn scale<B: Backend>(head: &Head<B>, keeps: bool) -> f32 {
+    let is_half = head.shards.iter().any(|shard| shard.dtype() == DType::F16);
+    if keeps && is_half { 32_768.0 } else { 1.0 }
+}
+
+/// The softmax of every row over the shards that were seen.
+struct Statistics<R: CubeRuntime> {
+    entries: Entries,
+    handle: Handle,
+    target_logits: CubeTensor<R>,
+    peaks: CubeTensor<R>,
+    sums: CubeTensor<R>,
+    scale: f32,
+}
+
+impl<R: CubeRuntime> Statistics<R> {
+    /// Takes in a shard's logits, `[rows, n]` from `first_row` on; gives their exponentials in `dtype`, if they are to be kept.
+    fn extend(
+        &self,
+        logits: CubeTensor<R>,
+        dtype: DType,
+        first_row: usize,
+        first_id: usize,
+        is_first: bool,
+        keeps: bool,
+    ) -> Option<CubeTensor<R>> {
+        assert_eq!(logits.dtype, DType::F32, "token_logps: logits are f32");
+        let client = logits.client.clone();
+        let logits = into_contiguous(logits);
+        let [n_rows, n] = [0, 1].map(|i| logits.meta.shape()[i]);
+        let vector = vector_size(n);
+        let in_place = dtype == DType::F32 && logits.can_mut();
+        let exps = if in_place || !keeps { logits.clone() } else { output(&logits, [n_rows, n], dtype) };
+        let exps_arg = if in_place || !keeps {
+            ArrayArg::Alias { input_pos: 0, length: [n_rows * n] }
+        } else {
+            exps.clone().into_array_arg()
+        };
+        let x = (n_rows as u32).min(MAX_CUBES);
+        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
+        // SAFETY: the kernel holds rows and columns against `chunk_rows` and `width`, and the entries are those of `Entries`.
+        unsafe {
+            softmax_shard::launch_unchecked(
+                &client,
+                CubeCount::Static(x, (n_rows as u32).div_ceil(x), 1),
+                CubeDim::new_1d(ROW_THREADS),
+                vector,
+                logits.into_array_arg(),
+                words(&self.handle, &self.entries.words),
+                exps_arg,
+                self.target_logits.clone().into_array_arg(),
+                self.peaks.clone().into_array_arg(),
+                self.sums.clone().into_array_arg(),
+                first_row,
+                n_rows,
+                n / vector,
+                self.entries.targets_at,
+                first_id as u32,
+                self.scale,
+                is_first,
+                keeps,
+                if keeps { dtype } else { DType::F32 }.into(),
+            );
+        }
+        keeps.then_some(exps)
+    }
+
+    /// Rescales what the shards so far weighted, `[rows, hidden]` from `first_row` on, and adds the next one's part.
+    fn merge(&self, weighted: CubeTensor<R>, part: &CubeTensor<R>, first_row: usize) -> CubeTensor<R> {
+        let n_hidden = weighted.meta.shape()[1];
+        let n_rows = self.sums.meta.shape()[0];
+        let (vector, count, dim) = by_vector(&weighted, weighted.meta.num_elements(), n_hidden);
+        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
+        // SAFETY: the kernel holds its position against the length of `weighted`, which `part` has too.
+        unsafe {
+            merge::launch_unchecked(
+                &weighted.client,
+                count,
+                dim,
+                vector,
+                part.clone().into_array_arg(),
+                self.peaks.clone().into_array_arg(),
+                weighted.clone().into_array_arg(),
+                n_hidden / vector,
+                n_rows + first_row,
+            );
+        }
+        weighted
+    }
+
+    fn log_probabilities(&self) -> CubeTensor<R> {
+        let [n_entries, n_rows] = [&self.target_logits, &self.sums].map(|t| t.meta.shape()[0]);
+        let logps = output(&self.sums, [n_entries], DType::F32);
+        let (_, count, dim) = by_vector(&self.sums, n_rows, 1);
+        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
+        // SAFETY: the kernel holds the row against the length of `sums`, and the entries are those of `Entries`.
+        unsafe {
+            log_probabilities::launch_unchecked(
+                &logps.client,
+                count,
+                dim,
+                words(&self.handle, &self.entries.words),
+                self.target_logits.clone().into_array_arg(),
+                self.peaks.clone().into_array_arg(),
+                self.sums.clone().into_array_arg(),
+                logps.clone().into_array_arg(),
+                self.entries.order_at,
+                self.scale,
+            );
+        }
+        logps
+    }
+}
+
+/// [`Kernels::token_logps_backward`] in kernels.
+pub(in crate::ops) fn backward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPrimitive = CubeTensor<R>>>(
+    dlogps: Tensor<B, 1>,
+    expected: ExpectedRows<B>,
+    head: &Head<B>,
+    scored: &[ScoredToken],
+) -> Tensor<B, 2> {
+    let (dlogps, weighted, sum) = (primitive(dlogps), primitive(expected.weighted), primitive(expected.sum));
+    let dhidden = if weighted.can_mut() { weighted } else { weighted.copy() };
+    let [n_rows, n_hidden] = [0, 1].map(|i| dhidden.meta.shape()[i]);
+    let client = dhidden.client.clone();
+
+    let entries = Entries::new(scored, n_rows);
+    let handle = client.create_from_slice(bytemuck::cast_slice(&entries.words));
+    let (vector, count, dim) = by_vector(&dhidden, n_rows * n_hidden, n_hidden);
+    #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
+    // SAFETY: the kernel holds its position against the length of `dhidden`, and the entries are those of `Entries`.
+    unsafe {
+        subtract_expected::launch_unchecked(
+            &client,
+            count,
+            dim,
+            vector,
+            words(&handle, &entries.words),
+            dlogps.clone().into_array_arg(),
+            sum.into_array_arg(),
+            dhidden.clone().into_array_arg(),
+            n_hidden / vector,
+            entries.order_at,
+        );
+    }
+
+    let slots = Slots::new(scored, &head.first_ids());
+    let handle = client.create_from_slice(bytemuck::cast_slice(&slots.words));
+    for (shard, &(slots_at, n_slots)) in head.shards.iter().zip(&slots.shards) {
+        if n_slots == 0 {
+            continue;
+        }
+        let (vector, count, dim) = by_vector(&dhidden, n_slots * n_hidden, n_hidden);
+        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
+        // SAFETY: the kernel holds its position against the slots, which name rows of `dhidden` and of the shard.
+        unsafe {
+            add_targets::launch_unchecked(
+                &client,
+                count,
+                dim,
+                vector,
+                words(&handle, &slots.words),
+                dlogps.clone().into_array_arg(),
+                primitive(shard.clone()).into_array_arg(),
+                dhidden.clone().into_array_arg(),
+                n_hidden / vector,
+                n_slots,
+                slots_at,
+                slots.entries_at,
+                shard.dtype().into(),
+            );
+        }
+    }
+    tensor(dhidden)
+}
+
+/// The tensor as the kernels read it.
+fn primitive<R: CubeRuntime, B: Backend<FloatTensorPrimitive = CubeTensor<R>>, const D: usize>(
+    tensor: Tensor<B, D>,
+) -> CubeTensor<R> {
+    let tensor = tensor.into_primitive().tensor();
+    assert!(matches!(tensor.dtype, DType::F32 | DType::F16), "token_logps: a tensor of {:?}", tensor.dtype);
+    into_contiguous(tensor)
+}
+
+fn tensor<R: CubeRuntime, B: Backend<FloatTensorPrimitive = CubeTensor<R>>, const D: usize>(
+    primitive: CubeTensor<R>,
+) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+/// A new tensor on the device of `like`, not initialised.
+fn output<R: CubeRuntime, const D: usize>(
+    like: &CubeTensor<R>,
+    shape: [usize; D],
+    dtype: DType,
+) -> CubeTensor<R> {
+    let handle = like.client.empty(shape.iter().product::<usize>() * dtype.size());
+    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(shape), handle, dtype)
+}
+
+fn words<R: CubeRuntime>(handle: &Handle, words: &[u32]) -> ArrayArg<R> {
+    #[expect(unsafe_code, reason = "an array of plain integers has no other constructor")]
+    // SAFETY: the buffer was made of these words.
+    unsafe {
+        ArrayArg::from_raw_parts(handle.clone(), words.len())
+    }
+}
+
+/// How many columns a thread takes at once.
+fn vector_size(n_columns: usize) -> usize {
+    if n_columns.is_multiple_of(4) { 4 } else { 1 }
+}
+
+/// A launch over `n_elements` of rows of `n_columns`, a thread a vector.
+fn by_vector<R: CubeRuntime>(
+    like: &CubeTensor<R>,
+    n_elements: usize,
+    n_columns: usize,
+) -> (usize, CubeCount, CubeDim) {
+    let vector = vector_size(n_columns);
+    let dim = CubeDim::new(&like.client, n_elements / vector);
+    (vector, calculate_cube_count_elemwise(&like.client, n_elements / vector, dim), dim)
+}
