@@ -17,6 +17,7 @@ pub mod rope;
 pub mod swiglu;
 pub mod token_logps;
 
+mod cube;
 pub mod kernel;
 mod wgpu;
 

@@ -3,9 +3,14 @@
 //! Backward, with `r = 1 / sqrt(mean(x²) + eps)` and `g = dy · weight`: `dx = r g − x r³ mean(g · x)`. The weight is frozen. What
 //! the norm reads is the residual stream, so its gradient goes on top of the one that passes the norm by: `sum`.
 
+use burn::cubecl;
+use burn::cubecl::prelude::*;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::tensor::CubeTensor;
 
+use super::cube::{THREADS, cube_sum, empty, lane_sum, one_cube_each, overwrite, vector_width};
 use super::{Kernels, backward, cast, to_f32, tracked};
 
 /// Normalizes every row by its root mean square.
@@ -69,4 +74,203 @@ pub fn rms_norm_backward_reference<B: Backend>(
         Some(sum) => sum + dx,
         None => dx,
     }
+}
+
+/// How a row is shared out over the threads of its cube.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct RowPlan {
+    /// Elements that a thread loads at once.
+    width: usize,
+    /// Vectors of a row.
+    vectors: usize,
+    threads: u32,
+    /// Vectors of a row that a thread has.
+    steps: usize,
+    /// Whether a thread keeps its vectors in registers, instead of loading them again for the second pass.
+    is_held: bool,
+}
+
+impl RowPlan {
+    /// Vectors of four that a thread has registers for; with [`THREADS`] this holds rows of 8192.
+    const HELD: usize = 8;
+
+    fn new(hidden: usize) -> Self {
+        let width = vector_width(hidden);
+        let vectors = hidden / width;
+        let threads = (vectors as u32).next_power_of_two().clamp(32, THREADS);
+        let steps = vectors.div_ceil(threads as usize);
+        Self { width, vectors, threads, steps, is_held: steps <= Self::HELD }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn forward_kernel<F: Float, N: Size>(
+    x: &Array<Vector<f32, N>>,
+    weight: &Array<Vector<f32, N>>,
+    y: &mut Array<Vector<F, N>>,
+    rows: usize,
+    inverse_hidden: f32,
+    eps: f32,
+    #[comptime] plan: RowPlan,
+    #[define(F)] _dtype: StorageType,
+) {
+    // Cubes past the last row go through the motions, as a barrier is for whole cubes only.
+    let n_vectors = select(CUBE_POS < rows, plan.vectors, 0usize);
+    let row = CUBE_POS * plan.vectors;
+    let mut held = Array::<Vector<f32, N>>::new(comptime!(if plan.is_held { plan.steps } else { 1 }));
+    let mut squares = Vector::<f32, N>::new(0.0);
+    #[unroll(plan.is_held)]
+    for step in 0..plan.steps {
+        let place = step * plan.threads as usize + UNIT_POS as usize;
+        if place < n_vectors {
+            let x = x[row + place];
+            if comptime!(plan.is_held) {
+                held[step] = x;
+            }
+            squares += x * x;
+        }
+    }
+    let sum = cube_sum::<Const<1>>(Vector::new(lane_sum::<N>(squares)), plan.threads)[0];
+    let r = Vector::<f32, N>::new((sum * inverse_hidden + eps).inverse_sqrt());
+    #[unroll(plan.is_held)]
+    for step in 0..plan.steps {
+        let place = step * plan.threads as usize + UNIT_POS as usize;
+        if place < n_vectors {
+            let x = if comptime!(plan.is_held) { held[step] } else { x[row + place] };
+            y[row + place] = Vector::cast_from(x * r * weight[place]);
+        }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn backward_kernel<F: Float, N: Size>(
+    dy: &Array<Vector<F, N>>,
+    x: &Array<Vector<f32, N>>,
+    weight: &Array<Vector<f32, N>>,
+    sum: &Array<Vector<f32, N>>,
+    dx: &mut Array<Vector<f32, N>>,
+    rows: usize,
+    inverse_hidden: f32,
+    eps: f32,
+    #[comptime] has_sum: bool,
+    #[comptime] plan: RowPlan,
+    #[define(F)] _dtype: StorageType,
+) {
+    let n_vectors = select(CUBE_POS < rows, plan.vectors, 0usize);
+    let row = CUBE_POS * plan.vectors;
+    let n_held = comptime!(if plan.is_held { plan.steps } else { 1 });
+    let mut held_x = Array::<Vector<f32, N>>::new(n_held);
+    let mut held_g = Array::<Vector<f32, N>>::new(n_held);
+    let mut squares = Vector::<f32, N>::new(0.0);
+    let mut products = Vector::<f32, N>::new(0.0);
+    #[unroll(plan.is_held)]
+    for step in 0..plan.steps {
+        let place = step * plan.threads as usize + UNIT_POS as usize;
+        if place < n_vectors {
+            let x = x[row + place];
+            let g = Vector::<f32, N>::cast_from(dy[row + place]) * weight[place];
+            if comptime!(plan.is_held) {
+                held_x[step] = x;
+                held_g[step] = g;
+            }
+            squares += x * x;
+            products += g * x;
+        }
+    }
+    let mut both = RuntimeCell::<Vector<f32, Const<2>>>::new(Vector::new(lane_sum::<N>(squares)));
+    both.store_at(1, lane_sum::<N>(products));
+    let sums = cube_sum::<Const<2>>(both.consume(), plan.threads);
+    let r = (sums[0] * inverse_hidden + eps).inverse_sqrt();
+    // In terms of x r, which is about 1, as r³ has no place in `f32` for large x.
+    let mean = Vector::<f32, N>::new(sums[1] * inverse_hidden * r);
+    let r = Vector::<f32, N>::new(r);
+    #[unroll(plan.is_held)]
+    for step in 0..plan.steps {
+        let place = step * plan.threads as usize + UNIT_POS as usize;
+        if place < n_vectors {
+            let at = row + place;
+            let x = if comptime!(plan.is_held) { held_x[step] } else { x[at] };
+            let g = if comptime!(plan.is_held) {
+                held_g[step]
+            } else {
+                Vector::<f32, N>::cast_from(dy[at]) * weight[place]
+            };
+            let mut gradient = r * (g - x * r * mean);
+            if comptime!(has_sum) {
+                gradient += sum[at];
+            }
+            dx[at] = gradient;
+        }
+    }
+}
+
+/// Launches forward: a row a cube.
+pub(super) fn launch_forward<R: CubeRuntime>(
+    x: CubeTensor<R>,
+    weight: CubeTensor<R>,
+    eps: f64,
+    dtype: DType,
+) -> CubeTensor<R> {
+    let [rows, hidden] = [0, 1].map(|i| x.meta.shape()[i]);
+    let plan = RowPlan::new(hidden);
+    let client = x.client.clone();
+    let (cubes, cube) = one_cube_each(&client, rows, plan.threads);
+    let y = empty(&x, x.meta.shape().clone(), dtype);
+    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+    // SAFETY: a place is held against the vectors of a row, and the row against the number of rows.
+    unsafe {
+        forward_kernel::launch_unchecked::<R>(
+            &client,
+            cubes,
+            cube,
+            plan.width,
+            x.into_array_arg(),
+            weight.into_array_arg(),
+            y.clone().into_array_arg(),
+            rows,
+            (1.0 / hidden as f64) as f32,
+            eps as f32,
+            plan,
+            dtype.into(),
+        );
+    }
+    y
+}
+
+/// Launches backward: a row a cube; over `sum` where it can.
+pub(super) fn launch_backward<R: CubeRuntime>(
+    dy: CubeTensor<R>,
+    x: CubeTensor<R>,
+    weight: CubeTensor<R>,
+    eps: f64,
+    sum: Option<CubeTensor<R>>,
+) -> CubeTensor<R> {
+    let [rows, hidden] = [0, 1].map(|i| x.meta.shape()[i]);
+    let plan = RowPlan::new(hidden);
+    let (client, dtype, has_sum) = (x.client.clone(), dy.dtype, sum.is_some());
+    let (cubes, cube) = one_cube_each(&client, rows, plan.threads);
+    // Without a sum its place is taken by `x`, which is held twice and so stays as it is.
+    let dx = overwrite(sum.unwrap_or_else(|| x.clone()), 3);
+    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+    // SAFETY: a place is held against the vectors of a row, and the row against the number of rows.
+    unsafe {
+        backward_kernel::launch_unchecked::<R>(
+            &client,
+            cubes,
+            cube,
+            plan.width,
+            dy.into_array_arg(),
+            x.into_array_arg(),
+            weight.into_array_arg(),
+            dx.input,
+            dx.output,
+            rows,
+            (1.0 / hidden as f64) as f32,
+            eps as f32,
+            has_sum,
+            plan,
+            dtype.into(),
+        );
+    }
+    dx.tensor
 }

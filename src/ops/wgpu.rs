@@ -8,11 +8,13 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, FloatElement, IntElement};
 use burn_wgpu::WgpuRuntime;
 
-use super::Kernels;
+use super::adamw::{self, AdamWStep};
 use super::kernel::{BAND, Layout, MAX_WORKGROUPS, PANEL, RANK_QUADS, Shader, Tile, launch};
 use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan};
+use super::rope::RopeTable;
 use super::token_logps::{self, Expected, ExpectedRows, Head, ScoredToken, TokenLogps};
+use super::{Kernels, cube, rms_norm, rope, swiglu};
 
 type Floats = CubeTensor<WgpuRuntime>;
 
@@ -97,6 +99,63 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         token_logps::backward_fused(dlogps, expected, head, scored)
     }
 
+    fn rms_norm_forward(
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        eps: f64,
+        dtype: DType,
+    ) -> Tensor<Self, 2> {
+        tensor(rms_norm::launch_forward(stored_f32(x), stored_f32(weight), eps, dtype))
+    }
+
+    fn rms_norm_backward(
+        dy: Tensor<Self, 2>,
+        x: Tensor<Self, 2>,
+        weight: Tensor<Self, 1>,
+        eps: f64,
+        sum: Option<Tensor<Self, 2>>,
+    ) -> Tensor<Self, 2> {
+        let (x, weight, sum) = (stored_f32(x), stored_f32(weight), sum.map(stored_f32));
+        tensor(rms_norm::launch_backward(stored(dy), x, weight, eps, sum))
+    }
+
+    fn rope_forward(x: Tensor<Self, 3>, table: &RopeTable<Self>) -> Tensor<Self, 3> {
+        rotate(x, table, 1.0)
+    }
+
+    fn rope_backward(dy: Tensor<Self, 3>, table: &RopeTable<Self>) -> Tensor<Self, 3> {
+        rotate(dy, table, -1.0)
+    }
+
+    fn swiglu_forward(gate: Tensor<Self, 2>, up: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        tensor(swiglu::launch_forward(stored(gate), stored(up)))
+    }
+
+    fn swiglu_backward(
+        dh: Tensor<Self, 2>,
+        gate: Tensor<Self, 2>,
+        up: Tensor<Self, 2>,
+    ) -> (Tensor<Self, 2>, Tensor<Self, 2>) {
+        let (dgate, dup) = swiglu::launch_backward(stored(dh), stored(gate), stored(up));
+        (tensor(dgate), tensor(dup))
+    }
+
+    fn grad_norm(grads: &[Tensor<Self, 2>]) -> Tensor<Self, 1> {
+        tensor(adamw::launch_norm(grads.iter().map(|grad| stored_f32(grad.clone())).collect()))
+    }
+
+    fn adamw(
+        parameter: Tensor<Self, 2>,
+        grad: Tensor<Self, 2>,
+        moments: [Tensor<Self, 2>; 2],
+        norm: Tensor<Self, 1>,
+        step: &AdamWStep,
+    ) -> (Tensor<Self, 2>, [Tensor<Self, 2>; 2]) {
+        let (parameter, grad, norm) = (stored_f32(parameter), stored_f32(grad), stored_f32(norm));
+        let (parameter, moments) = adamw::launch_update(parameter, grad, moments.map(stored_f32), norm, step);
+        (tensor(parameter), moments.map(tensor))
+    }
+
     fn orpo_loss_forward(logps: Tensor<Self, 1>, pairs: &[PairSpan]) -> Tensor<Self, 2> {
         let logps = input(logps);
         check_order(pairs, logps.meta.shape()[0]);
@@ -146,6 +205,16 @@ fn input<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(tensor: Tens
     into_contiguous(tensor)
 }
 
+/// The tensor as a CubeCL kernel reads it: contiguous, `f32` or `f16`.
+fn stored<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(tensor: Tensor<B, D>) -> Floats {
+    cube::readable(tensor.into_primitive().tensor())
+}
+
+/// The same of a tensor that has to be `f32`.
+fn stored_f32<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(tensor: Tensor<B, D>) -> Floats {
+    cube::readable_f32(tensor.into_primitive().tensor())
+}
+
 /// The primitive as a tensor.
 fn tensor<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(primitive: Floats) -> Tensor<B, D> {
     Tensor::from_primitive(TensorPrimitive::Float(primitive))
@@ -166,6 +235,15 @@ fn output<const D: usize>(like: &Floats, shape: [usize; D]) -> Floats {
 /// Rows and columns.
 fn dims(tensor: &Floats) -> [u32; 2] {
     [0, 1].map(|i| u32::try_from(tensor.meta.shape()[i]).expect("a dimension fits 32 bits"))
+}
+
+fn rotate<B: Backend<FloatTensorPrimitive = Floats>>(
+    x: Tensor<B, 3>,
+    table: &RopeTable<B>,
+    direction: f32,
+) -> Tensor<B, 3> {
+    let (cos, sin) = (stored_f32(table.cos.clone()), stored_f32(table.sin.clone()));
+    tensor(rope::launch(stored(x), cos, sin, direction))
 }
 
 /// What a product is cut for.

@@ -6,8 +6,13 @@ mod demo;
 mod device;
 mod goldens;
 mod gpu {
+    mod adamw;
     mod lora_linear;
     mod orpo_loss;
+    mod rms_norm;
+    mod rope;
+    mod swiglu;
+    mod tensors;
     mod token_logps;
 }
 mod infer;

@@ -1,0 +1,106 @@
+//! What the launches of the CubeCL kernels share.
+//!
+//! A kernel reads contiguous tensors as arrays of [vectors](vector_width), computes in `f32`, and is generic over what it stores.
+
+use burn::cubecl;
+use burn::cubecl::calculate_cube_count_elemwise;
+use burn::cubecl::prelude::*;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+
+/// Threads of a cube: as many as every device has.
+pub(super) const THREADS: u32 = 256;
+
+/// The tensor as a kernel reads it: contiguous, of one of the two storage types, not empty.
+pub(super) fn readable<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<R> {
+    assert!(matches!(tensor.dtype, DType::F32 | DType::F16), "the kernels take no {:?}", tensor.dtype);
+    assert!(!tensor.meta.shape().contains(&0), "the kernels take no empty tensor: {:?}", tensor.meta.shape());
+    into_contiguous(tensor)
+}
+
+/// As [`readable`], and `f32`.
+pub(super) fn readable_f32<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<R> {
+    assert_eq!(tensor.dtype, DType::F32, "a tensor that has to be f32");
+    readable(tensor)
+}
+
+/// A new contiguous tensor on the device of `like`, not initialised.
+pub(super) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, shape: Shape, dtype: DType) -> CubeTensor<R> {
+    let handle = like.client.empty(shape.num_elements() * dtype.size());
+    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
+}
+
+/// The most elements, at most four, that a thread can load at once from rows of `length`.
+pub(super) fn vector_width(length: usize) -> usize {
+    [4, 2, 1].into_iter().find(|width| length.is_multiple_of(*width)).unwrap_or(1)
+}
+
+/// Cubes and their size for one thread an item.
+pub(super) fn one_thread_each<R: CubeRuntime>(
+    client: &ComputeClient<R>,
+    items: usize,
+) -> (CubeCount, CubeDim) {
+    let cube = CubeDim::new_1d(THREADS);
+    (calculate_cube_count_elemwise(client, items, cube), cube)
+}
+
+/// Cubes and their size for one cube an item.
+pub(super) fn one_cube_each<R: CubeRuntime>(
+    client: &ComputeClient<R>,
+    items: usize,
+    threads: u32,
+) -> (CubeCount, CubeDim) {
+    let cube = CubeDim::new_1d(threads);
+    (calculate_cube_count_elemwise(client, items * threads as usize, cube), cube)
+}
+
+/// An input and the output that takes its place.
+pub(super) struct Overwritten<R: CubeRuntime> {
+    pub(super) input: ArrayArg<R>,
+    pub(super) output: ArrayArg<R>,
+    /// The output, once the kernel has run.
+    pub(super) tensor: CubeTensor<R>,
+}
+
+/// Gives an output of the shape and type of `input`: in its buffer if no other tensor holds it, else in a new one.
+///
+/// `position` is that of the input among the kernel's buffers. A kernel reads an element of the input only before it writes that
+/// element, and from the same thread.
+pub(super) fn overwrite<R: CubeRuntime>(input: CubeTensor<R>, position: usize) -> Overwritten<R> {
+    let (output, tensor) = if input.can_mut() {
+        (input.as_tensor_alias(position).into_array_arg(), input.clone())
+    } else {
+        let tensor = empty(&input, input.meta.shape().clone(), input.dtype);
+        (tensor.clone().into_array_arg(), tensor)
+    };
+    Overwritten { input: input.into_array_arg(), output, tensor }
+}
+
+/// The sum of a vector's elements.
+#[cube]
+pub(super) fn lane_sum<N: Size>(vector: Vector<f32, N>) -> f32 {
+    f32::cast_from(vector.vector_sum())
+}
+
+/// The sum of the cube's values, a power of two of them, in the same order every time.
+///
+/// Every thread of the cube has to arrive here.
+#[cube]
+pub(super) fn cube_sum<N: Size>(value: Vector<f32, N>, #[comptime] threads: u32) -> Vector<f32, N> {
+    let mut sums = SharedMemory::<Vector<f32, N>>::new(threads as usize);
+    let unit = UNIT_POS as usize;
+    sums[unit] = value;
+    sync_cube();
+    #[unroll]
+    for level in 0..comptime!(threads.ilog2()) {
+        let half = comptime!(threads >> (level + 1));
+        if UNIT_POS < half {
+            let other = sums[unit + half as usize];
+            sums[unit] += other;
+        }
+        sync_cube();
+    }
+    sums[0]
+}

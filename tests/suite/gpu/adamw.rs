@@ -1,0 +1,186 @@
+//! `adamw` and `grad_norm` on wgpu against loops in `f64`, which follow torch.optim.AdamW and clip_grad_norm_.
+
+use burn::tensor::{DType, Tensor};
+use burn_flex::Flex;
+use burn_wgpu::{Wgpu, WgpuDevice};
+use orpo_wgpu::ops::Kernels;
+use orpo_wgpu::ops::adamw::{AdamWStep, adamw, grad_norm};
+
+use super::tensors::{bits, random, stored, values};
+use crate::support::{Numbers, adapter, assert_close};
+
+/// Of a tensor of the adapter; the last has more cubes than a dimension.
+const SHAPES: [[usize; 2]; 6] = [[1, 1], [1, 7], [8, 64], [3, 107], [16, 4096], [257, 65_537]];
+
+fn step(max_grad_norm: f64, t: usize) -> AdamWStep {
+    AdamWStep {
+        learning_rate: 1e-2 / t as f64,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        max_grad_norm,
+        t,
+    }
+}
+
+/// Parameter, first and second moment of torch.optim.AdamW.
+struct Loop {
+    p: Vec<f64>,
+    m: Vec<f64>,
+    v: Vec<f64>,
+}
+
+impl Loop {
+    fn update(&mut self, grad: &[f32], norm: f64, step: &AdamWStep) {
+        let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t } = step;
+        let factor = if max_grad_norm > 0.0 { (max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        for (i, &g) in grad.iter().enumerate() {
+            let g = f64::from(g) * factor;
+            self.p[i] -= learning_rate * weight_decay * self.p[i];
+            self.m[i] = beta1 * self.m[i] + (1.0 - beta1) * g;
+            self.v[i] = beta2 * self.v[i] + (1.0 - beta2) * g * g;
+            let m = self.m[i] / (1.0 - beta1.powi(t as i32));
+            let v = self.v[i] / (1.0 - beta2.powi(t as i32));
+            self.p[i] -= learning_rate * m / (v.sqrt() + epsilon);
+        }
+    }
+}
+
+fn norm_of(grads: &[&[f32]]) -> f64 {
+    grads.iter().flat_map(|grad| grad.iter()).map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt()
+}
+
+fn follow<B: Kernels>(shape: [usize; 2], max_grad_norm: f64, n_steps: usize, device: &B::Device) {
+    let mut numbers = Numbers::new(21);
+    let len = shape.iter().product();
+    let start = numbers.vec(len, 0.5);
+    let wide = start.iter().copied().map(f64::from).collect();
+    let mut want = Loop { p: wide, m: vec![0.0; len], v: vec![0.0; len] };
+    let tensor = |values: Vec<f32>| stored::<B, 2>(values, shape, DType::F32, device);
+    let mut parameter = tensor(start);
+    let mut moments = [tensor(vec![0.0; len]), tensor(vec![0.0; len])];
+    for t in 1..=n_steps {
+        let grad = numbers.vec(len, 10f32.powi(t as i32 % 4 - 2));
+        let gradient = tensor(grad.clone());
+        let norm = grad_norm(&[gradient.clone()]);
+        (parameter, moments) = adamw(parameter, gradient, moments, norm, &step(max_grad_norm, t));
+        want.update(&grad, norm_of(&[&grad]), &step(max_grad_norm, t));
+    }
+    let narrow = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<_>>();
+    let [m, v] = moments;
+    for (name, got, want, atol) in
+        [("parameter", parameter, &want.p, 1e-6), ("m", m, &want.m, 1e-7), ("v", v, &want.v, 0.0)]
+    {
+        let what = format!("{shape:?}, clipped to {max_grad_norm}: {name}");
+        assert_close(&values(got), &narrow(want), atol, 2e-5, &what);
+    }
+}
+
+#[test]
+fn follows_torch() {
+    let Some(device) = adapter() else { return };
+    for shape in &SHAPES[..5] {
+        // Without clipping, with it in some steps, with it in all.
+        for max_grad_norm in [0.0, 1.0, 1e-4] {
+            follow::<Wgpu>(*shape, max_grad_norm, 6, &device);
+            follow::<Flex>(*shape, max_grad_norm, 6, &Default::default());
+        }
+    }
+}
+
+#[test]
+fn more_cubes_than_one_dimension_has() {
+    let Some(device) = adapter() else { return };
+    follow::<Wgpu>(SHAPES[5], 1.0, 1, &device);
+}
+
+fn state(device: &WgpuDevice) -> (Tensor<Wgpu, 2>, Tensor<Wgpu, 2>, [Tensor<Wgpu, 2>; 2]) {
+    let mut numbers = Numbers::new(4);
+    let mut tensor = || random::<Wgpu, 2>(&mut numbers, [8, 107], 1.0, DType::F32, device);
+    let (parameter, grad, m, v) = (tensor(), tensor(), tensor(), tensor());
+    (parameter, grad, [m, v.clone() * v])
+}
+
+#[test]
+fn a_norm_that_is_no_number_leaves_everything() {
+    let Some(device) = adapter() else { return };
+    for norm in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for max_grad_norm in [0.0, 1.0] {
+            let (parameter, grad, moments) = state(&device);
+            let norm_tensor = Tensor::<Wgpu, 1>::from_floats([norm], &device);
+            let (p, [m, v]) =
+                adamw(parameter, grad * f32::NAN, moments, norm_tensor, &step(max_grad_norm, 3));
+            let (parameter, _, [m_before, v_before]) = state(&device);
+            let before = [parameter, m_before, v_before].map(bits);
+            assert_eq!([p, m, v].map(bits), before, "norm {norm}");
+        }
+    }
+}
+
+#[test]
+fn what_others_hold_stays() {
+    let Some(device) = adapter() else { return };
+    let (parameter, grad, [m, v]) = state(&device);
+    let norm = grad_norm(&[grad.clone()]);
+    let update = |p: Tensor<Wgpu, 2>, m: Tensor<Wgpu, 2>, v: Tensor<Wgpu, 2>| {
+        let (p, [m, v]) = adamw(p, grad.clone(), [m, v], norm.clone(), &step(1.0, 3));
+        [p, m, v].map(bits)
+    };
+    let kept = update(parameter.clone(), m.clone(), v.clone());
+    let (before, _, [m_before, v_before]) = state(&device);
+    for (held, before) in [(&parameter, before), (&m, m_before), (&v, v_before)] {
+        assert_eq!(bits(held.clone()), bits(before), "a held tensor was written over");
+    }
+    assert_eq!(kept, update(parameter, m, v), "in place");
+}
+
+#[test]
+fn from_views() {
+    let Some(device) = adapter() else { return };
+    fn run<B: Kernels>(device: &B::Device) -> Vec<f32> {
+        let mut numbers = Numbers::new(8);
+        let mut random = |shape| random::<B, 2>(&mut numbers, shape, 1.0, DType::F32, device);
+        let (turned, all) = (random([64, 12]).transpose(), random([30, 64]));
+        let sliced = all.clone().slice([11..23, 0..64]);
+        let norm = grad_norm(&[turned.clone(), sliced.clone()]);
+        let moments = [random([64, 12]).transpose(), turned.clone() * turned.clone()];
+        let (p, [m, v]) = adamw(sliced, turned, moments, norm.clone(), &step(1.0, 2));
+        [p, m, v, all, norm.unsqueeze()].map(values).concat()
+    }
+    assert_close(&run::<Wgpu>(&device), &run::<Flex>(&Default::default()), 1e-6, 1e-5, "from views");
+}
+
+#[test]
+fn norms() {
+    let Some(device) = adapter() else { return };
+    let [small, odd, rank, large] = [[1, 1], [3, 107], [8, 64], [300, 1031]];
+    let sets = [
+        vec![small],
+        vec![odd, rank],
+        vec![large],
+        vec![rank; 6],
+        vec![rank; 7],
+        vec![small, odd, rank, large, rank, odd, small, large, rank, rank, rank, small, odd],
+    ];
+    for shapes in sets {
+        let mut numbers = Numbers::new(12);
+        let grads: Vec<_> = shapes.iter().map(|shape| numbers.vec(shape.iter().product(), 2.0)).collect();
+        let tensors: Vec<_> = shapes
+            .iter()
+            .zip(&grads)
+            .map(|(&shape, grad)| stored::<Wgpu, 2>(grad.clone(), shape, DType::F32, &device))
+            .collect();
+        let want = norm_of(&grads.iter().map(Vec::as_slice).collect::<Vec<_>>()) as f32;
+        let [first, second] = [(); 2].map(|()| grad_norm(&tensors));
+        assert_close(&values(first.clone()), &[want], 0.0, 1e-6, &format!("{shapes:?}"));
+        assert_eq!(bits(first), bits(second), "{shapes:?}: the same bits");
+        for (i, tensor) in tensors.iter().enumerate() {
+            let mut broken = tensors.clone();
+            let hole = Tensor::<Wgpu, 2>::full([1, 1], f32::NAN, &device);
+            let [rows, columns] = tensor.dims();
+            broken[i] = tensor.clone().slice_assign([rows - 1..rows, columns - 1..columns], hole);
+            assert!(values(grad_norm(&broken))[0].is_nan(), "{shapes:?}: NaN at the end of tensor {i}");
+        }
+    }
+}
