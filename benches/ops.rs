@@ -6,15 +6,20 @@
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{Distribution, Tensor};
+use burn::tensor::{DType, Distribution, FloatDType, Tensor};
 use burn_autodiff::Autodiff;
 use burn_wgpu::{Wgpu, WgpuDevice};
+use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
 use orpo_wgpu::ops::lora_linear::{
     InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
 };
 use orpo_wgpu::ops::orpo_loss::{
     PairSpan, orpo_loss, orpo_loss_backward, orpo_loss_backward_reference, orpo_loss_reference,
 };
+
+use orpo_wgpu::ops::rms_norm::{rms_norm, rms_norm_backward, rms_norm_reference};
+use orpo_wgpu::ops::rope::{RopeTable, rope, rope_backward, rope_reference};
+use orpo_wgpu::ops::swiglu::{swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference};
 
 type Tracked = Autodiff<Wgpu>;
 
@@ -148,6 +153,142 @@ fn bench_orpo_loss(device: &WgpuDevice) {
     }
 }
 
+/// Times both sides in turns and prints their medians.
+fn compare<T, U>(device: &WgpuDevice, what: &str, mut ours: impl FnMut() -> T, mut burn: impl FnMut() -> U) {
+    let (mut our_times, mut burn_times) = (vec![], vec![]);
+    for _ in 0..WARM_UPS + RUNS {
+        our_times.push(time(device, &mut ours).1);
+        burn_times.push(time(device, &mut burn).1);
+    }
+    let (ours, burn) = (median(&mut our_times), median(&mut burn_times));
+    println!("{what}: {ours:8.2} ms, burn {burn:8.2} ms, ratio {:.2}", burn / ours);
+}
+
+fn random<const D: usize>(shape: [usize; D], dtype: DType, device: &WgpuDevice) -> Tensor<Wgpu, D> {
+    let tensor = Tensor::<Wgpu, D>::random(shape, Distribution::Uniform(-1.0, 1.0), device);
+    tensor.cast(FloatDType::from(dtype))
+}
+
+const STORED: [DType; 2] = [DType::F32, DType::F16];
+
+/// Tokens, hidden.
+const RMS_NORM: [[usize; 2]; 3] = [[512, 1024], [512, 4096], [2048, 512]];
+
+fn bench_rms_norm(device: &WgpuDevice) {
+    for (shape, dtype) in RMS_NORM.into_iter().flat_map(|shape| STORED.map(|dtype| (shape, dtype))) {
+        let (x, sum) = (random(shape, DType::F32, device), random(shape, DType::F32, device));
+        let (weight, dy) = (random([shape[1]], DType::F32, device), random(shape, dtype, device));
+        compare(
+            device,
+            &format!("rms_norm forward  {shape:?} {dtype:?}"),
+            || rms_norm(x.clone(), weight.clone(), 1e-5, dtype),
+            || rms_norm_reference(x.clone(), weight.clone(), 1e-5, dtype),
+        );
+        let tracked = |t: &Tensor<Wgpu, 2>| Tensor::<Tracked, 2>::from_inner(t.clone()).require_grad();
+        compare(
+            device,
+            &format!("rms_norm backward {shape:?} {dtype:?}, burn both ways"),
+            || rms_norm_backward(dy.clone(), x.clone(), weight.clone(), 1e-5, Some(sum.clone())),
+            || {
+                let x = tracked(&x);
+                let y = rms_norm_reference(x.clone(), Tensor::from_inner(weight.clone()), 1e-5, dtype);
+                let grads = (y * Tensor::from_inner(dy.clone())).sum().backward();
+                x.grad(&grads).expect("the input is tracked") + sum.clone()
+            },
+        );
+    }
+}
+
+/// Tokens, heads, dimensions of a head.
+const ROPE: [[usize; 3]; 2] = [[512, 16, 64], [512, 32, 128]];
+
+fn bench_rope(device: &WgpuDevice) {
+    for (shape, dtype) in ROPE.into_iter().flat_map(|shape| STORED.map(|dtype| (shape, dtype))) {
+        let [tokens, _, head_dim] = shape;
+        let angles = random([tokens, head_dim / 2], DType::F32, device);
+        let table = RopeTable { cos: angles.clone().cos(), sin: angles.sin() };
+        let x = random(shape, dtype, device);
+        compare(
+            device,
+            &format!("rope forward  {shape:?} {dtype:?}"),
+            || rope(x.clone(), &table),
+            || rope_reference(x.clone(), table.cos.clone(), table.sin.clone()),
+        );
+        compare(
+            device,
+            &format!("rope backward {shape:?} {dtype:?}"),
+            || rope_backward(x.clone(), &table),
+            || rope_reference(x.clone(), table.cos.clone(), -table.sin.clone()),
+        );
+    }
+}
+
+/// Tokens, intermediate.
+const SWIGLU: [[usize; 2]; 2] = [[512, 2816], [512, 14_336]];
+
+fn bench_swiglu(device: &WgpuDevice) {
+    for (shape, dtype) in SWIGLU.into_iter().flat_map(|shape| STORED.map(|dtype| (shape, dtype))) {
+        let [dh, gate, up] = [(); 3].map(|()| random(shape, dtype, device));
+        compare(
+            device,
+            &format!("swiglu forward  {shape:?} {dtype:?}"),
+            || swiglu(gate.clone(), up.clone()),
+            || swiglu_reference(gate.clone(), up.clone()),
+        );
+        compare(
+            device,
+            &format!("swiglu backward {shape:?} {dtype:?}"),
+            || swiglu_backward(dh.clone(), gate.clone(), up.clone()),
+            || swiglu_backward_reference(dh.clone(), gate.clone(), up.clone()),
+        );
+    }
+}
+
+/// Tensors of the adapter, each `[rows, columns]`.
+const ADAMW: [(usize, [usize; 2]); 2] = [(1, [1024, 1024]), (64, [8, 1024])];
+
+fn bench_adamw(device: &WgpuDevice) {
+    for (n_tensors, shape) in ADAMW {
+        let tensors = || (0..n_tensors).map(|_| random(shape, DType::F32, device)).collect::<Vec<_>>();
+        let (parameters, grads) = (tensors(), tensors());
+        compare(
+            device,
+            &format!("adamw grad_norm {n_tensors} of {shape:?}"),
+            || grad_norm(&grads),
+            || grad_norm_reference(&grads),
+        );
+        let norm = grad_norm(&grads);
+        let step = AdamWStep {
+            learning_rate: 1e-4,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            t: 10,
+        };
+        // Both sides own what they update, as training does.
+        let state = || parameters.iter().map(|p| (p.clone() + 0.0, [p.clone() * 0.0, p.clone().abs()]));
+        let (mut ours, mut burn): (Vec<_>, Vec<_>) = (state().collect(), state().collect());
+        compare(
+            device,
+            &format!("adamw update    {n_tensors} of {shape:?}"),
+            || {
+                let update = |((p, moments), g): (_, &Tensor<Wgpu, 2>)| {
+                    adamw(p, g.clone(), moments, norm.clone(), &step)
+                };
+                ours = std::mem::take(&mut ours).into_iter().zip(&grads).map(update).collect();
+            },
+            || {
+                let update = |((p, moments), g): (_, &Tensor<Wgpu, 2>)| {
+                    adamw_reference(p, g.clone(), moments, norm.clone(), &step)
+                };
+                burn = std::mem::take(&mut burn).into_iter().zip(&grads).map(update).collect();
+            },
+        );
+    }
+}
+
 fn main() {
     let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
     let device = WgpuDevice::DefaultDevice;
@@ -162,5 +303,17 @@ fn main() {
     }
     if "orpo_loss".contains(&wanted) {
         bench_orpo_loss(&device);
+    }
+    if "rms_norm".contains(&wanted) {
+        bench_rms_norm(&device);
+    }
+    if "rope".contains(&wanted) {
+        bench_rope(&device);
+    }
+    if "swiglu".contains(&wanted) {
+        bench_swiglu(&device);
+    }
+    if "adamw".contains(&wanted) {
+        bench_adamw(&device);
     }
 }
