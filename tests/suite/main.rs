@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it stands")]
 
 mod cli;
+mod convergence;
 mod demo;
 mod device;
 mod goldens;

@@ -1,15 +1,18 @@
 //! The model and a whole training step in plain burn operations under burn's autodiff: what the project's kernels and its hand-placed
 //! backward are held to, and measured against.
 
-use burn::tensor::Tensor;
+use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor, TensorData};
 use burn_autodiff::Autodiff;
+use orpo_wgpu::data::batch::Batch;
 use orpo_wgpu::model::attention::{Attention, AttentionLayout};
 use orpo_wgpu::model::mlp::Mlp;
 use orpo_wgpu::model::norm::RmsNorm;
 use orpo_wgpu::model::{DecoderLayer, Linear, Llama};
 use orpo_wgpu::ops::attention::attention_reference;
 use orpo_wgpu::ops::lora_linear::{Lora, lora_linear_reference};
+use orpo_wgpu::ops::orpo_loss::orpo_loss_reference;
 use orpo_wgpu::ops::rms_norm::rms_norm_reference;
 use orpo_wgpu::ops::rope::rope_reference;
 use orpo_wgpu::ops::swiglu::swiglu_reference;
@@ -92,4 +95,40 @@ pub(crate) fn forward<B: Backend>(
     let embedded = Tensor::from_inner(model.embed(tokens));
     let x = layers.iter().fold(embedded, |x, layer| layer_forward(layer, x, layout));
     normalize(&track_norm(&model.norm), x)
+}
+
+/// A batch's loss and the adapters' gradients, in the order of [`orpo_wgpu::lora::tensors`]: whole logits of the scored rows, every
+/// activation kept.
+pub(crate) fn forward_backward<B: Backend>(
+    model: &Llama<B>,
+    batch: &Batch,
+    beta: f32,
+) -> (Tensor<B, 1>, Vec<Tensor<B, 2>>) {
+    let device = model.device();
+    let layout = AttentionLayout::new(&model.config, &batch.positions, batch.visible(), &device);
+    let layers: Vec<_> = model.layers.iter().map(track).collect();
+    let indices = |values: Vec<i32>| {
+        let shape = [values.len()];
+        Tensor::<Tracked<B>, 1, Int>::from_data(TensorData::new(values, shape), &device)
+    };
+    let rows = indices(batch.rows.iter().map(|&row| row as i32).collect());
+    let hidden = forward(model, &layers, &batch.tokens, &layout).select(0, rows);
+    let head = model
+        .lm_head
+        .shards
+        .iter()
+        .map(|w| hidden.clone().matmul(Tensor::<Tracked<B>, 2>::from_inner(w.clone()).transpose()));
+    let logps = log_softmax(Tensor::cat(head.collect(), 1), 1);
+    let [n_rows, vocab] = logps.dims();
+    let places =
+        batch.entries.iter().map(|entry| (entry.row_idx as usize * vocab) as i32 + entry.target as i32);
+    let logps = logps.reshape([n_rows * vocab]).select(0, indices(places.collect()));
+    let stats = orpo_loss_reference(logps, &batch.pairs);
+    let column = |i: usize| stats.clone().narrow(1, i, 1).sum();
+    let loss = column(0) - column(4) * (beta / batch.pairs.len() as f32);
+    let grads = loss.backward();
+    let linears = layers.iter().flat_map(|layer| layer.linears());
+    let adapters = linears.filter_map(|(_, linear)| linear.lora.as_ref()).flat_map(|lora| [&lora.a, &lora.b]);
+    let grads = adapters.map(|t| t.grad(&grads).expect("every adapter takes part")).collect();
+    (loss.inner(), grads)
 }

@@ -1,0 +1,106 @@
+//! Thirty-two optimizer steps with the project's kernels against the same steps in plain burn operations on the same adapter.
+
+use burn::tensor::Tensor;
+use burn_wgpu::{Wgpu, WgpuDevice};
+use orpo_wgpu::data::batch::{Batch, LossCompat, pack};
+use orpo_wgpu::lora;
+use orpo_wgpu::model::Llama;
+use orpo_wgpu::model::llama::Keep;
+use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
+use orpo_wgpu::train::metrics::StepMetrics;
+use orpo_wgpu::train::optim::read;
+use orpo_wgpu::train::step::forward_backward;
+
+use crate::goldens::Case;
+use crate::plain;
+use crate::support::{adapter, assert_close};
+
+const STEPS: usize = 32;
+const BETA: f32 = 0.2;
+
+/// What one side does: a batch's loss and gradients, and the update they make.
+struct Side {
+    step: fn(&Llama<Wgpu>, &Batch) -> (f32, Vec<Tensor<Wgpu, 2>>),
+    update: fn(
+        &[Tensor<Wgpu, 2>],
+        Vec<Tensor<Wgpu, 2>>,
+        &mut Vec<[Tensor<Wgpu, 2>; 2]>,
+        t: usize,
+    ) -> Vec<Tensor<Wgpu, 2>>,
+}
+
+const KERNELS: Side = Side {
+    step: |model, batch| {
+        let grads = forward_backward(model, batch, BETA, 1.0, Keep::Input);
+        (StepMetrics::from_stats(&read(grads.stats).unwrap(), BETA).loss as f32, grads.lora)
+    },
+    update: |parameters, grads, moments, t| {
+        let norm = grad_norm(&grads);
+        update(parameters, grads, moments, |p, g, m| adamw(p, g, m, norm.clone(), &settings(t)))
+    },
+};
+
+const PLAIN: Side = Side {
+    step: |model, batch| {
+        let (loss, grads) = plain::forward_backward(model, batch, BETA);
+        (loss.into_scalar(), grads)
+    },
+    update: |parameters, grads, moments, t| {
+        let norm = grad_norm_reference(&grads);
+        update(parameters, grads, moments, |p, g, m| adamw_reference(p, g, m, norm.clone(), &settings(t)))
+    },
+};
+
+type Moments = [Tensor<Wgpu, 2>; 2];
+
+fn update(
+    parameters: &[Tensor<Wgpu, 2>],
+    grads: Vec<Tensor<Wgpu, 2>>,
+    moments: &mut Vec<Moments>,
+    one: impl Fn(Tensor<Wgpu, 2>, Tensor<Wgpu, 2>, Moments) -> (Tensor<Wgpu, 2>, Moments),
+) -> Vec<Tensor<Wgpu, 2>> {
+    let old = std::mem::take(moments);
+    let updated = parameters.iter().zip(grads).zip(old).map(|((p, g), m)| {
+        let (p, m) = one(p.clone(), g, m);
+        moments.push(m);
+        p
+    });
+    updated.collect()
+}
+
+fn settings(t: usize) -> AdamWStep {
+    AdamWStep {
+        learning_rate: 2e-3,
+        beta1: 0.9,
+        beta2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        max_grad_norm: 1.0,
+        t,
+    }
+}
+
+/// The losses of the steps, each before its update.
+fn losses(side: &Side, case: &Case, device: &WgpuDevice) -> Vec<f32> {
+    let (mut model, _) = case.adapted::<Wgpu>(device);
+    let parameters =
+        |model: &Llama<Wgpu>| lora::tensors(model).into_iter().map(|(_, t)| t).collect::<Vec<_>>();
+    let mut moments = parameters(&model).iter().map(|p| [p.zeros_like(), p.zeros_like()]).collect();
+    let steps = (1..=STEPS).map(|t| {
+        let pairs: Vec<_> = (0..2).map(|i| &case.pairs[(2 * t + i) % case.pairs.len()]).collect();
+        let (loss, grads) = (side.step)(&model, &pack(&pairs, LossCompat::Trl));
+        let updated = (side.update)(&parameters(&model), grads, &mut moments, t);
+        lora::set_tensors(&mut model, updated);
+        loss
+    });
+    steps.collect()
+}
+
+#[test]
+fn kernels_on_equals_kernels_off_over_32_steps() {
+    let Some(device) = adapter() else { return };
+    let case = Case::open("gqa");
+    let (with, without) = (losses(&KERNELS, &case, &device), losses(&PLAIN, &case, &device));
+    assert!(without[STEPS - 1] < 0.8 * without[0], "the run learns something: {without:?}");
+    assert_close(&with, &without, 0.0, 1e-4, "losses");
+}
