@@ -10,6 +10,7 @@ pub mod llama;
 pub mod load;
 pub mod mlp;
 pub mod norm;
+pub mod random;
 pub mod rope;
 
 pub use config::LlamaConfig;

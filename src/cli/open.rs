@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use burn::tensor::DType;
+
 use crate::data::template::Template;
 use crate::data::tokenize::TextTokenizer;
 use crate::demo;
@@ -72,7 +74,7 @@ impl OpenModel {
             Source::Demo => demo::checkpoint()?,
             Source::Folder(folder) => Checkpoint::open_folder(folder)?,
         };
-        load_llama(&checkpoint, &self.config, shard_bytes, device)
+        load_llama(&checkpoint, &self.config, DType::F32, shard_bytes, device)
     }
 
     /// Checks that the model has a row for every token of these ids.

@@ -63,6 +63,21 @@ impl StoredTensor {
 pub struct HostMatrix(StoredTensor);
 
 impl HostMatrix {
+    /// A matrix of little-endian values, row by row.
+    ///
+    /// # Panics
+    /// If there are more or fewer bytes than the shape takes, or the dtype is neither `f32` nor `f16`.
+    pub(super) fn new(bytes: Vec<u8>, dtype: DType, shape: [usize; 2]) -> Self {
+        let stored = match dtype {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            _ => panic!("a matrix in host memory is f32 or f16, not {dtype:?}"),
+        };
+        assert_eq!(bytes.len(), shape[0] * shape[1] * dtype.size(), "bytes of a matrix of {shape:?}");
+        let range = 0..bytes.len();
+        Self(StoredTensor { bytes: Arc::new(bytes), range, dtype: stored, shape: shape.to_vec() })
+    }
+
     /// Gathers rows, `[ids] -> [ids · columns]`.
     ///
     /// # Panics
@@ -198,9 +213,22 @@ impl Checkpoint {
     /// # Panics
     /// If the tensor is not there or has another number of dimensions.
     pub fn tensor<B: Backend, const D: usize>(&self, name: &str, device: &B::Device) -> Tensor<B, D> {
+        self.tensor_as(name, DType::F32, device)
+    }
+
+    /// [`tensor`](Self::tensor), converted to `dtype`.
+    ///
+    /// # Panics
+    /// As [`tensor`](Self::tensor) does.
+    pub fn tensor_as<B: Backend, const D: usize>(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &B::Device,
+    ) -> Tensor<B, D> {
         let stored = &self.tensors[name];
         let values = stored.values(0..stored.shape.iter().product());
-        Tensor::from_data(TensorData::new(values, stored.shape.clone()), device)
+        upload(values, stored.shape.clone(), dtype, device)
     }
 
     /// A matrix left in host memory.
@@ -208,18 +236,44 @@ impl Checkpoint {
         HostMatrix(self.tensors[name].clone())
     }
 
-    /// Reads a matrix in shards of rows of at most `shard_bytes` as `f32`.
-    fn sharded<B: Backend>(&self, name: &str, shard_bytes: usize, device: &B::Device) -> Vec<Tensor<B, 2>> {
+    /// Reads a matrix in shards of rows of at most `shard_bytes` in `dtype`.
+    fn sharded<B: Backend>(
+        &self,
+        name: &str,
+        dtype: DType,
+        shard_bytes: usize,
+        device: &B::Device,
+    ) -> Vec<Tensor<B, 2>> {
         let stored = &self.tensors[name];
-        let (n_rows, n_columns) = (stored.shape[0], stored.shape[1]);
-        let shard_rows = (shard_bytes / (n_columns * size_of::<f32>())).clamp(1, MAX_SHARD_ROWS);
-        let shards = (0..n_rows).step_by(shard_rows).map(|start| {
-            let end = (start + shard_rows).min(n_rows);
-            let values = stored.values(start * n_columns..end * n_columns);
-            Tensor::from_data(TensorData::new(values, [end - start, n_columns]), device)
-        });
-        shards.collect()
+        let shard = |rows: Range<usize>, n_columns| {
+            let values = stored.values(rows.start * n_columns..rows.end * n_columns);
+            upload(values, vec![rows.len(), n_columns], dtype, device)
+        };
+        in_shards([stored.shape[0], stored.shape[1]], dtype, shard_bytes, shard)
     }
+}
+
+/// Values as a tensor of `dtype`.
+fn upload<B: Backend, const D: usize>(
+    values: Vec<f32>,
+    shape: Vec<usize>,
+    dtype: DType,
+    device: &B::Device,
+) -> Tensor<B, D> {
+    // Converted here: the transfer is half of what it would be, and so is the memory on the device.
+    Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
+}
+
+/// Makes a matrix in shards of rows, each at most `shard_bytes` in `dtype`, from what makes a range of rows of so many columns.
+pub(super) fn in_shards<B: Backend>(
+    [n_rows, n_columns]: [usize; 2],
+    dtype: DType,
+    shard_bytes: usize,
+    shard: impl Fn(Range<usize>, usize) -> Tensor<B, 2>,
+) -> Vec<Tensor<B, 2>> {
+    let shard_rows = (shard_bytes / (n_columns * dtype.size())).clamp(1, MAX_SHARD_ROWS);
+    let starts = (0..n_rows).step_by(shard_rows);
+    starts.map(|start| shard(start..(start + shard_rows).min(n_rows), n_columns)).collect()
 }
 
 fn damaged(path: &Path, content: &[u8], error: &SafeTensorError) -> Error {
@@ -248,31 +302,70 @@ fn truncated(path: &Path, expected: usize, got: usize) -> Error {
     .with_hint("fetch the file again")
 }
 
-/// Names and shapes of a model's tensors, `[out, in]`, without embedding and head.
-fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+/// Shapes of a layer's linears, `[out, in]`, in the order of [`LINEAR_NAMES`].
+fn linear_shapes(config: &LlamaConfig) -> [[usize; 2]; 7] {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
     let q = config.num_attention_heads * config.head_dim;
     let kv = config.num_key_value_heads * config.head_dim;
-    let shapes = [
-        [q, hidden],
-        [kv, hidden],
-        [kv, hidden],
-        [hidden, q],
-        [inner, hidden],
-        [inner, hidden],
-        [hidden, inner],
-    ];
+    [[q, hidden], [kv, hidden], [kv, hidden], [hidden, q], [inner, hidden], [inner, hidden], [hidden, inner]]
+}
+
+/// Names and shapes of a model's tensors, without embedding and head.
+fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+    let hidden = config.hidden_size;
     let mut tensors = vec![("model.norm.weight".to_owned(), vec![hidden])];
     for layer in 0..config.num_hidden_layers {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         tensors.push((name("input_layernorm"), vec![hidden]));
         tensors.push((name("post_attention_layernorm"), vec![hidden]));
-        tensors.extend(LINEAR_NAMES.iter().zip(shapes).map(|(part, shape)| (name(part), shape.to_vec())));
+        let linears = LINEAR_NAMES.iter().zip(linear_shapes(config));
+        tensors.extend(linears.map(|(part, shape)| (name(part), shape.to_vec())));
     }
     tensors
 }
 
-/// Loads a Llama model. Matrices of the vocabulary's size are split into shards of at most `shard_bytes`.
+/// Where the parts of a model come from.
+pub(super) struct Parts<B: Backend, N, L> {
+    /// `[hidden]` of a name.
+    pub(super) norm: N,
+    /// `[out, in]` of a name and a shape, in the model's dtype.
+    pub(super) linear: L,
+    pub(super) embed_tokens: HostMatrix,
+    pub(super) head_shards: Vec<Tensor<B, 2>>,
+}
+
+/// Puts a model together whose activations are `dtype`.
+pub(super) fn assemble<B: Backend>(
+    config: &LlamaConfig,
+    dtype: DType,
+    shard_bytes: usize,
+    parts: Parts<B, impl Fn(&str) -> Tensor<B, 1>, impl Fn(&str, [usize; 2]) -> Tensor<B, 2>>,
+) -> Llama<B> {
+    let norm = |name: &str, dtype| RmsNorm { weight: (parts.norm)(name), eps: config.rms_norm_eps, dtype };
+    let layers = (0..config.num_hidden_layers).map(|layer| {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = std::array::from_fn(|i| {
+            Linear::frozen((parts.linear)(&name(LINEAR_NAMES[i]), linear_shapes(config)[i]))
+        });
+        DecoderLayer {
+            input_layernorm: norm(&name("input_layernorm"), dtype),
+            self_attn: Attention { q_proj, k_proj, v_proj, o_proj, head_dim: config.head_dim },
+            post_attention_layernorm: norm(&name("post_attention_layernorm"), dtype),
+            mlp: Mlp { gate_proj, up_proj, down_proj },
+        }
+    });
+    Llama {
+        config: config.clone(),
+        layers: layers.collect(),
+        // The head's logits and their softmax are f32, and few rows get there.
+        norm: norm("model.norm.weight", DType::F32),
+        embed_tokens: parts.embed_tokens,
+        lm_head: Head { shards: parts.head_shards, chunk_bytes: shard_bytes.min(64 << 20) },
+    }
+}
+
+/// Loads a Llama model, with frozen matrices and activations in `dtype`: `f32` or `f16`. Matrices of the vocabulary's size are split
+/// into shards of at most `shard_bytes`.
 ///
 /// A tied model may come with `embed_tokens`, with `lm_head` or with both; the embedding counts.
 ///
@@ -281,6 +374,7 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
 pub fn load_llama<B: Backend>(
     checkpoint: &Checkpoint,
     config: &LlamaConfig,
+    dtype: DType,
     shard_bytes: usize,
     device: &B::Device,
 ) -> Result<Llama<B>> {
@@ -301,40 +395,11 @@ pub fn load_llama<B: Backend>(
     // Old conversions store the rotary frequencies, which follow from the configuration.
     checkpoint.check(&expected, |name| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD))?;
 
-    let norm = |name: &str| RmsNorm {
-        weight: checkpoint.tensor(name, device),
-        eps: config.rms_norm_eps,
-        dtype: DType::F32,
-    };
-    let layers = (0..config.num_hidden_layers).map(|layer| {
-        let linear = |part: &str| {
-            Linear::frozen(checkpoint.tensor(&format!("model.layers.{layer}.{part}.weight"), device))
-        };
-        DecoderLayer {
-            input_layernorm: norm(&format!("model.layers.{layer}.input_layernorm.weight")),
-            self_attn: Attention {
-                q_proj: linear("self_attn.q_proj"),
-                k_proj: linear("self_attn.k_proj"),
-                v_proj: linear("self_attn.v_proj"),
-                o_proj: linear("self_attn.o_proj"),
-                head_dim: config.head_dim,
-            },
-            post_attention_layernorm: norm(&format!("model.layers.{layer}.post_attention_layernorm.weight")),
-            mlp: Mlp {
-                gate_proj: linear("mlp.gate_proj"),
-                up_proj: linear("mlp.up_proj"),
-                down_proj: linear("mlp.down_proj"),
-            },
-        }
-    });
-    Ok(Llama {
-        config: config.clone(),
+    let parts = Parts {
+        norm: |name: &str| checkpoint.tensor(name, device),
+        linear: |name: &str, _| checkpoint.tensor_as(name, dtype, device),
         embed_tokens: checkpoint.host_matrix(embed),
-        layers: layers.collect(),
-        norm: norm("model.norm.weight"),
-        lm_head: Head {
-            shards: checkpoint.sharded(head, shard_bytes, device),
-            chunk_bytes: shard_bytes.min(64 << 20),
-        },
-    })
+        head_shards: checkpoint.sharded(head, dtype, shard_bytes, device),
+    };
+    Ok(assemble(config, dtype, shard_bytes, parts))
 }

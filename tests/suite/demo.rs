@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
+use burn::tensor::DType;
 use burn_flex::Flex;
 use orpo_wgpu::infer::generate::{GenerationConfig, answer};
 use orpo_wgpu::model::Llama;
@@ -11,7 +12,14 @@ use orpo_wgpu::model::load::load_llama;
 use orpo_wgpu::{demo, lora};
 
 fn base() -> Llama<Flex> {
-    load_llama(&demo::checkpoint().unwrap(), &demo::config().unwrap(), 1 << 30, &Default::default()).unwrap()
+    load_llama(
+        &demo::checkpoint().unwrap(),
+        &demo::config().unwrap(),
+        DType::F32,
+        1 << 30,
+        &Default::default(),
+    )
+    .unwrap()
 }
 
 fn answers(model: &Llama<Flex>) -> Vec<String> {

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 use orpo_wgpu::data::batch::{LossCompat, pack};
@@ -72,7 +72,7 @@ impl Case {
     fn model<B: Kernels>(&self, device: &B::Device) -> Llama<B> {
         let config = LlamaConfig::read(&self.folder.join("model/config.json")).unwrap();
         let checkpoint = Checkpoint::open_folder(&self.folder.join("model")).unwrap();
-        load_llama(&checkpoint, &config, 200 * config.hidden_size * 4, device).unwrap()
+        load_llama(&checkpoint, &config, DType::F32, 200 * config.hidden_size * 4, device).unwrap()
     }
 
     pub(crate) fn adapted<B: Kernels>(&self, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::DType;
 use burn::tensor::backend::Backend;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
@@ -42,7 +43,7 @@ fn golden(name: &str) -> PathBuf {
 
 fn load<B: Backend>(folder: &Path, device: &B::Device) -> Llama<B> {
     let config = LlamaConfig::read(&folder.join("config.json")).unwrap();
-    load_llama(&Checkpoint::open_folder(folder).unwrap(), &config, 1 << 27, device).unwrap()
+    load_llama(&Checkpoint::open_folder(folder).unwrap(), &config, DType::F32, 1 << 27, device).unwrap()
 }
 
 fn json(path: &Path) -> Value {

@@ -17,6 +17,7 @@ mod gpu {
     mod token_logps;
 }
 mod infer;
+mod load;
 mod packing;
 mod plain;
 mod shaders;

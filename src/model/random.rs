@@ -1,0 +1,57 @@
+//! Models with random weights, for measuring: time and memory do not depend on the values.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Distribution, Tensor, backend::Backend};
+use half::f16;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use super::load::{HostMatrix, Parts, assemble, in_shards};
+use super::{Llama, LlamaConfig};
+
+/// transformers' `initializer_range`.
+const STANDARD_DEVIATION: f64 = 0.02;
+/// Prime, so that the rows of an embedding of the usual widths begin at different places of the values that they share.
+const EMBEDDING_VALUES: usize = 65_537;
+
+impl<B: Backend> Llama<B> {
+    /// A model of the shape that `config` tells, with frozen matrices and activations in `dtype`, `f32` or `f16`: norms are ones,
+    /// everything else is random about zero. Matrices of the vocabulary's size come in shards of at most `shard_bytes`.
+    ///
+    /// The head is its own, also where it is the embedding in `config`.
+    pub fn random(config: &LlamaConfig, dtype: DType, shard_bytes: usize, device: &B::Device) -> Self {
+        let matrix = |shape: [usize; 2]| {
+            Tensor::<B, 2>::random(shape, Distribution::Normal(0.0, STANDARD_DEVIATION), (device, dtype))
+        };
+        let vocabulary = [config.vocab_size, config.hidden_size];
+        let shard = |rows: Range<usize>, n_columns: usize| matrix([rows.len(), n_columns]);
+        let parts = Parts {
+            norm: |_: &str| Tensor::ones([config.hidden_size], (device, DType::F32)),
+            linear: |_: &str, shape| matrix(shape),
+            embed_tokens: random_embedding(vocabulary, dtype),
+            head_shards: in_shards(vocabulary, dtype, shard_bytes, shard),
+        };
+        assemble(config, dtype, shard_bytes, parts)
+    }
+}
+
+/// An embedding of uniform values with the same standard deviation, always the same.
+fn random_embedding(shape: [usize; 2], dtype: DType) -> HostMatrix {
+    let mut rng = StdRng::seed_from_u64(0);
+    let bound = (STANDARD_DEVIATION * 3f64.sqrt()) as f32;
+    let mut period = Vec::with_capacity(EMBEDDING_VALUES * dtype.size());
+    for _ in 0..EMBEDDING_VALUES {
+        let value: f32 = rng.random_range(-bound..bound);
+        match dtype {
+            DType::F16 => period.extend(f16::from_f32(value).to_le_bytes()),
+            _ => period.extend(value.to_le_bytes()),
+        }
+    }
+    let n_bytes = shape[0] * shape[1] * dtype.size();
+    let mut bytes = Vec::with_capacity(n_bytes);
+    while bytes.len() < n_bytes {
+        bytes.extend(&period[..period.len().min(n_bytes - bytes.len())]);
+    }
+    HostMatrix::new(bytes, dtype, shape)
+}
