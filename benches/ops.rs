@@ -20,6 +20,10 @@ use orpo_wgpu::ops::orpo_loss::{
 use orpo_wgpu::ops::rms_norm::{rms_norm, rms_norm_backward, rms_norm_reference};
 use orpo_wgpu::ops::rope::{RopeTable, rope, rope_backward, rope_reference};
 use orpo_wgpu::ops::swiglu::{swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference};
+use orpo_wgpu::ops::token_logps::{
+    Expected, Head, ScoredToken, token_logps, token_logps_backward, token_logps_backward_reference,
+    token_logps_reference,
+};
 
 type Tracked = Autodiff<Wgpu>;
 
@@ -89,6 +93,15 @@ fn median(times: &mut Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
+fn report(op: &str, shape: &str, ours: Times, burn: Times) {
+    for (what, mut ours, mut burn) in
+        [("forward", ours.forward, burn.forward), ("backward", ours.backward, burn.backward)]
+    {
+        let (ours, burn) = (median(&mut ours), median(&mut burn));
+        println!("{op} {what:8} {shape}: {ours:8.2} ms, burn {burn:8.2} ms, ratio {:.2}", burn / ours);
+    }
+}
+
 fn bench_lora_linear(device: &WgpuDevice) {
     for [tokens, n_in, n_out, r] in LORA_LINEAR {
         let tensor =
@@ -104,16 +117,7 @@ fn bench_lora_linear(device: &WgpuDevice) {
             step(&inputs, device, &mut ours);
             plain_step(&inputs, device, &mut burn);
         }
-        for (what, ours, burn) in [
-            ("forward", &mut ours.forward, &mut burn.forward),
-            ("backward", &mut ours.backward, &mut burn.backward),
-        ] {
-            let (ours, burn) = (median(ours), median(burn));
-            println!(
-                "lora_linear {what:8} tokens {tokens}, {n_in} -> {n_out}, r {r}: {ours:8.2} ms, burn {burn:8.2} ms, ratio {:.2}",
-                burn / ours
-            );
-        }
+        report("lora_linear", &format!("tokens {tokens}, {n_in} -> {n_out}, r {r}"), ours, burn);
     }
 }
 
@@ -289,6 +293,40 @@ fn bench_adamw(device: &WgpuDevice) {
     }
 }
 
+/// Rows, hidden, vocabulary.
+const TOKEN_LOGPS: [[usize; 3]; 2] = [[64, 16, 32_000], [64, 512, 32_000]];
+/// Rows of a shard of the vocabulary.
+const SHARD_ROWS: usize = 8192;
+
+/// The head's softmax, gather and gradient, ours and in burn's ops around burn's products: chunks and shards are the same.
+fn bench_token_logps(device: &WgpuDevice) {
+    for [n_rows, n_hidden, vocab] in TOKEN_LOGPS {
+        let random =
+            |rows| Tensor::<Wgpu, 2>::random([rows, n_hidden], Distribution::Uniform(-0.1, 0.1), device);
+        let shards = (0..vocab).step_by(SHARD_ROWS).map(|first_id| random(SHARD_ROWS.min(vocab - first_id)));
+        let head = Head { shards: shards.collect(), chunk_bytes: 64 << 20 };
+        let hidden = random(n_rows);
+        let token = |row: usize| ScoredToken { row_idx: row as u32, target: (row * 7919 % vocab) as u32 };
+        let scored: Vec<_> = (0..n_rows).map(token).collect();
+        let dlogps = Tensor::<Wgpu, 1>::random([n_rows], Distribution::Default, device);
+        let (mut ours, mut burn) = (Times::default(), Times::default());
+        for _ in 0..WARM_UPS + RUNS {
+            let (forward, ms) = time(device, || token_logps(hidden.clone(), &head, &scored, Expected::Keep));
+            ours.forward.push(ms);
+            let (_, ms) = time(device, || token_logps_backward(dlogps.clone(), forward, &head, &scored));
+            ours.backward.push(ms);
+            let (forward, ms) =
+                time(device, || token_logps_reference(hidden.clone(), &head, &scored, Expected::Keep));
+            burn.forward.push(ms);
+            let expected = forward.expected.expect("the forward pass kept it");
+            let (_, ms) =
+                time(device, || token_logps_backward_reference(dlogps.clone(), expected, &head, &scored));
+            burn.backward.push(ms);
+        }
+        report("token_logps", &format!("{n_rows} rows, {n_hidden} -> {vocab}"), ours, burn);
+    }
+}
+
 fn main() {
     let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
     let device = WgpuDevice::DefaultDevice;
@@ -315,5 +353,8 @@ fn main() {
     }
     if "adamw".contains(&wanted) {
         bench_adamw(&device);
+    }
+    if "token_logps".contains(&wanted) {
+        bench_token_logps(&device);
     }
 }

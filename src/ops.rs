@@ -146,7 +146,7 @@ pub trait Kernels: Backend {
         scored: &[ScoredToken],
         expected: Expected,
     ) -> TokenLogps<Self> {
-        token_logps::forward_reference(hidden, head, scored, expected)
+        token_logps::token_logps_reference(hidden, head, scored, expected)
     }
 
     /// See [`token_logps_backward`](token_logps::token_logps_backward).
@@ -156,7 +156,7 @@ pub trait Kernels: Backend {
         head: &Head<Self>,
         scored: &[ScoredToken],
     ) -> Tensor<Self, 2> {
-        token_logps::backward_reference(dlogps, expected, head, scored)
+        token_logps::token_logps_backward_reference(dlogps, expected, head, scored)
     }
 
     /// The statistics of [`orpo_loss`](orpo_loss::orpo_loss): `[pairs, 5]` from `logps: [entries]`.

@@ -6,6 +6,7 @@
 //! `Wᵀ softmax(z)` of every row, and [`token_logps_backward`] applies the weights: two products with the head a row, no second
 //! forward. The weight is `f32` or `f16`; hidden states, logits, softmax and log-sum-exp are `f32`.
 
+mod entries;
 mod fused;
 mod kernel;
 mod reference;
@@ -17,7 +18,7 @@ use super::Kernels;
 use super::lora_linear::lora_linear;
 
 pub(super) use fused::{backward as backward_fused, forward as forward_fused};
-pub(super) use reference::{backward as backward_reference, forward as forward_reference};
+pub use reference::{token_logps_backward_reference, token_logps_reference};
 
 /// One scored token: a target for a row of the hidden states. A row may have more than one target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

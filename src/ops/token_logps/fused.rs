@@ -9,73 +9,13 @@ use burn_cubecl::cubecl::server::Handle;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
+use super::entries::{Entries, Slots};
 use super::kernel::{ROW_THREADS, add_targets, log_probabilities, merge, softmax_shard, subtract_expected};
 use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
 use crate::ops::{Kernels, to_f32};
 
 /// What WebGPU guarantees in each dimension of a dispatch.
 const MAX_CUBES: u32 = 65_535;
-
-/// The entries grouped by row, as the kernels read them: where each row's begin and the last ends, then their targets, then their
-/// places in the list that they came in.
-struct Entries {
-    words: Vec<u32>,
-    targets_at: usize,
-    order_at: usize,
-}
-
-impl Entries {
-    fn new(scored: &[ScoredToken], n_rows: usize) -> Self {
-        let mut order: Vec<u32> = (0..scored.len() as u32).collect();
-        order.sort_by_key(|&i| scored[i as usize].row_idx);
-        let mut words = vec![0; n_rows + 1];
-        for token in scored {
-            words[token.row_idx as usize + 1] += 1;
-        }
-        for row in 0..n_rows {
-            words[row + 1] += words[row];
-        }
-        let targets_at = words.len();
-        words.extend(order.iter().map(|&i| scored[i as usize].target));
-        let order_at = words.len();
-        words.extend(order);
-        Self { words, targets_at, order_at }
-    }
-}
-
-/// The entries grouped by shard and row: for each such group its row and the range of its entries, then for each entry its place in
-/// the list that it came in and its target's row in the shard.
-struct Slots {
-    words: Vec<u32>,
-    /// Where each shard's groups begin, and how many there are.
-    shards: Vec<(usize, usize)>,
-    entries_at: usize,
-}
-
-impl Slots {
-    fn new(scored: &[ScoredToken], first_ids: &[usize]) -> Self {
-        let shard_of = |token: &ScoredToken| first_ids.partition_point(|&id| id <= token.target as usize) - 1;
-        let mut order: Vec<(usize, u32, u32)> =
-            (0u32..).zip(scored).map(|(i, token)| (shard_of(token), token.row_idx, i)).collect();
-        order.sort_unstable();
-        let (mut words, mut shards) = (Vec::new(), vec![(0, 0); first_ids.len()]);
-        let mut start = 0;
-        for group in order.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
-            let (shard, row, _) = group[0];
-            if shards[shard].1 == 0 {
-                shards[shard].0 = words.len();
-            }
-            shards[shard].1 += 1;
-            let end = start + group.len() as u32;
-            words.extend([row, start, end]);
-            start = end;
-        }
-        let entries_at = words.len();
-        let target = |i: u32| scored[i as usize].target;
-        words.extend(order.iter().flat_map(|&(shard, _, i)| [i, target(i) - first_ids[shard] as u32]));
-        Self { words, shards, entries_at }
-    }
-}
 
 /// [`Kernels::token_logps_forward`] in kernels.
 pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPrimitive = CubeTensor<R>>>(

@@ -1,6 +1,6 @@
 //! The head's kernels: everything but its products.
 //!
-//! `entries` is one list of integers in sections, of which a kernel is told the offsets; see `Entries` and `Slots` in `fused.rs`.
+//! `entries` is one list of integers in sections, of which a kernel is told the offsets; see `Entries` and `Slots` in `entries.rs`.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;

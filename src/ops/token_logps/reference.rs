@@ -7,7 +7,7 @@ use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
 use crate::ops::to_f32;
 
 /// [`Kernels::token_logps_forward`](crate::ops::Kernels::token_logps_forward) in plain burn tensors.
-pub(in crate::ops) fn forward<B: Backend>(
+pub fn token_logps_reference<B: Backend>(
     hidden: Tensor<B, 2>,
     head: &Head<B>,
     scored: &[ScoredToken],
@@ -86,7 +86,7 @@ impl<B: Backend> PartialSoftmax<B> {
 }
 
 /// [`Kernels::token_logps_backward`](crate::ops::Kernels::token_logps_backward) in plain burn tensors.
-pub(in crate::ops) fn backward<B: Backend>(
+pub fn token_logps_backward_reference<B: Backend>(
     dlogps: Tensor<B, 1>,
     expected: ExpectedRows<B>,
     head: &Head<B>,
