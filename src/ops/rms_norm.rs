@@ -76,6 +76,11 @@ pub fn rms_norm_backward_reference<B: Backend>(
     }
 }
 
+/// The most threads that share a row on a GPU.
+pub const GPU_THREADS: u32 = THREADS;
+/// The most threads that share a row on a software adapter, where barriers cost more than the row.
+pub const SOFTWARE_THREADS: u32 = 16;
+
 /// How a row is shared out over the threads of its cube.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct RowPlan {
@@ -91,13 +96,13 @@ struct RowPlan {
 }
 
 impl RowPlan {
-    /// Vectors of four that a thread has registers for; with [`THREADS`] this holds rows of 8192.
+    /// Vectors that a thread has registers for; with [`GPU_THREADS`] this holds rows of 8192.
     const HELD: usize = 8;
 
-    fn new(hidden: usize) -> Self {
+    fn new(hidden: usize, most_threads: u32) -> Self {
         let width = vector_width(hidden);
         let vectors = hidden / width;
-        let threads = (vectors as u32).next_power_of_two().clamp(32, THREADS);
+        let threads = (vectors as u32).next_power_of_two().clamp(most_threads.min(32), most_threads);
         let steps = vectors.div_ceil(threads as usize);
         Self { width, vectors, threads, steps, is_held: steps <= Self::HELD }
     }
@@ -204,15 +209,16 @@ fn backward_kernel<F: Float, N: Size>(
     }
 }
 
-/// Launches forward: a row a cube.
-pub(super) fn launch_forward<R: CubeRuntime>(
+/// Launches forward: a row a cube of at most `most_threads`, a power of two.
+pub fn launch_forward<R: CubeRuntime>(
     x: CubeTensor<R>,
     weight: CubeTensor<R>,
     eps: f64,
     dtype: DType,
+    most_threads: u32,
 ) -> CubeTensor<R> {
     let [rows, hidden] = [0, 1].map(|i| x.meta.shape()[i]);
-    let plan = RowPlan::new(hidden);
+    let plan = RowPlan::new(hidden, most_threads);
     let client = x.client.clone();
     let (cubes, cube) = one_cube_each(&client, rows, plan.threads);
     let y = empty(&x, x.meta.shape().clone(), dtype);
@@ -237,16 +243,17 @@ pub(super) fn launch_forward<R: CubeRuntime>(
     y
 }
 
-/// Launches backward: a row a cube; over `sum` where it can.
-pub(super) fn launch_backward<R: CubeRuntime>(
+/// Launches backward: a row a cube of at most `most_threads`, a power of two; over `sum` where it can.
+pub fn launch_backward<R: CubeRuntime>(
     dy: CubeTensor<R>,
     x: CubeTensor<R>,
     weight: CubeTensor<R>,
     eps: f64,
     sum: Option<CubeTensor<R>>,
+    most_threads: u32,
 ) -> CubeTensor<R> {
     let [rows, hidden] = [0, 1].map(|i| x.meta.shape()[i]);
-    let plan = RowPlan::new(hidden);
+    let plan = RowPlan::new(hidden, most_threads);
     let (client, dtype, has_sum) = (x.client.clone(), dy.dtype, sum.is_some());
     let (cubes, cube) = one_cube_each(&client, rows, plan.threads);
     // Without a sum its place is taken by `x`, which is held twice and so stays as it is.

@@ -105,7 +105,9 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         eps: f64,
         dtype: DType,
     ) -> Tensor<Self, 2> {
-        tensor(rms_norm::launch_forward(stored_f32(x), stored_f32(weight), eps, dtype))
+        let (x, weight) = (stored_f32(x), stored_f32(weight));
+        let threads = Device::of(&x).norm_threads;
+        tensor(rms_norm::launch_forward(x, weight, eps, dtype, threads))
     }
 
     fn rms_norm_backward(
@@ -116,7 +118,8 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         sum: Option<Tensor<Self, 2>>,
     ) -> Tensor<Self, 2> {
         let (x, weight, sum) = (stored_f32(x), stored_f32(weight), sum.map(stored_f32));
-        tensor(rms_norm::launch_backward(stored(dy), x, weight, eps, sum))
+        let threads = Device::of(&x).norm_threads;
+        tensor(rms_norm::launch_backward(stored(dy), x, weight, eps, sum, threads))
     }
 
     fn rope_forward(x: Tensor<Self, 3>, table: &RopeTable<Self>) -> Tensor<Self, 3> {
@@ -246,16 +249,18 @@ fn rotate<B: Backend<FloatTensorPrimitive = Floats>>(
     tensor(rope::launch(stored(x), cos, sin, direction))
 }
 
-/// What a product is cut for.
+/// What work is cut for.
 #[derive(Clone, Copy)]
 struct Device {
     tiles: &'static [Tile],
     /// How many workgroups keep it busy.
     busy: u32,
+    /// The most threads that share a row of a norm.
+    norm_threads: u32,
 }
 
-const GPU: Device = Device { tiles: &Tile::GPU, busy: 128 };
-const SOFTWARE: Device = Device { tiles: &Tile::SOFTWARE, busy: 4 };
+const GPU: Device = Device { tiles: &Tile::GPU, busy: 128, norm_threads: rms_norm::GPU_THREADS };
+const SOFTWARE: Device = Device { tiles: &Tile::SOFTWARE, busy: 4, norm_threads: rms_norm::SOFTWARE_THREADS };
 
 impl Device {
     fn of(tensor: &Floats) -> Self {
