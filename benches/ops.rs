@@ -294,7 +294,7 @@ fn bench_adamw(device: &WgpuDevice) {
 }
 
 /// Rows, hidden, vocabulary.
-const TOKEN_LOGPS: [[usize; 3]; 2] = [[64, 16, 32_000], [64, 512, 32_000]];
+const TOKEN_LOGPS: [[usize; 3]; 2] = [[16, 512, 32_000], [64, 512, 32_000]];
 /// Rows of a shard of the vocabulary.
 const SHARD_ROWS: usize = 8192;
 

@@ -10,6 +10,7 @@ pub mod llama;
 pub mod load;
 pub mod mlp;
 pub mod norm;
+mod parts;
 pub mod random;
 pub mod rope;
 

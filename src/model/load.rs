@@ -13,17 +13,9 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
 use super::LlamaConfig;
-use super::attention::Attention;
-use super::linear::Linear;
-use super::llama::{DecoderLayer, LINEAR_NAMES, Llama};
-use super::mlp::Mlp;
-use super::norm::RmsNorm;
+use super::llama::{LINEAR_NAMES, Llama};
+use super::parts::{Parts, assemble, in_shards, linear_shapes};
 use crate::error::{Error, Result};
-use crate::ops::token_logps::Head;
-
-/// The most rows of a shard of the head. Enough for a product to run at full speed; with few, a chunk of logits stays small while it
-/// covers all scored rows, so that the head is read once a batch.
-const MAX_SHARD_ROWS: usize = 8192;
 
 /// The bytes of a file: mapped, or part of the executable.
 type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
@@ -264,18 +256,6 @@ fn upload<B: Backend, const D: usize>(
     Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
 }
 
-/// Makes a matrix in shards of rows, each at most `shard_bytes` in `dtype`, from what makes a range of rows of so many columns.
-pub(super) fn in_shards<B: Backend>(
-    [n_rows, n_columns]: [usize; 2],
-    dtype: DType,
-    shard_bytes: usize,
-    shard: impl Fn(Range<usize>, usize) -> Tensor<B, 2>,
-) -> Vec<Tensor<B, 2>> {
-    let shard_rows = (shard_bytes / (n_columns * dtype.size())).clamp(1, MAX_SHARD_ROWS);
-    let starts = (0..n_rows).step_by(shard_rows);
-    starts.map(|start| shard(start..(start + shard_rows).min(n_rows), n_columns)).collect()
-}
-
 fn damaged(path: &Path, content: &[u8], error: &SafeTensorError) -> Error {
     // The header's own length is the first 8 bytes; a file shorter than it was cut off.
     let header = content.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
@@ -302,14 +282,6 @@ fn truncated(path: &Path, expected: usize, got: usize) -> Error {
     .with_hint("fetch the file again")
 }
 
-/// Shapes of a layer's linears, `[out, in]`, in the order of [`LINEAR_NAMES`].
-fn linear_shapes(config: &LlamaConfig) -> [[usize; 2]; 7] {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    [[q, hidden], [kv, hidden], [kv, hidden], [hidden, q], [inner, hidden], [inner, hidden], [hidden, inner]]
-}
-
 /// Names and shapes of a model's tensors, without embedding and head.
 fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     let hidden = config.hidden_size;
@@ -322,46 +294,6 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
         tensors.extend(linears.map(|(part, shape)| (name(part), shape.to_vec())));
     }
     tensors
-}
-
-/// Where the parts of a model come from.
-pub(super) struct Parts<B: Backend, N, L> {
-    /// `[hidden]` of a name.
-    pub(super) norm: N,
-    /// `[out, in]` of a name and a shape, in the model's dtype.
-    pub(super) linear: L,
-    pub(super) embed_tokens: HostMatrix,
-    pub(super) head_shards: Vec<Tensor<B, 2>>,
-}
-
-/// Puts a model together whose activations are `dtype`.
-pub(super) fn assemble<B: Backend>(
-    config: &LlamaConfig,
-    dtype: DType,
-    shard_bytes: usize,
-    parts: Parts<B, impl Fn(&str) -> Tensor<B, 1>, impl Fn(&str, [usize; 2]) -> Tensor<B, 2>>,
-) -> Llama<B> {
-    let norm = |name: &str, dtype| RmsNorm { weight: (parts.norm)(name), eps: config.rms_norm_eps, dtype };
-    let layers = (0..config.num_hidden_layers).map(|layer| {
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = std::array::from_fn(|i| {
-            Linear::frozen((parts.linear)(&name(LINEAR_NAMES[i]), linear_shapes(config)[i]))
-        });
-        DecoderLayer {
-            input_layernorm: norm(&name("input_layernorm"), dtype),
-            self_attn: Attention { q_proj, k_proj, v_proj, o_proj, head_dim: config.head_dim },
-            post_attention_layernorm: norm(&name("post_attention_layernorm"), dtype),
-            mlp: Mlp { gate_proj, up_proj, down_proj },
-        }
-    });
-    Llama {
-        config: config.clone(),
-        layers: layers.collect(),
-        // The head's logits and their softmax are f32, and few rows get there.
-        norm: norm("model.norm.weight", DType::F32),
-        embed_tokens: parts.embed_tokens,
-        lm_head: Head { shards: parts.head_shards, chunk_bytes: shard_bytes.min(64 << 20) },
-    }
 }
 
 /// Loads a Llama model, with frozen matrices and activations in `dtype`: `f32` or `f16`. Matrices of the vocabulary's size are split

@@ -1,0 +1,78 @@
+//! A model out of its tensors, wherever they come from.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Tensor, backend::Backend};
+
+use super::LlamaConfig;
+use super::attention::Attention;
+use super::linear::Linear;
+use super::llama::{DecoderLayer, LINEAR_NAMES, Llama};
+use super::load::HostMatrix;
+use super::mlp::Mlp;
+use super::norm::RmsNorm;
+use crate::ops::token_logps::Head;
+
+/// The most rows of a shard of the head. Enough for a product to run at full speed; with few, a chunk of logits stays small while it
+/// covers all scored rows, so that the head is read once a batch.
+const MAX_SHARD_ROWS: usize = 8192;
+
+/// Shapes of a layer's linears, `[out, in]`, in the order of [`LINEAR_NAMES`].
+pub(super) fn linear_shapes(config: &LlamaConfig) -> [[usize; 2]; 7] {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let q = config.num_attention_heads * config.head_dim;
+    let kv = config.num_key_value_heads * config.head_dim;
+    [[q, hidden], [kv, hidden], [kv, hidden], [hidden, q], [inner, hidden], [inner, hidden], [hidden, inner]]
+}
+
+/// Where the parts of a model come from.
+pub(super) struct Parts<B: Backend, N, L> {
+    /// `[hidden]` of a name.
+    pub(super) norm: N,
+    /// `[out, in]` of a name and a shape, in the model's dtype.
+    pub(super) linear: L,
+    pub(super) embed_tokens: HostMatrix,
+    pub(super) head_shards: Vec<Tensor<B, 2>>,
+}
+
+/// Puts a model together whose activations are `dtype`.
+pub(super) fn assemble<B: Backend>(
+    config: &LlamaConfig,
+    dtype: DType,
+    shard_bytes: usize,
+    parts: Parts<B, impl Fn(&str) -> Tensor<B, 1>, impl Fn(&str, [usize; 2]) -> Tensor<B, 2>>,
+) -> Llama<B> {
+    let norm = |name: &str, dtype| RmsNorm { weight: (parts.norm)(name), eps: config.rms_norm_eps, dtype };
+    let layers = (0..config.num_hidden_layers).map(|layer| {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = std::array::from_fn(|i| {
+            Linear::frozen((parts.linear)(&name(LINEAR_NAMES[i]), linear_shapes(config)[i]))
+        });
+        DecoderLayer {
+            input_layernorm: norm(&name("input_layernorm"), dtype),
+            self_attn: Attention { q_proj, k_proj, v_proj, o_proj, head_dim: config.head_dim },
+            post_attention_layernorm: norm(&name("post_attention_layernorm"), dtype),
+            mlp: Mlp { gate_proj, up_proj, down_proj },
+        }
+    });
+    Llama {
+        config: config.clone(),
+        layers: layers.collect(),
+        // The head's logits and their softmax are f32, and few rows get there.
+        norm: norm("model.norm.weight", DType::F32),
+        embed_tokens: parts.embed_tokens,
+        lm_head: Head { shards: parts.head_shards, chunk_bytes: shard_bytes.min(64 << 20) },
+    }
+}
+
+/// Makes a matrix in shards of rows, each at most `shard_bytes` in `dtype`, from what makes a range of rows of so many columns.
+pub(super) fn in_shards<B: Backend>(
+    [n_rows, n_columns]: [usize; 2],
+    dtype: DType,
+    shard_bytes: usize,
+    shard: impl Fn(Range<usize>, usize) -> Tensor<B, 2>,
+) -> Vec<Tensor<B, 2>> {
+    let shard_rows = (shard_bytes / (n_columns * dtype.size())).clamp(1, MAX_SHARD_ROWS);
+    let starts = (0..n_rows).step_by(shard_rows);
+    starts.map(|start| shard(start..(start + shard_rows).min(n_rows), n_columns)).collect()
+}
