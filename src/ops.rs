@@ -19,6 +19,7 @@ pub mod token_logps;
 
 mod cube;
 pub mod kernel;
+pub mod profile;
 mod wgpu;
 
 use burn::tensor::backend::Backend;

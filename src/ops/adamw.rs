@@ -16,8 +16,8 @@ use burn::tensor::{Bool, DType, Shape, Tensor};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::Kernels;
-use super::cube::{THREADS, cube_sum, empty, lane_sum, one_thread_each, vector_width};
+use super::cube::{THREADS, bytes, cube_sum, empty, lane_sum, one_thread_each, vector_width};
+use super::{Kernels, profile};
 
 /// One step's settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -199,35 +199,41 @@ pub(super) fn launch_norm<R: CubeRuntime>(grads: Vec<CubeTensor<R>>) -> CubeTens
             arrays.push(grad.clone().into_array_arg());
             lengths.push(grad.meta.num_elements() / width);
         }
+        let bytes = bytes(&grads.iter().collect::<Vec<_>>());
+        let elements = bytes / size_of::<f32>();
         let cubes = CubeCount::new_2d(parts(grads), grads.len() as u32);
-        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: an index into a gradient is held against its length; there is a sum for every cube.
-        unsafe {
-            squares_kernel::launch_unchecked::<R>(
-                &client,
-                cubes,
-                CubeDim::new_1d(THREADS),
-                width,
-                arrays,
-                sums.clone().into_array_arg(),
-                lengths,
-                first_sum,
-            );
-        }
+        profile::kernel("grad_norm", 2 * elements, bytes, &client, || {
+            #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+            // SAFETY: an index into a gradient is held against its length; there is a sum for every cube.
+            unsafe {
+                squares_kernel::launch_unchecked::<R>(
+                    &client,
+                    cubes,
+                    CubeDim::new_1d(THREADS),
+                    width,
+                    arrays,
+                    sums.clone().into_array_arg(),
+                    lengths,
+                    first_sum,
+                );
+            }
+        });
         first_sum += grads.len() * parts(grads) as usize;
     }
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: an index is held against the number of sums.
-    unsafe {
-        norm_kernel::launch_unchecked::<R>(
-            &client,
-            CubeCount::new_single(),
-            CubeDim::new_1d(THREADS),
-            sums.into_array_arg(),
-            norm.clone().into_array_arg(),
-            n_sums,
-        );
-    }
+    profile::kernel("grad_norm root", n_sums, 4 * n_sums, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: an index is held against the number of sums.
+        unsafe {
+            norm_kernel::launch_unchecked::<R>(
+                &client,
+                CubeCount::new_single(),
+                CubeDim::new_1d(THREADS),
+                sums.into_array_arg(),
+                norm.clone().into_array_arg(),
+                n_sums,
+            );
+        }
+    });
     norm
 }
 
@@ -247,29 +253,32 @@ pub(super) fn launch_update<R: CubeRuntime>(
     let width = vector_width(parameter.meta.num_elements());
     let vectors = parameter.meta.num_elements() / width;
     let (cubes, cube) = one_thread_each(&client, vectors);
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: the one index is held against the number of vectors, which all arrays have.
-    unsafe {
-        update_kernel::launch_unchecked::<R>(
-            &client,
-            cubes,
-            cube,
-            width,
-            grad.into_array_arg(),
-            norm.into_array_arg(),
-            parameter.clone().into_array_arg(),
-            m.clone().into_array_arg(),
-            v.clone().into_array_arg(),
-            vectors,
-            max_grad_norm as f32,
-            (beta1 as f32, beta2 as f32),
-            ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
-            (1.0 - learning_rate * weight_decay) as f32,
-            (learning_rate / correction1) as f32,
-            (1.0 / correction2.sqrt()) as f32,
-            epsilon as f32,
-            max_grad_norm > 0.0,
-        );
-    }
+    let bytes = bytes(&[&grad, &parameter, &m, &v, &parameter, &m, &v]);
+    profile::kernel("adamw", 15 * vectors * width, bytes, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: the one index is held against the number of vectors, which all arrays have.
+        unsafe {
+            update_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                cube,
+                width,
+                grad.into_array_arg(),
+                norm.into_array_arg(),
+                parameter.clone().into_array_arg(),
+                m.clone().into_array_arg(),
+                v.clone().into_array_arg(),
+                vectors,
+                max_grad_norm as f32,
+                (beta1 as f32, beta2 as f32),
+                ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
+                (1.0 - learning_rate * weight_decay) as f32,
+                (learning_rate / correction1) as f32,
+                (1.0 / correction2.sqrt()) as f32,
+                epsilon as f32,
+                max_grad_norm > 0.0,
+            );
+        }
+    });
     (parameter, [m, v])
 }

@@ -32,6 +32,11 @@ pub(super) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, shape: Shape, dtype: D
     CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
 }
 
+/// What the tensors take.
+pub(super) fn bytes<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> usize {
+    tensors.iter().map(|tensor| tensor.meta.num_elements() * tensor.dtype.size()).sum()
+}
+
 /// The most elements, at most four, that a thread can load at once from rows of `length`.
 pub(super) fn vector_width(length: usize) -> usize {
     [4, 2, 1].into_iter().find(|width| length.is_multiple_of(*width)).unwrap_or(1)

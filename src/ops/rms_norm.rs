@@ -10,8 +10,8 @@ use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::cube::{THREADS, cube_sum, empty, lane_sum, one_cube_each, overwrite, vector_width};
-use super::{Kernels, backward, cast, to_f32, tracked};
+use super::cube::{THREADS, bytes, cube_sum, empty, lane_sum, one_cube_each, overwrite, vector_width};
+use super::{Kernels, backward, cast, profile, to_f32, tracked};
 
 /// Normalizes every row by its root mean square.
 ///
@@ -96,15 +96,19 @@ struct RowPlan {
 }
 
 impl RowPlan {
-    /// Vectors that a thread has registers for; with [`GPU_THREADS`] this holds rows of 8192.
-    const HELD: usize = 8;
+    /// Vectors of a row that its cube keeps: eight a thread with [`GPU_THREADS`]. With [`SOFTWARE_THREADS`] they go to the
+    /// first-level cache, which still beats loading them again.
+    const HELD: usize = 2048;
+    /// Vectors that a thread keeps at most: the loops over them are unrolled.
+    const HELD_BY_THREAD: usize = 64;
 
     fn new(hidden: usize, most_threads: u32) -> Self {
         let width = vector_width(hidden);
         let vectors = hidden / width;
         let threads = (vectors as u32).next_power_of_two().clamp(most_threads.min(32), most_threads);
         let steps = vectors.div_ceil(threads as usize);
-        Self { width, vectors, threads, steps, is_held: steps <= Self::HELD }
+        let is_held = vectors <= Self::HELD && steps <= Self::HELD_BY_THREAD;
+        Self { width, vectors, threads, steps, is_held }
     }
 }
 
@@ -222,24 +226,27 @@ pub fn launch_forward<R: CubeRuntime>(
     let client = x.client.clone();
     let (cubes, cube) = one_cube_each(&client, rows, plan.threads);
     let y = empty(&x, x.meta.shape().clone(), dtype);
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: a place is held against the vectors of a row, and the row against the number of rows.
-    unsafe {
-        forward_kernel::launch_unchecked::<R>(
-            &client,
-            cubes,
-            cube,
-            plan.width,
-            x.into_array_arg(),
-            weight.into_array_arg(),
-            y.clone().into_array_arg(),
-            rows,
-            (1.0 / hidden as f64) as f32,
-            eps as f32,
-            plan,
-            dtype.into(),
-        );
-    }
+    let bytes = bytes(&[&x, &weight, &y]);
+    profile::kernel("rms_norm forward", 4 * rows * hidden, bytes, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: a place is held against the vectors of a row, and the row against the number of rows.
+        unsafe {
+            forward_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                cube,
+                plan.width,
+                x.into_array_arg(),
+                weight.into_array_arg(),
+                y.clone().into_array_arg(),
+                rows,
+                (1.0 / hidden as f64) as f32,
+                eps as f32,
+                plan,
+                dtype.into(),
+            );
+        }
+    });
     y
 }
 
@@ -256,28 +263,31 @@ pub fn launch_backward<R: CubeRuntime>(
     let plan = RowPlan::new(hidden, most_threads);
     let (client, dtype, has_sum) = (x.client.clone(), dy.dtype, sum.is_some());
     let (cubes, cube) = one_cube_each(&client, rows, plan.threads);
+    let bytes = bytes(&[&dy, &x, &weight, &x]) + sum.as_ref().map_or(0, |sum| bytes(&[sum]));
     // Without a sum its place is taken by `x`, which is held twice and so stays as it is.
     let dx = overwrite(sum.unwrap_or_else(|| x.clone()), 3);
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: a place is held against the vectors of a row, and the row against the number of rows.
-    unsafe {
-        backward_kernel::launch_unchecked::<R>(
-            &client,
-            cubes,
-            cube,
-            plan.width,
-            dy.into_array_arg(),
-            x.into_array_arg(),
-            weight.into_array_arg(),
-            dx.input,
-            dx.output,
-            rows,
-            (1.0 / hidden as f64) as f32,
-            eps as f32,
-            has_sum,
-            plan,
-            dtype.into(),
-        );
-    }
+    profile::kernel("rms_norm backward", 10 * rows * hidden, bytes, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: a place is held against the vectors of a row, and the row against the number of rows.
+        unsafe {
+            backward_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                cube,
+                plan.width,
+                dy.into_array_arg(),
+                x.into_array_arg(),
+                weight.into_array_arg(),
+                dx.input,
+                dx.output,
+                rows,
+                (1.0 / hidden as f64) as f32,
+                eps as f32,
+                has_sum,
+                plan,
+                dtype.into(),
+            );
+        }
+    });
     dx.tensor
 }

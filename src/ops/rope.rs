@@ -9,8 +9,8 @@ use burn::tensor::backend::Backend;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::cube::{one_thread_each, overwrite, vector_width};
-use super::{Kernels, cast, to_f32};
+use super::cube::{bytes, one_thread_each, overwrite, vector_width};
+use super::{Kernels, cast, profile, to_f32};
 
 /// Rotation angles' cosine and sine by row, `[tokens, head_dim / 2]` each, in `f32`.
 #[derive(Debug, Clone)]
@@ -101,25 +101,28 @@ pub(super) fn launch<R: CubeRuntime>(
     let width = vector_width(head_dim / 2);
     let (pairs, half) = (x.meta.num_elements() / (2 * width), head_dim / (2 * width));
     let (cubes, cube) = one_thread_each(&client, pairs);
+    let bytes = bytes(&[&x, &cos, &sin, &x]);
     let y = overwrite(x, 0);
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: a pair within the number of pairs gives two vectors of `x` and one of the table, whose shapes belong together.
-    unsafe {
-        rotate_kernel::launch_unchecked::<R>(
-            &client,
-            cubes,
-            cube,
-            width,
-            y.input,
-            cos.into_array_arg(),
-            sin.into_array_arg(),
-            y.output,
-            pairs,
-            direction,
-            heads,
-            half,
-            dtype.into(),
-        );
-    }
+    profile::kernel("rope", 6 * pairs * width, bytes, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: a pair within the number of pairs gives two vectors of `x` and one of the table, whose shapes belong together.
+        unsafe {
+            rotate_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                cube,
+                width,
+                y.input,
+                cos.into_array_arg(),
+                sin.into_array_arg(),
+                y.output,
+                pairs,
+                direction,
+                heads,
+                half,
+                dtype.into(),
+            );
+        }
+    });
     y.tensor
 }

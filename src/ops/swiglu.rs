@@ -13,8 +13,8 @@ use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::cube::{one_thread_each, overwrite, vector_width};
-use super::{Kernels, cast, to_f32};
+use super::cube::{bytes, one_thread_each, overwrite, vector_width};
+use super::{Kernels, cast, profile, to_f32};
 
 /// The largest `f16`.
 const F16_MAX: f32 = 65_504.0;
@@ -120,23 +120,26 @@ pub(super) fn launch_forward<R: CubeRuntime>(gate: CubeTensor<R>, up: CubeTensor
     let (client, dtype, elements) = (gate.client.clone(), gate.dtype, gate.meta.num_elements());
     let width = vector_width(elements);
     let (cubes, cube) = one_thread_each(&client, elements / width);
+    let bytes = bytes(&[&gate, &up, &gate]);
     let h = overwrite(gate, 0);
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: the one index is held against the number of vectors, which all arrays have.
-    unsafe {
-        forward_kernel::launch_unchecked::<R>(
-            &client,
-            cubes,
-            cube,
-            width,
-            h.input,
-            up.into_array_arg(),
-            h.output,
-            elements / width,
-            dtype == DType::F16,
-            dtype.into(),
-        );
-    }
+    profile::kernel("swiglu forward", 6 * elements, bytes, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: the one index is held against the number of vectors, which all arrays have.
+        unsafe {
+            forward_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                cube,
+                width,
+                h.input,
+                up.into_array_arg(),
+                h.output,
+                elements / width,
+                dtype == DType::F16,
+                dtype.into(),
+            );
+        }
+    });
     h.tensor
 }
 
@@ -150,23 +153,26 @@ pub(super) fn launch_backward<R: CubeRuntime>(
     let (client, dtype, elements) = (gate.client.clone(), gate.dtype, gate.meta.num_elements());
     let width = vector_width(elements);
     let (cubes, cube) = one_thread_each(&client, elements / width);
+    let bytes = bytes(&[&dh, &gate, &up, &gate, &up]);
     let (gate, up) = (overwrite(gate, 1), overwrite(up, 2));
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: the one index is held against the number of vectors, which all arrays have.
-    unsafe {
-        backward_kernel::launch_unchecked::<R>(
-            &client,
-            cubes,
-            cube,
-            width,
-            dh.into_array_arg(),
-            gate.input,
-            up.input,
-            gate.output,
-            up.output,
-            elements / width,
-            dtype.into(),
-        );
-    }
+    profile::kernel("swiglu backward", 11 * elements, bytes, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: the one index is held against the number of vectors, which all arrays have.
+        unsafe {
+            backward_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                cube,
+                width,
+                dh.into_array_arg(),
+                gate.input,
+                up.input,
+                gate.output,
+                up.output,
+                elements / width,
+                dtype.into(),
+            );
+        }
+    });
     (gate.tensor, up.tensor)
 }

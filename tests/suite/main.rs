@@ -10,6 +10,7 @@ mod gpu {
     mod adamw;
     mod lora_linear;
     mod orpo_loss;
+    mod profile;
     mod rms_norm;
     mod rope;
     mod swiglu;
