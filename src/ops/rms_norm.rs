@@ -91,24 +91,26 @@ struct RowPlan {
     threads: u32,
     /// Vectors of a row that a thread has.
     steps: usize,
-    /// Whether a thread keeps its vectors in registers, instead of loading them again for the second pass.
+    is_unrolled: bool,
+    /// Whether a thread keeps its vectors, instead of loading them again for the second pass.
     is_held: bool,
 }
 
 impl RowPlan {
-    /// Vectors of a row that its cube keeps: eight a thread with [`GPU_THREADS`]. With [`SOFTWARE_THREADS`] they go to the
-    /// first-level cache, which still beats loading them again.
-    const HELD: usize = 2048;
-    /// Vectors that a thread keeps at most: the loops over them are unrolled.
-    const HELD_BY_THREAD: usize = 64;
+    /// Vectors that a thread has registers for; with [`GPU_THREADS`] this holds rows of 8192.
+    const UNROLLED: usize = 8;
+    /// Vectors that a thread of a software adapter keeps: in the first-level cache, which still beats loading them again.
+    /// Unrolled loops over them would take minutes to compile.
+    const HELD: usize = 64;
 
     fn new(hidden: usize, most_threads: u32) -> Self {
         let width = vector_width(hidden);
         let vectors = hidden / width;
         let threads = (vectors as u32).next_power_of_two().clamp(most_threads.min(32), most_threads);
         let steps = vectors.div_ceil(threads as usize);
-        let is_held = vectors <= Self::HELD && steps <= Self::HELD_BY_THREAD;
-        Self { width, vectors, threads, steps, is_held }
+        let is_unrolled = steps <= Self::UNROLLED;
+        let is_held = is_unrolled || most_threads <= SOFTWARE_THREADS && steps <= Self::HELD;
+        Self { width, vectors, threads, steps, is_unrolled, is_held }
     }
 }
 
@@ -128,7 +130,7 @@ fn forward_kernel<F: Float, N: Size>(
     let row = CUBE_POS * plan.vectors;
     let mut held = Array::<Vector<f32, N>>::new(comptime!(if plan.is_held { plan.steps } else { 1 }));
     let mut squares = Vector::<f32, N>::new(0.0);
-    #[unroll(plan.is_held)]
+    #[unroll(plan.is_unrolled)]
     for step in 0..plan.steps {
         let place = step * plan.threads as usize + UNIT_POS as usize;
         if place < n_vectors {
@@ -141,7 +143,7 @@ fn forward_kernel<F: Float, N: Size>(
     }
     let sum = cube_sum::<Const<1>>(Vector::new(lane_sum::<N>(squares)), plan.threads)[0];
     let r = Vector::<f32, N>::new((sum * inverse_hidden + eps).inverse_sqrt());
-    #[unroll(plan.is_held)]
+    #[unroll(plan.is_unrolled)]
     for step in 0..plan.steps {
         let place = step * plan.threads as usize + UNIT_POS as usize;
         if place < n_vectors {
@@ -172,7 +174,7 @@ fn backward_kernel<F: Float, N: Size>(
     let mut held_g = Array::<Vector<f32, N>>::new(n_held);
     let mut squares = Vector::<f32, N>::new(0.0);
     let mut products = Vector::<f32, N>::new(0.0);
-    #[unroll(plan.is_held)]
+    #[unroll(plan.is_unrolled)]
     for step in 0..plan.steps {
         let place = step * plan.threads as usize + UNIT_POS as usize;
         if place < n_vectors {
@@ -193,7 +195,7 @@ fn backward_kernel<F: Float, N: Size>(
     // In terms of x r, which is about 1, as r³ has no place in `f32` for large x.
     let mean = Vector::<f32, N>::new(sums[1] * inverse_hidden * r);
     let r = Vector::<f32, N>::new(r);
-    #[unroll(plan.is_held)]
+    #[unroll(plan.is_unrolled)]
     for step in 0..plan.steps {
         let place = step * plan.threads as usize + UNIT_POS as usize;
         if place < n_vectors {
