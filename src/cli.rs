@@ -1,8 +1,11 @@
 //! The command line: what the user typed to what runs. One file a subcommand; the flags of `train` are in [`crate::config`].
 
+pub mod bench;
+pub mod budget;
 pub mod devices;
 pub mod infer;
 pub mod open;
+pub mod profile_table;
 pub mod progress;
 pub mod train;
 
@@ -29,6 +32,8 @@ enum Command {
     Train(Box<TrainCommand>),
     /// Talk to a model and its adapter; without a model, to the demo and its newest adapter
     Infer(Box<infer::InferArgs>),
+    /// Time a training step on random weights, and see how far it is from what the device can do
+    Bench(bench::BenchArgs),
     /// List the devices, and which one `--device auto` takes
     Devices(devices::DevicesArgs),
 }
@@ -59,6 +64,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
             train::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
         }
         (Command::Infer(args), _) => infer::run(&args),
+        (Command::Bench(args), _) => bench::run(&args),
         (Command::Devices(args), _) => devices::run(&args),
         (Command::Train(_), None) => unreachable!("a parsed subcommand has matches"),
     }

@@ -125,6 +125,9 @@ pub struct TrainArgs {
     /// Run each layer again in backward instead of keeping its activations
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().gradient_checkpointing, help_heading = "Training")]
     pub gradient_checkpointing: bool,
+    /// Print what each kernel costs, for one step after the first
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().profile, help_heading = "Training")]
+    pub profile: bool,
     /// Seed of everything random
     #[arg(long, default_value_t = Self::default().seed, help_heading = "Training")]
     pub seed: u64,
@@ -207,6 +210,7 @@ impl Default for TrainArgs {
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
             gradient_checkpointing: true,
+            profile: false,
             seed: 42,
             device: "auto".to_owned(),
             logging_steps: 5,

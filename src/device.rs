@@ -185,6 +185,17 @@ fn missing(device: &str, adapters: &[Adapter]) -> Error {
     Error::Device { device: device.to_owned(), problem, hint: Some(hint.to_owned()) }
 }
 
+/// A number of bytes for people: `139.8 GiB`.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 1024.0 {
+        (value, unit) = (value / 1024.0, unit + 1);
+    }
+    let digits = usize::from(value.fract() > 0.0);
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
 /// How to come by an adapter.
 pub const NO_ADAPTER: &str = "install the GPU's driver, with its Vulkan part; on Debian and Ubuntu `apt-get install libvulkan1 \
                               mesa-vulkan-drivers` serves AMD and Intel, and brings an adapter in software where there is no GPU";
@@ -289,5 +300,13 @@ mod tests {
     fn the_cpu_passes_its_self_test_and_knows_its_memory() {
         self_test::<burn_flex::Flex>(&Default::default(), &DeviceChoice::Cpu).unwrap();
         assert!(DeviceChoice::Cpu.memory_bytes() > 1 << 20, "a test needs more than a MiB");
+    }
+
+    #[test]
+    fn sizes_are_readable() {
+        assert_eq!(size(0), "0 B");
+        assert_eq!(size(128 << 20), "128 MiB");
+        assert_eq!(size((1 << 31) - 1), "2.0 GiB");
+        assert_eq!(size(u64::MAX), "16 EiB");
     }
 }

@@ -11,6 +11,7 @@ pub mod load;
 pub mod mlp;
 pub mod norm;
 mod parts;
+pub mod presets;
 pub mod random;
 pub mod rope;
 

@@ -37,6 +37,11 @@ use token_logps::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps};
 /// Forward and backward of every op on one runtime. The default bodies are the references; shapes are those of the ops' public
 /// functions, which check them.
 pub trait Kernels: Backend {
+    /// Bytes in tensors on the device, where it can be told. Everything launched before counts as done.
+    fn bytes_in_use(_device: &Self::Device) -> Option<u64> {
+        None
+    }
+
     /// `(y, s)` of [`lora_linear`](lora_linear::lora_linear); `s: [tokens, r]` is there exactly when `lora` is.
     fn lora_linear_forward(
         x: Tensor<Self, 2>,

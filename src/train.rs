@@ -3,6 +3,7 @@
 //! Everything that a step does is a function of the step's number, the seed and the model's state: a run that is resumed from a
 //! checkpoint takes the same rows at the same rates as one that was never interrupted.
 
+pub mod cost;
 pub mod metrics;
 pub mod optim;
 pub mod plan;
@@ -66,11 +67,13 @@ pub struct TrainData<'a> {
 
 /// Who watches a run.
 pub trait Observer {
+    /// An optimizer step begins, the `step`-th from 1.
+    fn before_step(&mut self, step: usize);
     /// An optimizer step is done.
     fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize);
     /// A line was written to the log.
     fn on_log(&mut self, line: &Map<String, Value>);
-    /// Memory in use, in bytes.
+    /// Memory in use in bytes, asked where the device does not tell what its tensors take.
     fn memory_bytes(&self) -> u64;
 }
 
@@ -120,6 +123,7 @@ pub fn train<B: Kernels>(
     };
     let mut window = Window::default();
     for step in first_step..max_steps {
+        observer.before_step(step + 1);
         let micro_batches = settings.plan.micro_batches(step);
         let (grads, stats) = accumulate(model, data.train, &micro_batches, settings, &mut window);
         let norm = grad_norm(&grads);
@@ -141,7 +145,7 @@ pub fn train<B: Kernels>(
                 grad_norm,
                 learning_rate,
                 tokens_per_second: window.tokens_per_second(),
-                memory_bytes: observer.memory_bytes(),
+                memory_bytes: window.peak_bytes.unwrap_or_else(|| observer.memory_bytes()),
             };
             let line = log_line(done, settings.plan.epoch(done), &mean.to_json(""), Some(&trace));
             run.log(done, &line)?;
@@ -191,6 +195,8 @@ struct Window {
     /// Of every step.
     losses: Vec<f64>,
     n_tokens: usize,
+    /// The most bytes in tensors, where the device tells.
+    peak_bytes: Option<u64>,
     started: Option<Instant>,
     paused_s: f64,
     last: Option<StepMetrics>,
@@ -231,6 +237,7 @@ fn accumulate<B: Kernels>(
         window.n_tokens += batch.n_tokens();
         let grads = forward_backward(model, &batch, settings.beta, grad_scale, settings.keep);
         stats.push(grads.stats);
+        window.peak_bytes = window.peak_bytes.max(grads.peak_bytes);
         total = Some(match total {
             Some(total) => total.into_iter().zip(grads.lora).map(|(a, b)| a + b).collect(),
             None => grads.lora,

@@ -3,7 +3,7 @@
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 
-use crate::device::{self, Adapter, DeviceRequest, Selected};
+use crate::device::{self, Adapter, DeviceRequest, Selected, size};
 use crate::error::Result;
 
 /// What `orpo-wgpu devices` is told.
@@ -77,28 +77,4 @@ fn kernels(adapter: &Adapter) -> String {
         false => format!("cooperative matrices {}", adapter.cooperative_matrices.join(", ")),
     };
     [f16.to_owned(), subgroups, matrices].join("\n")
-}
-
-/// `139.8 GiB`
-fn size(bytes: u64) -> String {
-    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    let (mut value, mut unit) = (bytes as f64, 0);
-    while value >= 1024.0 {
-        (value, unit) = (value / 1024.0, unit + 1);
-    }
-    let digits = usize::from(value.fract() > 0.0);
-    format!("{value:.digits$} {}", UNITS[unit])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_readable() {
-        assert_eq!(size(0), "0 B");
-        assert_eq!(size(128 << 20), "128 MiB");
-        assert_eq!(size((1 << 31) - 1), "2.0 GiB");
-        assert_eq!(size(u64::MAX), "16 EiB");
-    }
 }

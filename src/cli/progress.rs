@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
+use super::profile_table;
+use crate::ops::profile;
 use crate::train::Observer;
 use crate::train::metrics::StepMetrics;
 
@@ -18,11 +20,14 @@ pub struct Progress<'a> {
     first_step: usize,
     max_steps: usize,
     left: Duration,
+    /// The step whose kernels are timed, and when it began.
+    profiled: Option<(usize, Instant)>,
 }
 
 impl<'a> Progress<'a> {
-    /// A bar of `max_steps`, of which `done` are done; `memory_bytes` is asked once a line of the log.
-    pub fn new(max_steps: usize, done: usize, memory_bytes: &'a dyn Fn() -> u64) -> Self {
+    /// A bar of `max_steps`, of which `done` are done; `memory_bytes` is asked once a line of the log where the device does not tell.
+    /// With `profile`, the kernels of the second step are timed, or of the only one.
+    pub fn new(max_steps: usize, done: usize, profile: bool, memory_bytes: &'a dyn Fn() -> u64) -> Self {
         let bar = ProgressBar::new(max_steps as u64).with_position(done as u64);
         // The template is a constant, and the default style serves as well should it ever be wrong.
         let style = "{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed";
@@ -38,6 +43,7 @@ impl<'a> Progress<'a> {
             first_step: done,
             max_steps,
             left: Duration::ZERO,
+            profiled: profile.then_some(((done + 2).min(max_steps), now)),
         }
     }
 
@@ -48,7 +54,21 @@ impl<'a> Progress<'a> {
 }
 
 impl Observer for Progress<'_> {
+    fn before_step(&mut self, step: usize) {
+        if let Some((profiled, started)) = &mut self.profiled
+            && *profiled == step
+        {
+            *started = Instant::now();
+            profile::start();
+        }
+    }
+
     fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize) {
+        if let Some((_, started)) = self.profiled.take_if(|(profiled, _)| *profiled == step) {
+            let entries = profile::finish();
+            let table = profile_table::table(&entries, started.elapsed().as_secs_f64(), None);
+            self.bar.suspend(|| println!("kernels of step {step}\n{table}"));
+        }
         let tokens_per_second = n_tokens as f64 / self.window_started.elapsed().as_secs_f64();
         self.bar.set_position(step as u64);
         // By the steps of this process alone: a resumed run did not make the others.

@@ -7,6 +7,7 @@ use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 use comfy_table::{ContentArrangement, Table, presets};
 
+use super::budget::Budget;
 use super::open::OpenModel;
 use super::progress::Progress;
 use crate::config::TrainArgs;
@@ -14,7 +15,7 @@ use crate::data::batch::LossCompat;
 use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
-use crate::device::{self, DeviceChoice};
+use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
 use crate::infer::generate::{GenerationConfig, answer};
 use crate::lora::{self, LoraConfig};
@@ -88,6 +89,9 @@ fn run_on<B: Kernels>(
         ))
         .with_hint("raise --max_steps or --num_train_epochs"));
     }
+    let rank = lora_config.r;
+    let budget = Budget::new(&model, rank, &data.train, &settings.plan, args.gradient_checkpointing, choice);
+    let settings = TrainSettings { keep: budget.keep, ..settings };
     // What the adapter brought along goes over the flags, and into the run's own record.
     let args = &TrainArgs {
         lora_rank: lora_config.r,
@@ -96,6 +100,18 @@ fn run_on<B: Kernels>(
         ..args.clone()
     };
     describe(args, open, &model, data, &settings, choice, loading);
+    if let DeviceChoice::Wgpu { adapter, .. } = choice {
+        let room = adapter.memory_bytes.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
+        let kept = match budget.keep {
+            Keep::Input => "layers run again in backward",
+            Keep::Attention => "layers run again in backward, but for attention",
+            Keep::All => "every activation kept",
+        };
+        eprintln!(
+            "memory   {}{room} predicted for the longest step; {kept}",
+            size(budget.memory.total() as u64)
+        );
+    }
 
     let held_out = if open.is_demo() { demo::held_out()?.rows } else { Vec::new() };
     let questions: Vec<&str> = held_out.iter().map(|row| row.query.as_str()).collect();
@@ -106,7 +122,7 @@ fn run_on<B: Kernels>(
     let texts = texts(args, open, &lora_config);
     let mut run = RunFolder::create(&folder, texts, args.save_total_limit, history, tracker)?;
     let memory = || choice.memory_bytes();
-    let mut progress = Progress::new(settings.schedule.max_steps, first_step, &memory);
+    let mut progress = Progress::new(settings.schedule.max_steps, first_step, args.profile, &memory);
     let data = TrainData { train: &data.train, val: &data.val };
     let trained = train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress);
     progress.finish();
@@ -222,7 +238,7 @@ fn settings(args: &TrainArgs, data: &Data) -> Result<TrainSettings> {
             weight_decay: args.weight_decay,
             max_grad_norm: args.max_grad_norm,
         },
-        keep: if args.gradient_checkpointing { Keep::Input } else { Keep::All },
+        keep: Keep::Input,
         logging_steps: args.logging_steps,
         eval_steps: args.eval_steps,
         save_steps: args.save_steps,

@@ -99,6 +99,29 @@ impl TokenIds {
 }
 
 impl LlamaConfig {
+    /// Shapes `[out, in]` of a layer's linears, in the order of [`LINEAR_NAMES`](super::llama::LINEAR_NAMES).
+    pub fn linear_shapes(&self) -> [[usize; 2]; 7] {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        [
+            [q, hidden],
+            [kv, hidden],
+            [kv, hidden],
+            [hidden, q],
+            [inner, hidden],
+            [inner, hidden],
+            [hidden, inner],
+        ]
+    }
+
+    /// The number of weights of the whole model.
+    pub fn n_weights(&self) -> usize {
+        let linears: usize = self.linear_shapes().iter().map(|[n_out, n_in]| n_out * n_in).sum();
+        let vocab = self.vocab_size * self.hidden_size;
+        let matrices = if self.tie_word_embeddings { 1 } else { 2 };
+        self.num_hidden_layers * (linears + 2 * self.hidden_size) + self.hidden_size + matrices * vocab
+    }
+
     /// Reads a `config.json`.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::LlamaConfig;
 use super::llama::{LINEAR_NAMES, Llama};
-use super::parts::{Parts, assemble, in_shards, linear_shapes};
+use super::parts::{Parts, assemble, in_shards};
 use crate::error::{Error, Result};
 
 /// The bytes of a file: mapped, or part of the executable.
@@ -290,7 +290,7 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         tensors.push((name("input_layernorm"), vec![hidden]));
         tensors.push((name("post_attention_layernorm"), vec![hidden]));
-        let linears = LINEAR_NAMES.iter().zip(linear_shapes(config));
+        let linears = LINEAR_NAMES.iter().zip(config.linear_shapes());
         tensors.extend(linears.map(|(part, shape)| (name(part), shape.to_vec())));
     }
     tensors

@@ -17,14 +17,6 @@ use crate::ops::token_logps::Head;
 /// covers all scored rows, so that the head is read once a batch.
 const MAX_SHARD_ROWS: usize = 8192;
 
-/// Shapes of a layer's linears, `[out, in]`, in the order of [`LINEAR_NAMES`].
-pub(super) fn linear_shapes(config: &LlamaConfig) -> [[usize; 2]; 7] {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let q = config.num_attention_heads * config.head_dim;
-    let kv = config.num_key_value_heads * config.head_dim;
-    [[q, hidden], [kv, hidden], [kv, hidden], [hidden, q], [inner, hidden], [inner, hidden], [hidden, inner]]
-}
-
 /// Where the parts of a model come from.
 pub(super) struct Parts<B: Backend, N, L> {
     /// `[hidden]` of a name.
@@ -46,7 +38,7 @@ pub(super) fn assemble<B: Backend>(
     let layers = (0..config.num_hidden_layers).map(|layer| {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = std::array::from_fn(|i| {
-            Linear::frozen((parts.linear)(&name(LINEAR_NAMES[i]), linear_shapes(config)[i]))
+            Linear::frozen((parts.linear)(&name(LINEAR_NAMES[i]), config.linear_shapes()[i]))
         });
         DecoderLayer {
             input_layernorm: norm(&name("input_layernorm"), dtype),

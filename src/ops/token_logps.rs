@@ -11,8 +11,8 @@ mod fused;
 mod kernel;
 mod reference;
 
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
 
 use super::Kernels;
 use super::lora_linear::lora_linear;
@@ -45,6 +45,8 @@ pub struct TokenLogps<B: Backend> {
     pub logps: Tensor<B, 1>,
     /// There when [`Expected::Keep`] was asked for.
     pub expected: Option<ExpectedRows<B>>,
+    /// The most bytes in tensors on the device while logits were there, where it tells.
+    pub peak_bytes: Option<u64>,
 }
 
 /// `Wᵀ softmax(W h)` by row, `weighted / sum`: backward divides, in the pass that it makes anyway.
@@ -84,6 +86,18 @@ impl<B: Backend> Head<B> {
     fn first_ids(&self) -> Vec<usize> {
         let lengths = self.shards.iter().map(|shard| shard.dims()[0]);
         lengths.scan(0, |first, n| Some(std::mem::replace(first, *first + n))).collect()
+    }
+}
+
+impl<B: Backend> Head<B> {
+    /// The most bytes that a chunk's logits of `n_rows` rows take, and their exponentials where they are stored in another type.
+    pub fn logits_bytes(&self, n_rows: usize) -> usize {
+        let longest = self.shards.iter().max_by_key(|shard| shard.dims()[0]);
+        let per_logit = |shard: &Tensor<B, 2>| {
+            let is_in_place = shard.dtype() == DType::F32;
+            size_of::<f32>() + if is_in_place { 0 } else { shard.dtype().size() }
+        };
+        longest.map_or(0, |shard| chunk_rows(self, n_rows) * shard.dims()[0] * per_logit(shard))
     }
 }
 

@@ -6,7 +6,7 @@ use burn_cubecl::element::BoolElement;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, FloatElement, IntElement};
-use burn_wgpu::WgpuRuntime;
+use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 use super::adamw::{self, AdamWStep};
 use super::kernel::{BAND, Layout, MAX_WORKGROUPS, PANEL, RANK_QUADS, Shader, Tile, launch};
@@ -19,6 +19,11 @@ use super::{Kernels, cube, rms_norm, rope, swiglu};
 type Floats = CubeTensor<WgpuRuntime>;
 
 impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<WgpuRuntime, F, I, BT> {
+    fn bytes_in_use(device: &WgpuDevice) -> Option<u64> {
+        let client = <WgpuRuntime as burn::cubecl::Runtime>::client(device);
+        client.memory_usage().ok().map(|usage| usage.bytes_in_use)
+    }
+
     fn lora_linear_forward(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,

@@ -96,6 +96,6 @@ pub struct StepTrace {
     pub learning_rate: f64,
     /// Packed tokens a second since the last line.
     pub tokens_per_second: f64,
-    /// Memory in use: the device's, or the process's resident memory on the CPU.
+    /// The most that tensors took on the device since the last line, or the process's resident memory on the CPU.
     pub memory_bytes: u64,
 }

@@ -1,7 +1,7 @@
 //! Forward and backward of one packed batch.
 //!
 //! Forward keeps of each layer what [`Keep`] says, at least its input; backward computes the rest again, layer by layer from the last
-//! to the first, so that the activations of one layer live at a time. Nothing here waits for the device.
+//! to the first, so that the activations of one layer live at a time. Nothing here waits for the device's results.
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, backend::Backend};
 
@@ -20,6 +20,8 @@ pub struct Gradients<B: Backend> {
     pub stats: Tensor<B, 2>,
     /// The adapters' gradients, in the order of [`crate::lora::tensors`].
     pub lora: Vec<Tensor<B, 2>>,
+    /// The most bytes in tensors when a layer's activations were there, or the head's rows; where the device tells.
+    pub peak_bytes: Option<u64>,
 }
 
 /// Runs a batch forward and backward; the gradients are those of `grad_scale · loss`.
@@ -52,19 +54,22 @@ pub fn forward_backward<B: Kernels>(
     let forward = token_logps(hidden, &model.lm_head, &batch.entries, Expected::Keep);
     let loss = orpo_loss(forward.logps.clone(), &batch.pairs);
     let dlogps = orpo_loss_backward(&loss, &batch.pairs, beta, grad_scale);
+    let mut peak_bytes = forward.peak_bytes;
     let dhidden = token_logps_backward(dlogps, forward, &model.lm_head, &batch.entries);
+    peak_bytes = peak_bytes.max(B::bytes_in_use(&device));
     let dtop = model.norm.backward(dhidden, x, None);
     let mut dx = Tensor::<B, 2>::zeros(shape, &device).select_assign(0, rows, dtop, IndexingUpdateOp::Add);
 
     let mut grads = Vec::with_capacity(adapted.len());
     for (i, (layer, kept)) in adapted.iter().zip(kept).enumerate().rev() {
         let activations = layer.recompute(kept, &layout);
+        peak_bytes = peak_bytes.max(B::bytes_in_use(&device));
         let (below, lora) = layer.backward(dx, activations, &layout, i > 0);
         grads.push(lora);
         let Some(below) = below else { break };
         dx = below;
     }
-    Gradients { stats: loss.stats, lora: grads.into_iter().rev().flatten().collect() }
+    Gradients { stats: loss.stats, lora: grads.into_iter().rev().flatten().collect(), peak_bytes }
 }
 
 /// Runs a batch forward only and returns its statistics, `[pairs, 5]`.

@@ -233,6 +233,7 @@ fn check_first_gradients<B: Kernels>(device: &B::Device) {
 struct Recorder(Vec<Map<String, Value>>);
 
 impl Observer for Recorder {
+    fn before_step(&mut self, _step: usize) {}
     fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _n_tokens: usize) {}
     fn on_log(&mut self, line: &Map<String, Value>) {
         self.0.push(line.clone());

@@ -38,7 +38,8 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
         entries,
     };
     let chunk_rows = chunk_rows(head, n_rows);
-    let mut chunks = Vec::new();
+    let (mut chunks, mut peak_bytes) = (Vec::new(), None);
+    let in_use = || like.client.memory_usage().ok().map(|usage| usage.bytes_in_use);
     for first_row in (0..n_rows).step_by(chunk_rows) {
         let rows = first_row..(first_row + chunk_rows).min(n_rows);
         let h = if rows.len() == n_rows { hidden.clone() } else { hidden.clone().slice([rows, 0..n_hidden]) };
@@ -49,7 +50,10 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
             let exps =
                 statistics.extend(primitive(logits), shard.dtype(), first_row, first_id, is_first, keeps);
             if let Some(exps) = exps {
-                let part = B::lora_linear_backward_input(tensor(exps), shard.clone(), None, None, DType::F32);
+                let exps = tensor(exps);
+                let part = B::lora_linear_backward_input(exps.clone(), shard.clone(), None, None, DType::F32);
+                peak_bytes = peak_bytes.max(in_use());
+                drop(exps);
                 let part = primitive(part);
                 weighted = Some(match weighted {
                     Some(weighted) => statistics.merge(weighted, &part, first_row),
@@ -62,7 +66,8 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
     let weighted = if chunks.len() > 1 { Some(Tensor::cat(chunks, 0)) } else { chunks.pop() };
     let logps = tensor(statistics.log_probabilities());
     let sum = tensor(statistics.sums);
-    TokenLogps { logps, expected: weighted.map(|weighted| ExpectedRows { weighted, sum }) }
+    let expected = weighted.map(|weighted| ExpectedRows { weighted, sum });
+    TokenLogps { logps, expected, peak_bytes }
 }
 
 /// By what the exponentials are multiplied. As `f16` the smallest normal number would be 6e-5, and the unlikely tokens, which may be

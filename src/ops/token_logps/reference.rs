@@ -57,7 +57,7 @@ pub fn token_logps_reference<B: Backend>(
     let weighted: Option<Vec<_>> = softmaxes.into_iter().map(|s| s.weighted).collect();
     let expected =
         weighted.map(|parts| ExpectedRows { weighted: Tensor::cat(parts, 0), sum: sum.squeeze_dim(1) });
-    TokenLogps { logps, expected }
+    TokenLogps { logps, expected, peak_bytes: None }
 }
 
 /// A softmax over a part of the vocabulary: `max` of the logits, `sum = Σ exp(z − max)`, both `[rows, 1]`, and

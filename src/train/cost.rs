@@ -1,0 +1,211 @@
+//! What a training step costs: floating-point operations and device memory, from the model's shape and the batch's alone.
+//!
+//! Both are formulas over what [`step`](super::step) and the ops do, so that a run can be judged before it starts. Letters: `T` tokens
+//! of the packed batch, `R` scored rows, `e` bytes of an activation; sizes of the model as in its configuration.
+
+use crate::data::batch::Batch;
+use crate::model::LlamaConfig;
+use crate::model::llama::Keep;
+
+/// What the costs depend on besides the model.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepShape {
+    /// Tokens of the packed batch.
+    pub tokens: usize,
+    /// Rows that meet the head.
+    pub rows: usize,
+    /// (query, key) pairs that attend to each other.
+    pub visible: usize,
+    /// Rank of the adapters; 0 for none.
+    pub rank: usize,
+    /// Bytes of an activation and of a frozen weight: 4 or 2.
+    pub element_bytes: usize,
+    /// What of each layer is kept for backward.
+    pub keep: Keep,
+    /// Whether gradients of an earlier micro-batch wait for those of this one.
+    pub accumulates: bool,
+    /// The most bytes that a chunk of logits takes; see [`Head::logits_bytes`](crate::ops::token_logps::Head::logits_bytes).
+    pub logits_bytes: usize,
+}
+
+impl StepShape {
+    /// The shape of this batch's step.
+    pub fn of(
+        batch: &Batch,
+        rank: usize,
+        element_bytes: usize,
+        keep: Keep,
+        accumulates: bool,
+        logits_bytes: usize,
+    ) -> Self {
+        let visible =
+            batch.visible().into_iter().map(|v| (v.prefix_end - v.first + v.end - v.own_start) as usize);
+        Self {
+            tokens: batch.n_tokens(),
+            rows: batch.rows.len(),
+            visible: visible.sum(),
+            rank,
+            element_bytes,
+            keep,
+            accumulates,
+            logits_bytes,
+        }
+    }
+}
+
+/// Floating-point operations of a step; a product of `[m, k]` and `[k, n]` has `2 m n k`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepFlops {
+    /// The frozen linears, forward and the gradients by their inputs.
+    pub linears: f64,
+    /// Linears and attention that are run again in backward.
+    pub recompute: f64,
+    /// Attention, two products forward and five backward.
+    pub attention: f64,
+    /// The head, two products.
+    pub head: f64,
+    /// The adapters, two thin products forward and four backward.
+    pub adapters: f64,
+}
+
+impl StepFlops {
+    /// Counts the operations of a step.
+    pub fn of(config: &LlamaConfig, shape: &StepShape) -> Self {
+        let (layers, tokens) = (config.num_hidden_layers as f64, shape.tokens as f64);
+        let product = |[n_out, n_in]: [usize; 2]| 2.0 * tokens * n_out as f64 * n_in as f64;
+        let [q, k, v, o, gate, up, down] = config.linear_shapes().map(product);
+        let layer = q + k + v + o + gate + up + down;
+        let width = (config.num_attention_heads * config.head_dim) as f64;
+        let attention_product = 2.0 * shape.visible as f64 * width;
+        let again = match shape.keep {
+            Keep::Input => layer - down + 2.0 * attention_product,
+            Keep::Attention => q + k + v + gate + up,
+            Keep::All => 0.0,
+        };
+        let thin: usize = config.linear_shapes().iter().map(|[n_out, n_in]| n_out + n_in).sum();
+        Self {
+            // Nothing below the first layer's attention learns.
+            linears: 2.0 * layers * layer - (q + k + v),
+            recompute: layers * again,
+            attention: 7.0 * layers * attention_product,
+            head: 4.0 * (shape.rows * config.vocab_size * config.hidden_size) as f64,
+            adapters: layers * 3.0 * 2.0 * tokens * (thin * shape.rank) as f64,
+        }
+    }
+
+    /// All of them.
+    pub fn total(&self) -> f64 {
+        self.linears + self.recompute + self.attention + self.head + self.adapters
+    }
+}
+
+/// Device memory of a run in bytes, at its fullest: when backward has computed the last layer's activations again, or in the head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepMemory {
+    /// Frozen weights; the embedding stays in host memory.
+    pub weights: usize,
+    /// The adapters and their two moments.
+    pub adapters: usize,
+    /// The adapters' gradients that exist by then.
+    pub gradients: usize,
+    /// What forward keeps of the layers, and what all of them share.
+    pub kept: usize,
+    /// The activations of the one layer that backward is in.
+    pub layer: usize,
+    /// Logits and rows of the head, where they take more than a layer.
+    pub head: usize,
+}
+
+impl StepMemory {
+    /// Predicts the memory of a run of such steps.
+    pub fn of(config: &LlamaConfig, shape: &StepShape) -> Self {
+        const F32: usize = size_of::<f32>();
+        let e = shape.element_bytes;
+        let (tokens, rows, layers) = (shape.tokens, shape.rows, config.num_hidden_layers);
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        let linears: usize = config.linear_shapes().iter().map(|[n_out, n_in]| n_out * n_in).sum();
+        let thin: usize = config.linear_shapes().iter().map(|[n_out, n_in]| n_out + n_in).sum();
+        let adapter = F32 * layers * thin * shape.rank;
+
+        let stream = F32 * tokens * hidden;
+        let attention = tokens * (e * q + F32 * config.num_attention_heads);
+        let rank_r = F32 * tokens * shape.rank * config.linear_shapes().len();
+        // Two norms' outputs, queries, keys and values, and three of the MLP's width.
+        let again = e * tokens * (2 * hidden + q + 2 * kv + 3 * inner) + rank_r;
+        let (kept, layer) = match shape.keep {
+            Keep::Input => (stream, attention + stream + again),
+            Keep::Attention => (2 * stream + attention, again),
+            Keep::All => (2 * stream + attention + again, 0),
+        };
+        let rope = F32 * tokens * config.head_dim;
+        // Rows into and out of the norm, the expected rows and a shard's part of them; the last layer's output was selected from.
+        let head = 4 * F32 * rows * hidden + shape.logits_bytes;
+        let layer = layer + stream;
+        let gradients = if shape.accumulates { adapter } else { adapter / layers };
+        Self {
+            weights: e * (layers * linears + config.vocab_size * hidden) + F32 * (2 * layers + 1) * hidden,
+            adapters: 3 * adapter,
+            gradients,
+            kept: layers * kept + rope,
+            layer,
+            head: head.saturating_sub(layer),
+        }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.weights + self.adapters + self.gradients + self.kept + self.layer + self.head
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::presets::preset;
+
+    /// One pair of two sequences of `s` tokens that share half of them.
+    fn shape(s: usize, element_bytes: usize, keep: Keep) -> StepShape {
+        let half = s / 2;
+        StepShape {
+            tokens: 3 * half,
+            rows: 2 * half,
+            visible: half * half / 2 + 2 * (half * half + half * half / 2),
+            rank: 8,
+            element_bytes,
+            keep,
+            accumulates: true,
+            logits_bytes: 64 << 20,
+        }
+    }
+
+    #[test]
+    fn llama_3_8b_in_f16_trains_on_a_pair_of_2048_tokens_in_less_than_24_gb() {
+        let config = preset("llama3-8b-instruct").unwrap();
+        // Without anything shared: the most that two sequences of 2048 tokens can be.
+        let unshared = StepShape { tokens: 4096, rows: 4096, ..shape(2048, 2, Keep::Input) };
+        let memory = StepMemory::of(&config, &unshared);
+        assert!(memory.total() < 24_000_000_000, "{memory:?}: {}", memory.total());
+        assert!(memory.total() > 16_000_000_000, "the weights alone are more: {memory:?}");
+    }
+
+    #[test]
+    fn keeping_more_costs_memory_and_saves_operations() {
+        let config = preset("llama3-8b-instruct").unwrap();
+        let all = [Keep::Input, Keep::Attention, Keep::All].map(|keep| shape(1024, 2, keep));
+        let memory = all.map(|shape| StepMemory::of(&config, &shape).total());
+        let flops = all.map(|shape| StepFlops::of(&config, &shape).total());
+        assert!(memory.is_sorted() && memory[0] < memory[2], "{memory:?}");
+        assert!(flops.is_sorted_by(|a, b| a > b), "{flops:?}");
+    }
+
+    /// The table of the costs of an unshared pair in the design notes' terms: 28.6 TFLOP forward at 2 x 1024 tokens.
+    #[test]
+    fn the_linears_of_llama_3_8b_cost_28_6_tflop_forward_at_2048_tokens() {
+        let config = preset("llama3-8b-instruct").unwrap();
+        let shape = StepShape { tokens: 2048, ..shape(1024, 2, Keep::All) };
+        let linears = StepFlops::of(&config, &shape).linears;
+        assert!((linears / 2.0 / 28.6e12 - 1.0).abs() < 0.01, "{linears:e}");
+    }
+}

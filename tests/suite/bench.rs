@@ -1,0 +1,90 @@
+//! `orpo-wgpu bench` and `train --profile` as a user meets them.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use crate::support::adapter;
+
+fn orpo_wgpu(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_orpo-wgpu")).args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// One layer, short sequences: what is looked at is what it says.
+fn bench(flags: &[&str]) -> String {
+    let small =
+        ["bench", "--num_hidden_layers", "1", "--max_length", "24", "--max_steps", "1", "--batch_size", "2"];
+    let output = orpo_wgpu(&[&small, flags].concat());
+    assert!(output.status.success(), "{flags:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The number before `what`.
+fn figure(output: &str, what: &str) -> f64 {
+    let before = output.split(what).next().unwrap_or_default();
+    assert!(before.len() < output.len(), "no `{what}` in {output}");
+    before.split_whitespace().next_back().unwrap().trim_start_matches('(').parse().unwrap()
+}
+
+#[test]
+fn the_cpu_is_measured() {
+    let output = bench(&["--device", "cpu"]);
+    assert!(figure(&output, " tokens/s (") > 0.0, "{output}");
+    assert!(output.contains("2 x 2 x 24 tokens, of which 68 are computed"), "{output}");
+    assert!(figure(&output, " % of the best product") > 0.0, "{output}");
+}
+
+#[test]
+fn the_adapter_is_measured_kernel_by_kernel_and_its_memory_predicted() {
+    if adapter().is_none() {
+        return;
+    }
+    for dtype in ["fp32", "fp16"] {
+        let output = bench(&["--device", "wgpu", "--dtype", dtype]);
+        assert!(figure(&output, " tokens/s (") > 0.0, "{output}");
+        let off = figure(&output, " %); ");
+        assert!(off.abs() < 10.0, "memory is predicted within 10 %: {output}");
+        for kernel in ["lora_linear forward", "attention backward", "rms_norm forward", "adamw"] {
+            assert!(output.contains(kernel), "{dtype}: {kernel} is in the table: {output}");
+        }
+    }
+}
+
+#[test]
+fn a_bad_setting_is_an_error() {
+    for (flags, says) in [
+        (["--model_type", "llama9"], "--model_type `llama9`"),
+        (["--dtype", "fp13"], "--dtype `fp13`"),
+        (["--max_length", "2"], "--max_length is 2, expected at least 4"),
+        (["--device", "wgpu:99"], "wgpu:99"),
+    ] {
+        let output = orpo_wgpu(&["bench", flags[0], flags[1]]);
+        assert!(!output.status.success(), "{flags:?} is taken");
+        assert!(text(&output.stderr).contains(says), "{flags:?}: {}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn train_profiles_a_step_when_asked() {
+    if adapter().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa");
+    let (model, pairs) = (case.join("model"), case.join("pairs.jsonl"));
+    let output = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"))
+        .args(["train", "--profile", "--device", "wgpu", "--max_steps", "2", "--output_dir"])
+        .arg(folder.path())
+        .arg("--model_id_or_path")
+        .arg(model)
+        .arg("--dataset")
+        .arg(pairs)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let printed = text(&output.stdout);
+    assert!(printed.contains("kernels of step 2") && printed.contains("lora_linear forward"), "{printed}");
+}
