@@ -1,6 +1,6 @@
 // The matrix engine of src/ops/lora_linear.rs, launched by src/ops/wgpu.rs.
 //
-//     out = scale · (main_lhs · main_rhs + prologue_scale · prologue_lhs · prologue_rhs)
+//     out = addend + scale · (main_lhs · main_rhs + prologue_scale · prologue_lhs · prologue_rhs)
 //
 // The accumulators start from the prologue, whose depth is the adapter's rank, and go on with the main product; both
 // are m x n and of one layout. A rank of 0 leaves the prologue out. By layout, with the letters of lora_linear.rs:
@@ -11,24 +11,26 @@
 //     columns_columns  [depth, m]   [depth, n]                                 dB = scale · dyᵀ s, dA = dsᵀ x
 //
 //     out: [splits, m, n]; split z sums span z of the depth, and lora_linear_sum.wgsl adds more than one split up
+//     addend: [m, n], which may be `out` itself: a thread reads an entry before it writes it, and no other touches it
 //
 // One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands
 // in workgroup memory as [BLOCK_K][lines], so that a thread reads four lines at once. A thread keeps blocks of 4 x 4
 // accumulators, TILE_M (TILE_N) of them apart, so that neighbours read neighbouring words. Workgroups are numbered in
 // bands of BAND blocks down m, so that those running together share operands in the cache. All sums are f32.
 
-#if vec4
-alias Stored = vec4<{{ element }}>;
-#else
-alias Stored = {{ element }};
+#if f16
+enable f16;
 #endif
 
-@group(0) @binding(0) var<storage, read_write> main_lhs: array<Stored>;
-@group(0) @binding(1) var<storage, read_write> main_rhs: array<Stored>;
-@group(0) @binding(2) var<storage, read_write> prologue_lhs: array<Stored>;
-@group(0) @binding(3) var<storage, read_write> prologue_rhs: array<Stored>;
-@group(0) @binding(4) var<storage, read_write> out: array<Stored>;
-@group(0) @binding(5) var<uniform> params: Params;
+alias Out = {{ out }};
+
+@group(0) @binding(0) var<storage, read_write> main_lhs: array<{{ lhs }}>;
+@group(0) @binding(1) var<storage, read_write> main_rhs: array<{{ rhs }}>;
+@group(0) @binding(2) var<storage, read_write> prologue_lhs: array<{{ prologue }}>;
+@group(0) @binding(3) var<storage, read_write> prologue_rhs: array<{{ prologue }}>;
+@group(0) @binding(4) var<storage, read_write> out: array<Out>;
+@group(0) @binding(5) var<storage, read_write> addend: array<Out>;
+@group(0) @binding(6) var<uniform> params: Params;
 
 struct Params {
     m: u32,
@@ -39,7 +41,8 @@ struct Params {
     span: u32,
     prologue_scale: f32,
     scale: f32,
-    unused: u32,
+    // Whether there is an addend; without it, its buffer only stands in.
+    has_addend: u32,
 }
 
 const BLOCK_M = {{ block_m }}u;
@@ -151,15 +154,26 @@ fn multiply(tile_m: u32, tile_n: u32) {
     }
 }
 
-fn store(line: u32, entry: u32, first_out: u32, quad: vec4f) {
+// Stores four entries of a line of `out`, with those of the addend.
+fn store(line: u32, entry: u32, first_out: u32, sums: vec4f) {
 #if vec4
     if (line < params.m && entry < params.n) {
-        out[(first_out + line * params.n + entry) / 4u] = Stored(quad);
+        let i = (first_out + line * params.n + entry) / 4u;
+        var quad = sums;
+        if (params.has_addend != 0u) {
+            quad += vec4f(addend[i]);
+        }
+        out[i] = Out(quad);
     }
 #else
 #for c in 0 1 2 3
     if (line < params.m && entry + {{ c }}u < params.n) {
-        out[first_out + line * params.n + entry + {{ c }}u] = Stored(quad[{{ c }}]);
+        let i = first_out + line * params.n + entry + {{ c }}u;
+        var value = sums[{{ c }}];
+        if (params.has_addend != 0u) {
+            value += f32(addend[i]);
+        }
+        out[i] = Out(value);
     }
 #endfor
 #endif

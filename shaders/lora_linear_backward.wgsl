@@ -11,15 +11,13 @@
 // with dB, each thread four lines by four ranks. The tile holds four tokens a word, as [column][token quad ^ column
 // quad]: either half then reads words of different banks. All sums are f32.
 
-#if vec4
-alias Stored = vec4<{{ element }}>;
-#else
-alias Stored = {{ element }};
+#if f16
+enable f16;
 #endif
 
-@group(0) @binding(0) var<storage, read_write> dy: array<Stored>;
-@group(0) @binding(1) var<storage, read_write> b: array<Stored>;
-@group(0) @binding(2) var<storage, read_write> s: array<Stored>;
+@group(0) @binding(0) var<storage, read_write> dy: array<{{ dy }}>;
+@group(0) @binding(1) var<storage, read_write> b: array<{{ adapter }}>;
+@group(0) @binding(2) var<storage, read_write> s: array<{{ adapter }}>;
 @group(0) @binding(3) var<storage, read_write> ds_parts: array<f32>;
 @group(0) @binding(4) var<storage, read_write> db_parts: array<f32>;
 @group(0) @binding(5) var<uniform> params: Params;

@@ -18,6 +18,7 @@ pub mod swiglu;
 pub mod token_logps;
 
 pub mod kernel;
+mod product;
 mod wgpu;
 
 use burn::tensor::backend::Backend;

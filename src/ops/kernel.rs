@@ -18,9 +18,10 @@ use burn::cubecl::prelude::{CompiledKernel, KernelId, KernelMetadata};
 use burn::cubecl::server::{Handle, KernelArguments, MetadataBindingInfo};
 use burn::cubecl::{CompilationError, Compiler, CubeCount, CubeDim, CubeTask, ExecutionMode};
 use burn_wgpu::WgpuRuntime;
+use serde::{Deserialize, Serialize};
 
 /// Which index of an operand runs along its rows' memory, by operand.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Layout {
     /// `[m, depth] · [n, depth]ᵀ`
     RowsRows,
@@ -28,6 +29,56 @@ pub enum Layout {
     RowsColumns,
     /// `[depth, m]ᵀ · [depth, n]`
     ColumnsColumns,
+}
+
+impl Layout {
+    /// Every layout.
+    pub const ALL: [Self; 3] = [Self::RowsRows, Self::RowsColumns, Self::ColumnsColumns];
+}
+
+/// What a buffer holds. Every sum is `f32` all the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Element {
+    /// 32-bit floats
+    F32,
+    /// 16-bit floats
+    F16,
+}
+
+impl Element {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::F32, Self::F16];
+
+    /// Its WGSL, as vectors of four where rows allow them.
+    fn wgsl(self, is_vec4: bool) -> String {
+        let name = match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        };
+        if is_vec4 { format!("vec4<{name}>") } else { name.to_owned() }
+    }
+}
+
+/// What the operands of a product hold; those of its prologue are always `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Elements {
+    /// The left operand.
+    pub lhs: Element,
+    /// The right operand.
+    pub rhs: Element,
+    /// The output, and what is added to it.
+    pub out: Element,
+}
+
+impl Elements {
+    /// `f32` throughout.
+    pub const F32: Self = Self { lhs: Element::F32, rhs: Element::F32, out: Element::F32 };
+
+    /// Every mix.
+    pub fn all() -> impl Iterator<Item = Self> + Clone {
+        let pairs = Element::ALL.into_iter().flat_map(|lhs| Element::ALL.map(|rhs| (lhs, rhs)));
+        pairs.flat_map(|(lhs, rhs)| Element::ALL.map(|out| Self { lhs, rhs, out }))
+    }
 }
 
 /// How a product is cut: what a workgroup computes, and what a thread of it.
@@ -92,13 +143,20 @@ pub enum Shader {
         layout: Layout,
         /// How the product is cut.
         tile: Tile,
+        /// What the operands hold.
+        elements: Elements,
         /// Whether every row of every operand is a multiple of four entries.
         is_vec4: bool,
     },
     /// `lora_linear_sum.wgsl`
-    Sum,
+    Sum {
+        /// What the output holds, and what is added to it.
+        out: Element,
+    },
     /// `lora_linear_backward.wgsl`
     LoraBackward {
+        /// What the gradient by the output holds.
+        dy: Element,
         /// The rank's quads, rounded up.
         rank_quads: u32,
         /// Whether every row of every operand is a multiple of four entries.
@@ -131,14 +189,35 @@ impl Shader {
         }
     }
 
+    /// Every variant that a launch can ask for.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Self::OrpoLoss, Self::OrpoLossBackward];
+        all.extend(Element::ALL.map(|out| Self::Sum { out }));
+        for is_vec4 in [true, false] {
+            for layout in Layout::ALL {
+                for tile in Tile::GPU.into_iter().chain(Tile::SOFTWARE) {
+                    all.extend(Elements::all().map(|elements| Self::Product {
+                        layout,
+                        tile,
+                        elements,
+                        is_vec4,
+                    }));
+                }
+            }
+            for rank_quads in RANK_QUADS {
+                all.extend(Element::ALL.map(|dy| Self::LoraBackward { dy, rank_quads, is_vec4 }));
+            }
+        }
+        all
+    }
+
     /// The variant's WGSL.
     pub fn wgsl(self) -> String {
         let list = |n: u32| (0..n).map(|i| i.to_string()).collect::<Vec<_>>().join(" ");
-        let mut values =
-            vec![("element", "f32".to_owned()), ("workgroup_size", self.workgroup_size().to_string())];
+        let mut values = vec![("workgroup_size", self.workgroup_size().to_string())];
         let mut flags = vec![];
         let source = match self {
-            Self::Product { layout, tile, is_vec4 } => {
+            Self::Product { layout, tile, elements, is_vec4 } => {
                 // The largest tiles fill the 16 KiB that every device has, and go without.
                 let quads = tile.block_k * (tile.block_m + tile.block_n) / 4;
                 let padding = u32::from((quads + 2 * tile.block_k) * 16 <= 16_384);
@@ -152,18 +231,34 @@ impl Shader {
                     ("quads_n", list(tile.quads_n)),
                     ("padding", padding.to_string()),
                     ("band", BAND.to_string()),
+                    ("lhs", elements.lhs.wgsl(is_vec4)),
+                    ("rhs", elements.rhs.wgsl(is_vec4)),
+                    ("prologue", Element::F32.wgsl(is_vec4)),
+                    ("out", elements.out.wgsl(is_vec4)),
                 ]);
+                let is_f16 = [elements.lhs, elements.rhs, elements.out].contains(&Element::F16);
+                flags.extend(is_f16.then_some("f16"));
                 flags.extend((layout != Layout::ColumnsColumns).then_some("lhs_rows"));
                 flags.extend((layout == Layout::RowsRows).then_some("rhs_rows"));
                 flags.extend(is_vec4.then_some("vec4"));
                 include_str!("../../shaders/lora_linear.wgsl")
             }
-            Self::LoraBackward { rank_quads, is_vec4 } => {
-                values.extend([("panel", PANEL.to_string()), ("rank_quads", rank_quads.to_string())]);
+            Self::LoraBackward { dy, rank_quads, is_vec4 } => {
+                values.extend([
+                    ("panel", PANEL.to_string()),
+                    ("rank_quads", rank_quads.to_string()),
+                    ("dy", dy.wgsl(is_vec4)),
+                    ("adapter", Element::F32.wgsl(is_vec4)),
+                ]);
+                flags.extend((dy == Element::F16).then_some("f16"));
                 flags.extend(is_vec4.then_some("vec4"));
                 include_str!("../../shaders/lora_linear_backward.wgsl")
             }
-            Self::Sum => include_str!("../../shaders/lora_linear_sum.wgsl"),
+            Self::Sum { out } => {
+                values.push(("out", out.wgsl(false)));
+                flags.extend((out == Element::F16).then_some("f16"));
+                include_str!("../../shaders/lora_linear_sum.wgsl")
+            }
             Self::OrpoLoss => concat!(
                 include_str!("../../shaders/shared/odds.wgsl"),
                 include_str!("../../shaders/orpo_loss.wgsl")
