@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{Distribution, Tensor};
+use burn::tensor::{Distribution, FloatDType, Tensor};
 use burn_autodiff::Autodiff;
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::ops::lora_linear::{
@@ -84,20 +84,28 @@ fn median(times: &mut Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
+/// Both sides from `f32`, and ours from `f16` against burn's from `f32`.
 fn bench_lora_linear(device: &WgpuDevice) {
-    for [tokens, n_in, n_out, r] in LORA_LINEAR {
+    let types = [FloatDType::F32, FloatDType::F16].into_iter();
+    for ([tokens, n_in, n_out, r], dtype) in types.flat_map(|dtype| LORA_LINEAR.map(|shape| (shape, dtype))) {
         let tensor =
             |rows, columns| Tensor::<Wgpu, 2>::random([rows, columns], Distribution::Default, device);
-        let inputs = Inputs {
+        let plain = Inputs {
             x: tensor(tokens, n_in),
             weight: tensor(n_out, n_in),
             lora: Lora { a: tensor(r, n_in), b: tensor(n_out, r), scale: 2.0 },
             dy: tensor(tokens, n_out),
         };
+        let inputs = Inputs {
+            x: plain.x.clone().cast(dtype),
+            weight: plain.weight.clone().cast(dtype),
+            lora: plain.lora.clone(),
+            dy: plain.dy.clone().cast(dtype),
+        };
         let (mut ours, mut burn) = (Times::default(), Times::default());
         for _ in 0..WARM_UPS + RUNS {
             step(&inputs, device, &mut ours);
-            plain_step(&inputs, device, &mut burn);
+            plain_step(&plain, device, &mut burn);
         }
         for (what, ours, burn) in [
             ("forward", &mut ours.forward, &mut burn.forward),
@@ -105,7 +113,7 @@ fn bench_lora_linear(device: &WgpuDevice) {
         ] {
             let (ours, burn) = (median(ours), median(burn));
             println!(
-                "lora_linear {what:8} tokens {tokens}, {n_in} -> {n_out}, r {r}: {ours:8.2} ms, burn {burn:8.2} ms, ratio {:.2}",
+                "lora_linear {what:8} {dtype:?} tokens {tokens}, {n_in} -> {n_out}, r {r}: {ours:8.2} ms, burn {burn:8.2} ms, ratio {:.2}",
                 burn / ours
             );
         }

@@ -1,4 +1,4 @@
-// The matrix engine of src/ops/lora_linear.rs, launched by src/ops/wgpu.rs.
+// The matrix engine of src/ops/lora_linear.rs, launched by src/ops/product.rs.
 //
 //     out = addend + scale · (main_lhs · main_rhs + prologue_scale · prologue_lhs · prologue_rhs)
 //
@@ -22,29 +22,6 @@
 enable f16;
 #endif
 
-alias Out = {{ out }};
-
-@group(0) @binding(0) var<storage, read_write> main_lhs: array<{{ lhs }}>;
-@group(0) @binding(1) var<storage, read_write> main_rhs: array<{{ rhs }}>;
-@group(0) @binding(2) var<storage, read_write> prologue_lhs: array<{{ prologue }}>;
-@group(0) @binding(3) var<storage, read_write> prologue_rhs: array<{{ prologue }}>;
-@group(0) @binding(4) var<storage, read_write> out: array<Out>;
-@group(0) @binding(5) var<storage, read_write> addend: array<Out>;
-@group(0) @binding(6) var<uniform> params: Params;
-
-struct Params {
-    m: u32,
-    n: u32,
-    depth: u32,
-    rank: u32,
-    // Entries of the depth that one split sums, a multiple of BLOCK_K.
-    span: u32,
-    prologue_scale: f32,
-    scale: f32,
-    // Whether there is an addend; without it, its buffer only stands in.
-    has_addend: u32,
-}
-
 const BLOCK_M = {{ block_m }}u;
 const BLOCK_N = {{ block_n }}u;
 const BLOCK_K = {{ block_k }}u;
@@ -65,25 +42,6 @@ var<private> acc_{{ i }}_{{ j }}: mat4x4f;
 #endfor
 #endfor
 
-#for matrix in main_lhs main_rhs prologue_lhs prologue_rhs
-// Four entries of a line of {{ matrix }}, zeros past its ends.
-fn {{ matrix }}_quad(line: u32, entry: u32, lines: u32, length: u32) -> vec4f {
-    var quad = vec4f();
-#if vec4
-    if (line < lines && entry < length) {
-        quad = vec4f({{ matrix }}[(line * length + entry) / 4u]);
-    }
-#else
-#for c in 0 1 2 3
-    if (line < lines && entry + {{ c }}u < length) {
-        quad[{{ c }}] = f32({{ matrix }}[line * length + entry + {{ c }}u]);
-    }
-#endfor
-#endif
-    return quad;
-}
-
-#endfor
 #for part in main prologue
 // Stages one step of both operands of the {{ part }} product.
 fn stage_{{ part }}(thread: u32, first_m: u32, first_n: u32, first_k: u32, depth: u32) {
@@ -152,31 +110,6 @@ fn multiply(tile_m: u32, tile_n: u32) {
 #endfor
 #endfor
     }
-}
-
-// Stores four entries of a line of `out`, with those of the addend.
-fn store(line: u32, entry: u32, first_out: u32, sums: vec4f) {
-#if vec4
-    if (line < params.m && entry < params.n) {
-        let i = (first_out + line * params.n + entry) / 4u;
-        var quad = sums;
-        if (params.has_addend != 0u) {
-            quad += vec4f(addend[i]);
-        }
-        out[i] = Out(quad);
-    }
-#else
-#for c in 0 1 2 3
-    if (line < params.m && entry + {{ c }}u < params.n) {
-        let i = first_out + line * params.n + entry + {{ c }}u;
-        var value = sums[{{ c }}];
-        if (params.has_addend != 0u) {
-            value += f32(addend[i]);
-        }
-        out[i] = Out(value);
-    }
-#endfor
-#endif
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)

@@ -1,5 +1,5 @@
 // The adapter's half of the backward of src/ops/lora_linear.rs in one read of dy, for small ranks; launched by
-// src/ops/wgpu.rs.
+// src/ops/product.rs.
 //
 //     ds = scale · dy B      dB = scale · dyᵀ s
 //
@@ -42,25 +42,6 @@ const WORKGROUP_SIZE = 2u * HALF;
 
 var<workgroup> tile: array<vec4f, PANEL * QUADS>;
 
-#for matrix in dy b s
-// Four entries of a line of {{ matrix }}, zeros past its ends.
-fn {{ matrix }}_quad(line: u32, entry: u32, lines: u32, length: u32) -> vec4f {
-    var quad = vec4f();
-#if vec4
-    if (line < lines && entry < length) {
-        quad = vec4f({{ matrix }}[(line * length + entry) / 4u]);
-    }
-#else
-#for c in 0 1 2 3
-    if (line < lines && entry + {{ c }}u < length) {
-        quad[{{ c }}] = f32({{ matrix }}[line * length + entry + {{ c }}u]);
-    }
-#endfor
-#endif
-    return quad;
-}
-
-#endfor
 #for parts in ds_parts db_parts
 // Stores four lines by four ranks of {{ parts }}, whose first line is `first` of `lines` of part `part`.
 fn store_{{ parts }}(part: u32, first: u32, lines: u32, rank: u32, sums: mat4x4f) {

@@ -5,6 +5,7 @@ pub mod infer;
 pub mod open;
 pub mod progress;
 pub mod train;
+mod tune;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

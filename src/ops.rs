@@ -19,6 +19,7 @@ pub mod token_logps;
 
 pub mod kernel;
 mod product;
+pub mod tune;
 mod wgpu;
 
 use burn::tensor::backend::Backend;

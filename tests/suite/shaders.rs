@@ -5,7 +5,8 @@ use orpo_wgpu::ops::kernel::Shader;
 
 #[test]
 fn every_variant_validates() {
-    let capabilities = Capabilities::SHADER_FLOAT16;
+    let capabilities =
+        Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX | Capabilities::SUBGROUP;
     for shader in Shader::all() {
         let source = shader.wgsl();
         let module = naga::front::wgsl::parse_str(&source)

@@ -1,5 +1,10 @@
 //! `lora_linear` on wgpu against the reference on the CPU under burn's autodiff: the output and every gradient.
 
+use std::time::Duration;
+
+use burn::cubecl::Runtime;
+use burn::cubecl::features::MmaConfig;
+use burn::cubecl::ir::{ElemType, FloatKind, StorageType};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData, TensorPrimitive};
 use burn_autodiff::Autodiff;
@@ -8,10 +13,11 @@ use burn_flex::Flex;
 use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
 use half::f16;
 use orpo_wgpu::ops::Kernels;
-use orpo_wgpu::ops::kernel::{self, BAND, Element, Elements, Layout, Shader, Tile};
+use orpo_wgpu::ops::kernel::{self, BAND, Cut, Element, Elements, Layout, MatrixTile, Shader, Tile};
 use orpo_wgpu::ops::lora_linear::{
     InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
 };
+use orpo_wgpu::ops::tune::{self, Choice, Kind, Timing};
 
 use crate::support::{Numbers, adapter, assert_close};
 
@@ -21,6 +27,9 @@ const RTOL: f32 = 1e-4;
 /// The last bit of an f16, and its last of a number around zero.
 const ATOL_F16: f32 = 1e-5;
 const RTOL_F16: f32 = 1e-3;
+/// A prologue's operands rounded to f16, as matrices take them, and sums that go out as f16.
+const ATOL_MATRICES: f32 = 2e-3;
+const RTOL_MATRICES: f32 = 2e-3;
 
 /// Tokens, in, out, rank.
 const SHAPES: [[usize; 4]; 13] = [
@@ -178,17 +187,27 @@ fn compare(case: Case, device: &WgpuDevice) {
         format!("{shape:?}, adapter {has_adapter}, residual {has_residual}, input {input:?}, {types:?}");
     assert_eq!(got.y_dtype, want.y_dtype, "{name}: type of y");
     assert_eq!(got.dx_dtype, want.dx_dtype, "{name}: type of dx");
-    let close = |got: &[f32], want: &[f32], dtype: DType, what: &str| {
-        let (atol, rtol) = if dtype == DType::F16 { (ATOL_F16, RTOL_F16) } else { (ATOL, RTOL) };
+    let is_on_matrices = |which: &str| match which {
+        "y" => types.x == DType::F16 && types.weight == DType::F16,
+        "dx" => types.dy == DType::F16 && types.weight == DType::F16,
+        _ => false,
+    };
+    let has_matrices = !matrix_sizes(device).is_empty();
+    let close = |got: &[f32], want: &[f32], which: &str, dtype: DType, what: &str| {
+        let (atol, rtol) = match dtype {
+            _ if has_matrices && has_adapter && is_on_matrices(which) => (ATOL_MATRICES, RTOL_MATRICES),
+            DType::F16 => (ATOL_F16, RTOL_F16),
+            _ => (ATOL, RTOL),
+        };
         assert_close(got, want, atol, rtol, what);
     };
-    close(&got.y, &want.y, want.y_dtype, &format!("{name}: y"));
+    close(&got.y, &want.y, "y", want.y_dtype, &format!("{name}: y"));
     for (which, got, want, dtype) in gradients {
         let what = format!("{name}: {which}");
         assert_eq!(got.is_some(), want.is_some(), "{what} is there on one side only");
         if let (Some(got), Some(want)) = (got, want) {
             assert!(want.iter().any(|v| v.abs() > 100.0 * ATOL), "{what} is too small to compare");
-            close(&got, &want, dtype, &what);
+            close(&got, &want, which, dtype, &what);
         }
     }
 }
@@ -225,9 +244,10 @@ fn with_16_bit_floats() {
         Types { dy: DType::F32, ..F16 },
         Types { out: DType::F16, ..F32 },
     ];
-    for (i, shape) in SHAPES.into_iter().enumerate() {
-        for (j, types) in mixes.into_iter().enumerate() {
-            let (has_adapter, has_residual) = ((i + j) % 3 < 2, j % 2 == 1);
+    let shapes = [[7, 107, 331, 5], [65, 64, 256, 8], [130, 331, 107, 100], [1100, 24, 40, 4]];
+    for shape in shapes {
+        for (i, types) in mixes.into_iter().enumerate() {
+            let (has_adapter, has_residual) = (i % 3 < 2, i % 2 == 1);
             let input = if has_residual { Input::AddTo } else { Input::New };
             compare(Case { shape, has_adapter, has_residual, input, types }, &device);
         }
@@ -311,7 +331,8 @@ fn the_same_input_gives_the_same_bits() {
 
 /// One product of one variant, in two splits of the depth where it has no prologue.
 fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice) -> (Vec<f32>, Vec<f32>) {
-    let Shader::Product { layout, tile, elements, .. } = shader else { panic!("{shader:?} is no product") };
+    let Shader::Product { layout, cut, elements, .. } = shader else { panic!("{shader:?} is no product") };
+    let [block_m, block_n, block_k] = cut.block();
     let mut numbers = Numbers::new(11);
     let mut operand = |lines: usize, depth: usize, is_rows: bool, element: Element| {
         let mut values = numbers.vec(lines * depth, 1.0 / (depth as f32).sqrt());
@@ -335,7 +356,7 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
     let (prologue_scale, scale) = (1.5f32, -0.75f32);
     let has_prologue = rank > 0;
     let splits = if has_prologue { 1 } else { 2 };
-    let span = depth.div_ceil(splits).next_multiple_of(tile.block_k as usize);
+    let span = depth.div_ceil(splits).next_multiple_of(block_k as usize);
     let out = Tensor::<Wgpu, 2>::full([splits * m, n], f32::NAN, device);
     let out = if elements.out == Element::F16 { out.cast(FloatDType::F16) } else { out };
     let out: CubeTensor<WgpuRuntime> = match out.into_primitive() {
@@ -347,11 +368,7 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
     kernel::launch(
         &lhs.client.clone(),
         shader,
-        [
-            BAND * (n as u32).div_ceil(tile.block_n),
-            (m as u32).div_ceil(tile.block_m).div_ceil(BAND),
-            splits as u32,
-        ],
+        [BAND * (n as u32).div_ceil(block_n), (m as u32).div_ceil(block_m).div_ceil(BAND), splits as u32],
         &[&lhs.handle, &rhs.handle, &prologue_lhs.handle, &prologue_rhs.handle, &out.handle, &out.handle],
         &[words[0], words[1], words[2], words[3], words[4], p, s, 0],
     );
@@ -378,17 +395,94 @@ fn every_variant_multiplies() {
             let (m, n) = (tile.block_m as usize, tile.block_n as usize);
             let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
             for (is_vec4, [m, n, depth, rank]) in [(true, aligned), (false, ragged)] {
-                for elements in [Elements::F32, mixes.next().expect("it goes round")] {
+                let mix = mixes.next().expect("it goes round");
+                for (elements, rank) in [(Elements::F32, 0), (Elements::F32, rank), (mix, rank)] {
                     let is_f16 = elements.out == Element::F16;
-                    // Each of two splits is rounded.
-                    let (atol, rtol) = if is_f16 { (3e-3, RTOL_F16) } else { (ATOL, RTOL) };
+                    let (atol, rtol) = if is_f16 { (ATOL_F16, RTOL_F16) } else { (ATOL, RTOL) };
+                    let shader = Shader::Product { layout, cut: Cut::Registers(tile), elements, is_vec4 };
+                    let (got, want) = product(shader, [m, n, depth, rank], &device);
+                    assert_close(&got, &want, atol, rtol, &format!("{shader:?}, rank {rank}"));
+                }
+            }
+        }
+    }
+}
+
+/// The matrix sizes that the device has, with f16 operands and f32 sums.
+fn matrix_sizes(device: &WgpuDevice) -> Vec<u32> {
+    let [f16, f32] = [FloatKind::F16, FloatKind::F32].map(|kind| StorageType::from(ElemType::Float(kind)));
+    let client = WgpuRuntime::client(device);
+    let shapes = &client.properties().features.matmul.cmma;
+    let has = |shape: &MmaConfig, n| (shape.m, shape.n, shape.k) == (n, n, n);
+    let fits = |shape: &MmaConfig| shape.a_type == f16 && shape.b_type == f16 && shape.cd_type == f32;
+    let sizes = MatrixTile::SIZES.into_iter();
+    sizes.filter(|&n| shapes.iter().any(|shape| fits(shape) && has(shape, n))).collect()
+}
+
+/// Only of sizes that the device lists: others run on some without complaint, and wrongly.
+#[test]
+fn every_matrix_variant_multiplies() {
+    let Some(device) = adapter() else { return };
+    for size in matrix_sizes(&device) {
+        // Two lanes are fewer than any subgroup has, so that one subgroup has to take several patches.
+        for (layout, lanes) in [(Layout::RowsRows, 8), (Layout::RowsColumns, 32), (Layout::RowsRows, 2)] {
+            // A software adapter's driver takes long over the larger ones.
+            let n_tiles = if lanes == 8 { usize::MAX } else { 1 };
+            for tile in MatrixTile::all(size, lanes).rev().take(n_tiles) {
+                let (m, n) = (tile.block_m as usize, tile.block_n as usize);
+                let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
+                for (is_vec4, [m, n, depth, rank]) in [(true, aligned), (false, ragged)] {
+                    let out = if is_vec4 { Element::F32 } else { Element::F16 };
+                    let elements = Elements { lhs: Element::F16, rhs: Element::F16, out };
+                    let shader = Shader::Product { layout, cut: Cut::Matrices(tile), elements, is_vec4 };
                     for rank in [0, rank] {
-                        let shader = Shader::Product { layout, tile, elements, is_vec4 };
                         let (got, want) = product(shader, [m, n, depth, rank], &device);
-                        assert_close(&got, &want, atol, rtol, &format!("{shader:?}, rank {rank}"));
+                        let what = format!("{shader:?}, rank {rank}");
+                        assert_close(&got, &want, ATOL_MATRICES, RTOL_MATRICES, &what);
                     }
                 }
             }
         }
     }
+}
+
+/// Whatever is installed for a kind of product, it comes out the same.
+#[test]
+fn a_tuned_product_is_right_whoever_makes_it() {
+    let Some(device) = adapter() else { return };
+    // No other test has products of these sizes, whose choice holds for the whole process.
+    let case = Case {
+        shape: [60, 68, 92, 8],
+        has_adapter: true,
+        has_residual: true,
+        input: Input::AddTo,
+        types: F32,
+    };
+    let kinds = Kind::of_linear([60, 68, 92, 8], Elements::F32);
+    let tiles = Tile::GPU.into_iter().chain(Tile::SOFTWARE).map(Cut::Registers).map(Choice::Own);
+    // What the device would never try is not installed.
+    for choice in tiles.chain([Choice::Burn]) {
+        tune::install(&device, &kinds.map(|kind| Timing { kind, choice, ms: 1.0 }));
+        compare(case, &device);
+    }
+}
+
+#[test]
+fn tuning_times_what_is_worth_it_once() {
+    let Some(device) = adapter() else { return };
+    let large = Kind::new(Layout::RowsRows, [256, 516, 520, 8], Elements::F32);
+    let tiny = Kind::new(Layout::RowsRows, [16, 516, 520, 8], Elements::F32);
+    let timings = tune::tune(&device, &[large, tiny, large], Duration::from_secs(30));
+    assert_eq!(timings.iter().map(|timing| timing.kind).collect::<Vec<_>>(), [large]);
+    assert!(timings[0].ms > 0.0 && timings[0].ms.is_finite(), "{timings:?}");
+    let text = serde_json::to_string(&timings).unwrap();
+    assert_eq!(serde_json::from_str::<Vec<Timing>>(&text).unwrap(), timings);
+    assert_eq!(tune::tune(&device, &[large], Duration::from_secs(30)), []);
+}
+
+#[test]
+fn tuning_without_time_times_nothing() {
+    let Some(device) = adapter() else { return };
+    let kind = Kind::new(Layout::RowsRows, [256, 532, 520, 8], Elements::F32);
+    assert_eq!(tune::tune(&device, &[kind], Duration::ZERO), []);
 }
