@@ -102,22 +102,30 @@ fn report(op: &str, shape: &str, ours: Times, burn: Times) {
     }
 }
 
+/// Both sides from `f32`, and ours from `f16` against burn's from `f32`.
 fn bench_lora_linear(device: &WgpuDevice) {
-    for [tokens, n_in, n_out, r] in LORA_LINEAR {
+    let types = [FloatDType::F32, FloatDType::F16].into_iter();
+    for ([tokens, n_in, n_out, r], dtype) in types.flat_map(|dtype| LORA_LINEAR.map(|shape| (shape, dtype))) {
         let tensor =
             |rows, columns| Tensor::<Wgpu, 2>::random([rows, columns], Distribution::Default, device);
-        let inputs = Inputs {
+        let plain = Inputs {
             x: tensor(tokens, n_in),
             weight: tensor(n_out, n_in),
             lora: Lora { a: tensor(r, n_in), b: tensor(n_out, r), scale: 2.0 },
             dy: tensor(tokens, n_out),
         };
+        let inputs = Inputs {
+            x: plain.x.clone().cast(dtype),
+            weight: plain.weight.clone().cast(dtype),
+            lora: plain.lora.clone(),
+            dy: plain.dy.clone().cast(dtype),
+        };
         let (mut ours, mut burn) = (Times::default(), Times::default());
         for _ in 0..WARM_UPS + RUNS {
             step(&inputs, device, &mut ours);
-            plain_step(&inputs, device, &mut burn);
+            plain_step(&plain, device, &mut burn);
         }
-        report("lora_linear", &format!("tokens {tokens}, {n_in} -> {n_out}, r {r}"), ours, burn);
+        report("lora_linear", &format!("{dtype:?} tokens {tokens}, {n_in} -> {n_out}, r {r}"), ours, burn);
     }
 }
 

@@ -1,6 +1,6 @@
-// The matrix engine of src/ops/lora_linear.rs, launched by src/ops/wgpu.rs.
+// The matrix engine of src/ops/lora_linear.rs, launched by src/ops/product.rs.
 //
-//     out = scale · (main_lhs · main_rhs + prologue_scale · prologue_lhs · prologue_rhs)
+//     out = addend + scale · (main_lhs · main_rhs + prologue_scale · prologue_lhs · prologue_rhs)
 //
 // The accumulators start from the prologue, whose depth is the adapter's rank, and go on with the main product; both
 // are m x n and of one layout. A rank of 0 leaves the prologue out. By layout, with the letters of lora_linear.rs:
@@ -11,36 +11,16 @@
 //     columns_columns  [depth, m]   [depth, n]                                 dB = scale · dyᵀ s, dA = dsᵀ x
 //
 //     out: [splits, m, n]; split z sums span z of the depth, and lora_linear_sum.wgsl adds more than one split up
+//     addend: [m, n], which may be `out` itself: a thread reads an entry before it writes it, and no other touches it
 //
 // One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands
 // in workgroup memory as [BLOCK_K][lines], so that a thread reads four lines at once. A thread keeps blocks of 4 x 4
 // accumulators, TILE_M (TILE_N) of them apart, so that neighbours read neighbouring words. Workgroups are numbered in
 // bands of BAND blocks down m, so that those running together share operands in the cache. All sums are f32.
 
-#if vec4
-alias Stored = vec4<{{ element }}>;
-#else
-alias Stored = {{ element }};
+#if f16
+enable f16;
 #endif
-
-@group(0) @binding(0) var<storage, read_write> main_lhs: array<Stored>;
-@group(0) @binding(1) var<storage, read_write> main_rhs: array<Stored>;
-@group(0) @binding(2) var<storage, read_write> prologue_lhs: array<Stored>;
-@group(0) @binding(3) var<storage, read_write> prologue_rhs: array<Stored>;
-@group(0) @binding(4) var<storage, read_write> out: array<Stored>;
-@group(0) @binding(5) var<uniform> params: Params;
-
-struct Params {
-    m: u32,
-    n: u32,
-    depth: u32,
-    rank: u32,
-    // Entries of the depth that one split sums, a multiple of BLOCK_K.
-    span: u32,
-    prologue_scale: f32,
-    scale: f32,
-    unused: u32,
-}
 
 const BLOCK_M = {{ block_m }}u;
 const BLOCK_N = {{ block_n }}u;
@@ -62,25 +42,6 @@ var<private> acc_{{ i }}_{{ j }}: mat4x4f;
 #endfor
 #endfor
 
-#for matrix in main_lhs main_rhs prologue_lhs prologue_rhs
-// Four entries of a line of {{ matrix }}, zeros past its ends.
-fn {{ matrix }}_quad(line: u32, entry: u32, lines: u32, length: u32) -> vec4f {
-    var quad = vec4f();
-#if vec4
-    if (line < lines && entry < length) {
-        quad = vec4f({{ matrix }}[(line * length + entry) / 4u]);
-    }
-#else
-#for c in 0 1 2 3
-    if (line < lines && entry + {{ c }}u < length) {
-        quad[{{ c }}] = f32({{ matrix }}[line * length + entry + {{ c }}u]);
-    }
-#endfor
-#endif
-    return quad;
-}
-
-#endfor
 #for part in main prologue
 // Stages one step of both operands of the {{ part }} product.
 fn stage_{{ part }}(thread: u32, first_m: u32, first_n: u32, first_k: u32, depth: u32) {
@@ -149,20 +110,6 @@ fn multiply(tile_m: u32, tile_n: u32) {
 #endfor
 #endfor
     }
-}
-
-fn store(line: u32, entry: u32, first_out: u32, quad: vec4f) {
-#if vec4
-    if (line < params.m && entry < params.n) {
-        out[(first_out + line * params.n + entry) / 4u] = Stored(quad);
-    }
-#else
-#for c in 0 1 2 3
-    if (line < params.m && entry + {{ c }}u < params.n) {
-        out[first_out + line * params.n + entry + {{ c }}u] = Stored(quad[{{ c }}]);
-    }
-#endfor
-#endif
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)

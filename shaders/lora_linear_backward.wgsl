@@ -1,5 +1,5 @@
 // The adapter's half of the backward of src/ops/lora_linear.rs in one read of dy, for small ranks; launched by
-// src/ops/wgpu.rs.
+// src/ops/product.rs.
 //
 //     ds = scale · dy B      dB = scale · dyᵀ s
 //
@@ -11,15 +11,13 @@
 // with dB, each thread four lines by four ranks. The tile holds four tokens a word, as [column][token quad ^ column
 // quad]: either half then reads words of different banks. All sums are f32.
 
-#if vec4
-alias Stored = vec4<{{ element }}>;
-#else
-alias Stored = {{ element }};
+#if f16
+enable f16;
 #endif
 
-@group(0) @binding(0) var<storage, read_write> dy: array<Stored>;
-@group(0) @binding(1) var<storage, read_write> b: array<Stored>;
-@group(0) @binding(2) var<storage, read_write> s: array<Stored>;
+@group(0) @binding(0) var<storage, read_write> dy: array<{{ dy }}>;
+@group(0) @binding(1) var<storage, read_write> b: array<{{ adapter }}>;
+@group(0) @binding(2) var<storage, read_write> s: array<{{ adapter }}>;
 @group(0) @binding(3) var<storage, read_write> ds_parts: array<f32>;
 @group(0) @binding(4) var<storage, read_write> db_parts: array<f32>;
 @group(0) @binding(5) var<uniform> params: Params;
@@ -44,25 +42,6 @@ const WORKGROUP_SIZE = 2u * HALF;
 
 var<workgroup> tile: array<vec4f, PANEL * QUADS>;
 
-#for matrix in dy b s
-// Four entries of a line of {{ matrix }}, zeros past its ends.
-fn {{ matrix }}_quad(line: u32, entry: u32, lines: u32, length: u32) -> vec4f {
-    var quad = vec4f();
-#if vec4
-    if (line < lines && entry < length) {
-        quad = vec4f({{ matrix }}[(line * length + entry) / 4u]);
-    }
-#else
-#for c in 0 1 2 3
-    if (line < lines && entry + {{ c }}u < length) {
-        quad[{{ c }}] = f32({{ matrix }}[line * length + entry + {{ c }}u]);
-    }
-#endfor
-#endif
-    return quad;
-}
-
-#endfor
 #for parts in ds_parts db_parts
 // Stores four lines by four ranks of {{ parts }}, whose first line is `first` of `lines` of part `part`.
 fn store_{{ parts }}(part: u32, first: u32, lines: u32, rank: u32, sums: mat4x4f) {

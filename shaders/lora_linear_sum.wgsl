@@ -1,19 +1,26 @@
 // The second half of a product of src/ops/lora_linear.rs that was split along its depth.
 //
-//     out[i] = Σ_z parts[z, i]        parts: [splits, length], out: [length]
+//     out[i] = addend[i] + Σ_z parts[z, i]        parts: [splits, length], out, addend: [length]
 //
-// One thread an entry. The order of the sum is fixed, so that the same input gives the same bits.
+// One thread an entry; `addend` may be `out` itself. The order of the sum is fixed, so that the same input gives the
+// same bits.
+
+#if f16
+enable f16;
+#endif
 
 @group(0) @binding(0) var<storage, read_write> parts: array<f32>;
-@group(0) @binding(1) var<storage, read_write> out: array<{{ element }}>;
-@group(0) @binding(2) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read_write> out: array<{{ out }}>;
+@group(0) @binding(2) var<storage, read_write> addend: array<{{ out }}>;
+@group(0) @binding(3) var<uniform> params: Params;
 
 struct Params {
     length: u32,
     splits: u32,
     // Threads in x; entries beyond them are those of y.
     row: u32,
-    unused: u32,
+    // Whether there is an addend; without it, its buffer only stands in.
+    has_addend: u32,
 }
 
 const WORKGROUP_SIZE = {{ workgroup_size }}u;
@@ -28,5 +35,8 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     for (var z = 0u; z < params.splits; z++) {
         sum += parts[z * params.length + i];
     }
-    out[i] = {{ element }}(sum);
+    if (params.has_addend != 0u) {
+        sum += f32(addend[i]);
+    }
+    out[i] = {{ out }}(sum);
 }

@@ -8,6 +8,7 @@ pub mod open;
 pub mod profile_table;
 pub mod progress;
 pub mod train;
+mod tune;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

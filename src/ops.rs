@@ -19,7 +19,9 @@ pub mod token_logps;
 
 mod cube;
 pub mod kernel;
+mod product;
 pub mod profile;
+pub mod tune;
 mod wgpu;
 
 use burn::tensor::backend::Backend;

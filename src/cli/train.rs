@@ -10,6 +10,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use super::budget::Budget;
 use super::open::OpenModel;
 use super::progress::Progress;
+use super::tune;
 use crate::config::TrainArgs;
 use crate::data::batch::LossCompat;
 use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
@@ -112,6 +113,11 @@ fn run_on<B: Kernels>(
             size(budget.memory.total() as u64)
         );
     }
+    let lengths = data.train.iter().map(|pair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len());
+    let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
+    let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
+    let kinds = tune::kinds(&model, tokens);
+    tune::tune(choice, &kinds, max_steps - first_step, |note| eprintln!("device   {note}"));
 
     let held_out = if open.is_demo() { demo::held_out()?.rows } else { Vec::new() };
     let questions: Vec<&str> = held_out.iter().map(|row| row.query.as_str()).collect();

@@ -89,7 +89,7 @@ impl Adapter {
 
     /// An adapter of which nothing is known.
     #[cfg(test)]
-    pub(super) fn unknown() -> Self {
+    pub(crate) fn unknown() -> Self {
         Self {
             index: 0,
             name: String::new(),

@@ -13,6 +13,12 @@ use burn_cubecl::tensor::CubeTensor;
 /// Threads of a cube: as many as every device has.
 pub(super) const THREADS: u32 = 256;
 
+/// Whether the device is a processor behind a GPU's interface. Mesa's and Google's have as many lanes as the processor's vectors; no
+/// GPU has that few.
+pub(super) fn is_software<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
+    client.properties().hardware.plane_size_max <= 16
+}
+
 /// The tensor as a kernel reads it: contiguous, of one of the two storage types, not empty.
 pub(super) fn readable<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<R> {
     assert!(matches!(tensor.dtype, DType::F32 | DType::F16), "the kernels take no {:?}", tensor.dtype);

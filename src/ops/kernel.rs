@@ -10,7 +10,10 @@
 //!
 //! Repetition instead of WGSL loops is what keeps a thread's accumulators in registers: no compiler has to unroll anything.
 
-use std::hash::Hash;
+mod render;
+mod tile;
+
+pub use tile::{Cut, Element, Elements, Layout, MatrixTile, Tile};
 
 use burn::cubecl::client::ComputeClient;
 use burn::cubecl::ir::{ElemType, StorageType, UIntKind};
@@ -19,86 +22,31 @@ use burn::cubecl::server::{Handle, KernelArguments, MetadataBindingInfo};
 use burn::cubecl::{CompilationError, Compiler, CubeCount, CubeDim, CubeTask, ExecutionMode};
 use burn_wgpu::WgpuRuntime;
 
-/// Which index of an operand runs along its rows' memory, by operand.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Layout {
-    /// `[m, depth] · [n, depth]ᵀ`
-    RowsRows,
-    /// `[m, depth] · [depth, n]`
-    RowsColumns,
-    /// `[depth, m]ᵀ · [depth, n]`
-    ColumnsColumns,
-}
-
-/// How a product is cut: what a workgroup computes, and what a thread of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Tile {
-    /// Rows of the output that a workgroup computes.
-    pub block_m: u32,
-    /// Columns of the output that a workgroup computes.
-    pub block_n: u32,
-    /// Depth of one step.
-    pub block_k: u32,
-    /// Blocks of 4 x 4 that a thread computes, down the rows.
-    pub quads_m: u32,
-    /// Blocks of 4 x 4 that a thread computes, along the columns.
-    pub quads_n: u32,
-}
-
-impl Tile {
-    const fn new(block_m: u32, block_n: u32, block_k: u32, quads_m: u32, quads_n: u32) -> Self {
-        Self { block_m, block_n, block_k, quads_m, quads_n }
-    }
-
-    /// For devices whose lanes have registers of their own: 64 to 256 threads of at most 8 x 8 accumulators.
-    pub const GPU: [Self; 7] = [
-        Self::new(128, 128, 16, 2, 2),
-        Self::new(64, 64, 16, 2, 2),
-        Self::new(32, 64, 16, 1, 2),
-        Self::new(128, 16, 16, 2, 1),
-        Self::new(128, 8, 16, 1, 1),
-        Self::new(16, 128, 16, 1, 2),
-        Self::new(8, 128, 16, 1, 1),
-    ];
-
-    /// For software adapters, where a load costs much more than a product and registers spill to the first-level
-    /// cache: threads of up to 16 x 16 accumulators.
-    pub const SOFTWARE: [Self; 8] = [
-        Self::new(256, 128, 8, 4, 4),
-        Self::new(128, 128, 8, 4, 4),
-        Self::new(256, 64, 8, 4, 4),
-        Self::new(64, 256, 8, 4, 4),
-        Self::new(256, 16, 8, 4, 4),
-        Self::new(256, 8, 8, 4, 2),
-        Self::new(16, 256, 8, 4, 4),
-        Self::new(8, 128, 16, 2, 4),
-    ];
-
-    fn tile_m(self) -> u32 {
-        self.block_m / (4 * self.quads_m)
-    }
-
-    fn tile_n(self) -> u32 {
-        self.block_n / (4 * self.quads_n)
-    }
-}
+use render::render;
 
 /// One compiled variant of one of the sources in `shaders/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Shader {
-    /// `lora_linear.wgsl`
+    /// `lora_linear.wgsl`, or `lora_linear_matrix.wgsl`
     Product {
-        /// How the operands lie in memory.
+        /// How the operands lie in memory; matrices know the first two layouts.
         layout: Layout,
         /// How the product is cut.
-        tile: Tile,
+        cut: Cut,
+        /// What the operands hold.
+        elements: Elements,
         /// Whether every row of every operand is a multiple of four entries.
         is_vec4: bool,
     },
     /// `lora_linear_sum.wgsl`
-    Sum,
+    Sum {
+        /// What the output holds, and what is added to it.
+        out: Element,
+    },
     /// `lora_linear_backward.wgsl`
     LoraBackward {
+        /// What the gradient by the output holds.
+        dy: Element,
         /// The rank's quads, rounded up.
         rank_quads: u32,
         /// Whether every row of every operand is a multiple of four entries.
@@ -125,45 +73,125 @@ impl Shader {
     /// Threads of a workgroup.
     pub fn workgroup_size(self) -> u32 {
         match self {
-            Self::Product { tile, .. } => tile.tile_m() * tile.tile_n(),
+            Self::Product { cut: Cut::Registers(tile), .. } => tile.tile_m() * tile.tile_n(),
+            Self::Product { cut: Cut::Matrices(tile), .. } => tile.threads(),
             Self::LoraBackward { rank_quads, .. } => PANEL / 2 * rank_quads,
             _ => WORKGROUP_SIZE,
         }
     }
 
+    /// Every variant that a launch can ask for.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Self::OrpoLoss, Self::OrpoLossBackward];
+        all.extend(Element::ALL.map(|out| Self::Sum { out }));
+        for is_vec4 in [true, false] {
+            for layout in Layout::ALL {
+                for cut in Tile::GPU.into_iter().chain(Tile::SOFTWARE).map(Cut::Registers) {
+                    all.extend(Elements::all().map(|elements| Self::Product {
+                        layout,
+                        cut,
+                        elements,
+                        is_vec4,
+                    }));
+                }
+            }
+            for (size, lanes) in MatrixTile::SIZES.into_iter().flat_map(|s| MatrixTile::LANES.map(|l| (s, l)))
+            {
+                for cut in MatrixTile::all(size, lanes).map(Cut::Matrices) {
+                    let layouts = [Layout::RowsRows, Layout::RowsColumns];
+                    all.extend(layouts.into_iter().flat_map(|layout| {
+                        Element::ALL.map(|out| {
+                            let elements = Elements { lhs: Element::F16, rhs: Element::F16, out };
+                            Self::Product { layout, cut, elements, is_vec4 }
+                        })
+                    }));
+                }
+            }
+            for rank_quads in RANK_QUADS {
+                all.extend(Element::ALL.map(|dy| Self::LoraBackward { dy, rank_quads, is_vec4 }));
+            }
+        }
+        all
+    }
+
     /// The variant's WGSL.
     pub fn wgsl(self) -> String {
         let list = |n: u32| (0..n).map(|i| i.to_string()).collect::<Vec<_>>().join(" ");
-        let mut values =
-            vec![("element", "f32".to_owned()), ("workgroup_size", self.workgroup_size().to_string())];
+        let mut values = vec![("workgroup_size", self.workgroup_size().to_string())];
         let mut flags = vec![];
         let source = match self {
-            Self::Product { layout, tile, is_vec4 } => {
-                // The largest tiles fill the 16 KiB that every device has, and go without.
-                let quads = tile.block_k * (tile.block_m + tile.block_n) / 4;
-                let padding = u32::from((quads + 2 * tile.block_k) * 16 <= 16_384);
+            Self::Product { layout, cut, elements, is_vec4 } => {
+                let [block_m, block_n, block_k] = cut.block();
                 values.extend([
-                    ("block_m", tile.block_m.to_string()),
-                    ("block_n", tile.block_n.to_string()),
-                    ("block_k", tile.block_k.to_string()),
-                    ("tile_m", tile.tile_m().to_string()),
-                    ("tile_n", tile.tile_n().to_string()),
-                    ("quads_m", list(tile.quads_m)),
-                    ("quads_n", list(tile.quads_n)),
-                    ("padding", padding.to_string()),
+                    ("block_m", block_m.to_string()),
+                    ("block_n", block_n.to_string()),
+                    ("block_k", block_k.to_string()),
                     ("band", BAND.to_string()),
+                    ("lhs", elements.lhs.wgsl(is_vec4)),
+                    ("rhs", elements.rhs.wgsl(is_vec4)),
+                    ("prologue", Element::F32.wgsl(is_vec4)),
+                    ("out", elements.out.wgsl(is_vec4)),
+                    ("matrices", "main_lhs main_rhs prologue_lhs prologue_rhs".to_owned()),
                 ]);
+                let is_f16 = [elements.lhs, elements.rhs, elements.out].contains(&Element::F16);
+                flags.extend(is_f16.then_some("f16"));
                 flags.extend((layout != Layout::ColumnsColumns).then_some("lhs_rows"));
                 flags.extend((layout == Layout::RowsRows).then_some("rhs_rows"));
                 flags.extend(is_vec4.then_some("vec4"));
-                include_str!("../../shaders/lora_linear.wgsl")
+                match cut {
+                    Cut::Registers(tile) => {
+                        // The largest tiles fill the 16 KiB that every device has, and go without.
+                        let quads = block_k * (block_m + block_n) / 4;
+                        let padding = u32::from((quads + 2 * block_k) * 16 <= 16_384);
+                        values.extend([
+                            ("tile_m", tile.tile_m().to_string()),
+                            ("tile_n", tile.tile_n().to_string()),
+                            ("quads_m", list(tile.quads_m)),
+                            ("quads_n", list(tile.quads_n)),
+                            ("padding", padding.to_string()),
+                        ]);
+                        concat!(
+                            include_str!("../../shaders/lora_linear.wgsl"),
+                            include_str!("../../shaders/shared/product.wgsl"),
+                            include_str!("../../shaders/shared/quads.wgsl")
+                        )
+                    }
+                    Cut::Matrices(tile) => {
+                        values.extend([
+                            ("size", tile.size.to_string()),
+                            ("patch_m", tile.patch_m.to_string()),
+                            ("patch_n", tile.patch_n.to_string()),
+                            ("fragments_m", list(tile.patch_m / tile.size)),
+                            ("fragments_n", list(tile.patch_n / tile.size)),
+                        ]);
+                        concat!(
+                            include_str!("../../shaders/lora_linear_matrix.wgsl"),
+                            include_str!("../../shaders/shared/product.wgsl"),
+                            include_str!("../../shaders/shared/quads.wgsl")
+                        )
+                    }
+                }
             }
-            Self::LoraBackward { rank_quads, is_vec4 } => {
-                values.extend([("panel", PANEL.to_string()), ("rank_quads", rank_quads.to_string())]);
+            Self::LoraBackward { dy, rank_quads, is_vec4 } => {
+                values.extend([
+                    ("panel", PANEL.to_string()),
+                    ("rank_quads", rank_quads.to_string()),
+                    ("dy", dy.wgsl(is_vec4)),
+                    ("adapter", Element::F32.wgsl(is_vec4)),
+                    ("matrices", "dy b s".to_owned()),
+                ]);
+                flags.extend((dy == Element::F16).then_some("f16"));
                 flags.extend(is_vec4.then_some("vec4"));
-                include_str!("../../shaders/lora_linear_backward.wgsl")
+                concat!(
+                    include_str!("../../shaders/lora_linear_backward.wgsl"),
+                    include_str!("../../shaders/shared/quads.wgsl")
+                )
             }
-            Self::Sum => include_str!("../../shaders/lora_linear_sum.wgsl"),
+            Self::Sum { out } => {
+                values.push(("out", out.wgsl(false)));
+                flags.extend((out == Element::F16).then_some("f16"));
+                include_str!("../../shaders/lora_linear_sum.wgsl")
+            }
             Self::OrpoLoss => concat!(
                 include_str!("../../shaders/shared/odds.wgsl"),
                 include_str!("../../shaders/orpo_loss.wgsl")
@@ -175,54 +203,6 @@ impl Shader {
         };
         render(source, &values, &flags)
     }
-}
-
-/// Fills a source in for one variant.
-fn render(source: &str, values: &[(&str, String)], flags: &[&str]) -> String {
-    fn block(
-        lines: &mut std::slice::Iter<&str>,
-        values: &[(&str, String)],
-        flags: &[&str],
-        out: &mut String,
-    ) -> String {
-        while let Some(&line) = lines.next() {
-            let mut line = line.to_owned();
-            for (name, value) in values {
-                line = line.replace(&format!("{{{{ {name} }}}}"), value);
-            }
-            let words: Vec<_> = line.split_whitespace().collect();
-            match words.as_slice() {
-                ["#if", flag] => {
-                    let (mut then, mut otherwise) = (String::new(), String::new());
-                    if block(lines, values, flags, &mut then) == "#else" {
-                        block(lines, values, flags, &mut otherwise);
-                    }
-                    out.push_str(if flags.contains(flag) { &then } else { &otherwise });
-                }
-                ["#for", name, "in", items @ ..] => {
-                    let start = lines.clone();
-                    for item in items {
-                        *lines = start.clone();
-                        let mut values = values.to_vec();
-                        values.push((name, (*item).to_owned()));
-                        block(lines, &values, flags, out);
-                    }
-                }
-                [end @ ("#else" | "#endif" | "#endfor")] => return (*end).to_owned(),
-                _ => {
-                    out.push_str(&line);
-                    out.push('\n');
-                }
-            }
-        }
-        String::new()
-    }
-    let lines: Vec<_> = source.lines().collect();
-    let mut out = String::with_capacity(4 * source.len());
-    let end = block(&mut lines.iter(), values, flags, &mut out);
-    assert!(end.is_empty(), "a shader has an {end} without its beginning");
-    assert!(!out.contains("{{"), "a shader has a placeholder without a value:\n{out}");
-    out
 }
 
 impl<C: Compiler> CubeTask<C> for Shader {

@@ -10,7 +10,9 @@ use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::cube::{THREADS, bytes, cube_sum, empty, lane_sum, one_cube_each, overwrite, vector_width};
+use super::cube::{
+    THREADS, bytes, cube_sum, empty, is_software, lane_sum, one_cube_each, overwrite, vector_width,
+};
 use super::{Kernels, backward, cast, profile, to_f32, tracked};
 
 /// Normalizes every row by its root mean square.
@@ -80,6 +82,11 @@ pub fn rms_norm_backward_reference<B: Backend>(
 pub const GPU_THREADS: u32 = THREADS;
 /// The most threads that share a row on a software adapter, where barriers cost more than the row.
 pub const SOFTWARE_THREADS: u32 = 16;
+
+/// The most threads that share a row on this device.
+pub(super) fn most_threads<R: CubeRuntime>(client: &ComputeClient<R>) -> u32 {
+    if is_software(client) { SOFTWARE_THREADS } else { GPU_THREADS }
+}
 
 /// How a row is shared out over the threads of its cube.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,29 +1,17 @@
 //! Every variant of every shader parses and validates. Needs no GPU.
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-use orpo_wgpu::ops::kernel::{Layout, RANK_QUADS, Shader, Tile};
-
-/// Every variant that a launch can ask for.
-pub(crate) fn variants() -> Vec<Shader> {
-    let mut all = vec![Shader::Sum, Shader::OrpoLoss, Shader::OrpoLossBackward];
-    for layout in [Layout::RowsRows, Layout::RowsColumns, Layout::ColumnsColumns] {
-        for tile in Tile::GPU.into_iter().chain(Tile::SOFTWARE) {
-            all.extend([true, false].map(|is_vec4| Shader::Product { layout, tile, is_vec4 }));
-        }
-    }
-    for rank_quads in RANK_QUADS {
-        all.extend([true, false].map(|is_vec4| Shader::LoraBackward { rank_quads, is_vec4 }));
-    }
-    all
-}
+use orpo_wgpu::ops::kernel::Shader;
 
 #[test]
 fn every_variant_validates() {
-    for shader in variants() {
+    let capabilities =
+        Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX | Capabilities::SUBGROUP;
+    for shader in Shader::all() {
         let source = shader.wgsl();
         let module = naga::front::wgsl::parse_str(&source)
             .unwrap_or_else(|e| panic!("{shader:?}: {}", e.emit_to_string(&source)));
-        Validator::new(ValidationFlags::all(), Capabilities::empty())
+        Validator::new(ValidationFlags::all(), capabilities)
             .validate(&module)
             .unwrap_or_else(|e| panic!("{shader:?}: {}", e.emit_to_string(&source)));
 
@@ -36,7 +24,7 @@ fn every_variant_validates() {
 
 #[test]
 fn no_variant_asks_for_more_than_every_device_has() {
-    for shader in variants() {
+    for shader in Shader::all() {
         let module = naga::front::wgsl::parse_str(&shader.wgsl()).unwrap();
         let mut layouter = naga::proc::Layouter::default();
         layouter.update(module.to_ctx()).unwrap();
@@ -65,7 +53,7 @@ fn no_variant_asks_for_more_than_every_device_has() {
 /// naga gives a variable without a value its zero once a function, not once a turn of the loop that it stands in.
 #[test]
 fn every_variable_of_a_function_has_a_value() {
-    for shader in variants() {
+    for shader in Shader::all() {
         for line in shader.wgsl().lines().filter(|line| line.starts_with("    ")) {
             let is_bare = line.trim_start().starts_with("var ") && !line.contains('=');
             assert!(!is_bare, "{shader:?}: {line}");

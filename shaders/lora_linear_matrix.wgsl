@@ -1,0 +1,172 @@
+// The products of lora_linear.wgsl on cooperative matrices (tensor cores), for operands stored as f16; same formula, same
+// buffers, same numbering of workgroups. Launched by src/ops/product.rs on devices that list the matrix shape
+// SIZE x SIZE x SIZE, f16 in, f32 sums.
+//
+// One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands
+// in workgroup memory as f16, in lines as they lie in their buffers. The block is cut into PATCH_M x PATCH_N patches, a
+// subgroup's each, as SIZE x SIZE fragments. How many lanes a subgroup has is the driver's choice: where there are fewer
+// subgroups than patches, the block is walked again for the rest, and where there are more, some make the same. The
+// prologue's operands are f32 and rounded to f16 when staged; sums are f32, and go out through workgroup memory, since a
+// fragment's entries cannot be seen otherwise.
+
+enable f16;
+enable wgpu_cooperative_matrix;
+
+const SIZE = {{ size }}u;
+const BLOCK_M = {{ block_m }}u;
+const BLOCK_N = {{ block_n }}u;
+const BLOCK_K = {{ block_k }}u;
+const PATCH_M = {{ patch_m }}u;
+const PATCH_N = {{ patch_n }}u;
+const PATCHES_N = BLOCK_N / PATCH_N;
+const PATCHES = BLOCK_M / PATCH_M * PATCHES_N;
+const BAND = {{ band }}u;
+const WORKGROUP_SIZE = {{ workgroup_size }}u;
+const FRAGMENT = SIZE * SIZE;
+// In quads. Two more than needed keep lines 16 bytes aligned and out of each other's banks.
+const LHS_PITCH = BLOCK_K / 4u + 2u;
+#if rhs_rows
+const RHS_PITCH = BLOCK_K / 4u + 2u;
+const RHS_LINES = BLOCK_N;
+#else
+const RHS_PITCH = BLOCK_N / 4u + 2u;
+const RHS_LINES = BLOCK_K;
+#endif
+
+alias Lhs = coop_mat{{ size }}x{{ size }}<f16, A>;
+alias Rhs = coop_mat{{ size }}x{{ size }}<f16, B>;
+alias Sums = coop_mat{{ size }}x{{ size }}<f32, C>;
+
+var<workgroup> lhs_tile: array<vec4<f16>, BLOCK_M * LHS_PITCH>;
+var<workgroup> rhs_tile: array<vec4<f16>, RHS_LINES * RHS_PITCH>;
+var<workgroup> fragments: array<f32, PATCHES * FRAGMENT>;
+
+#for part in main prologue
+// Stages one step of both operands of the {{ part }} product, the left one times `scale`.
+fn stage_{{ part }}(thread: u32, first_m: u32, first_n: u32, first_k: u32, depth: u32, scale: f32) {
+    for (var item = thread; item < BLOCK_M * BLOCK_K / 4u; item += WORKGROUP_SIZE) {
+        let quad = item % (BLOCK_K / 4u);
+        let line = item / (BLOCK_K / 4u);
+        let values = {{ part }}_lhs_quad(first_m + line, first_k + quad * 4u, params.m, depth);
+        lhs_tile[line * LHS_PITCH + quad] = vec4<f16>(scale * values);
+    }
+#if rhs_rows
+    for (var item = thread; item < BLOCK_N * BLOCK_K / 4u; item += WORKGROUP_SIZE) {
+        let quad = item % (BLOCK_K / 4u);
+        let line = item / (BLOCK_K / 4u);
+        let values = {{ part }}_rhs_quad(first_n + line, first_k + quad * 4u, params.n, depth);
+        rhs_tile[line * RHS_PITCH + quad] = vec4<f16>(values);
+    }
+#else
+    for (var item = thread; item < BLOCK_N * BLOCK_K / 4u; item += WORKGROUP_SIZE) {
+        let quad = item % (BLOCK_N / 4u);
+        let line = item / (BLOCK_N / 4u);
+        let values = {{ part }}_rhs_quad(first_k + line, first_n + quad * 4u, depth, params.n);
+        rhs_tile[line * RHS_PITCH + quad] = vec4<f16>(values);
+    }
+#endif
+}
+
+#endfor
+// Stores the fragments that the subgroups have left, one a patch; the first patch's begins at first_m and first_n.
+fn store_fragments(thread: u32, first_patch: u32, subgroups: u32, first_m: u32, first_n: u32, first_out: u32) {
+    let n_quads = min(subgroups, PATCHES - first_patch) * (FRAGMENT / 4u);
+    for (var quad = thread; quad < n_quads; quad += WORKGROUP_SIZE) {
+        let owned = first_patch + quad / (FRAGMENT / 4u);
+        let line = quad % (FRAGMENT / 4u) / (SIZE / 4u);
+        let entry = quad % (SIZE / 4u) * 4u;
+        let sums = vec4f(
+            fragments[quad * 4u],
+            fragments[quad * 4u + 1u],
+            fragments[quad * 4u + 2u],
+            fragments[quad * 4u + 3u],
+        );
+        store(
+            first_m + owned / PATCHES_N * PATCH_M + line,
+            first_n + owned % PATCHES_N * PATCH_N + entry,
+            first_out,
+            sums * params.scale,
+        );
+    }
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+) {
+    let first_m = (group.y * BAND + group.x % BAND) * BLOCK_M;
+    let first_n = group.x / BAND * BLOCK_N;
+    if (first_m >= params.m) {
+        return;
+    }
+    let first_main = group.z * params.span;
+    let last_main = min(params.depth, first_main + params.span);
+    let first_prologue = 0u;
+    let last_prologue = params.rank;
+    let main_depth = params.depth;
+    let prologue_depth = params.rank;
+    let main_scale = 1.0;
+    let prologue_scale = params.prologue_scale;
+    for (var first_patch = 0u; first_patch < PATCHES; first_patch += subgroups) {
+        // Without a patch of its own a subgroup makes the last one as well, so that all take every step.
+        let owned = min(first_patch + subgroup, PATCHES - 1u);
+        let patch_m = owned / PATCHES_N * PATCH_M;
+        let patch_n = owned % PATCHES_N * PATCH_N;
+        // Sums start from zeros in memory: a matrix without a value keeps those of the turn before.
+        for (var i = thread; i < FRAGMENT; i += WORKGROUP_SIZE) {
+            fragments[i] = 0.0;
+        }
+        workgroupBarrier();
+#for i in {{ fragments_m }}
+#for j in {{ fragments_n }}
+        var sums_{{ i }}_{{ j }} = coopLoadT<Sums>(&fragments[0], SIZE);
+#endfor
+#endfor
+#for part in prologue main
+        for (var k = first_{{ part }}; k < last_{{ part }}; k += BLOCK_K) {
+            stage_{{ part }}(thread, first_m, first_n, k, {{ part }}_depth, {{ part }}_scale);
+            workgroupBarrier();
+            for (var step = 0u; step < BLOCK_K; step += SIZE) {
+#for i in {{ fragments_m }}
+                let lhs_{{ i }} =
+                    coopLoadT<Lhs>(&lhs_tile[(patch_m + {{ i }}u * SIZE) * LHS_PITCH + step / 4u], LHS_PITCH);
+#endfor
+#for j in {{ fragments_n }}
+#if rhs_rows
+                let rhs_{{ j }} =
+                    coopLoad<Rhs>(&rhs_tile[(patch_n + {{ j }}u * SIZE) * RHS_PITCH + step / 4u], RHS_PITCH);
+#else
+                let rhs_{{ j }} =
+                    coopLoadT<Rhs>(&rhs_tile[step * RHS_PITCH + (patch_n + {{ j }}u * SIZE) / 4u], RHS_PITCH);
+#endif
+#for i in {{ fragments_m }}
+                sums_{{ i }}_{{ j }} = coopMultiplyAdd(lhs_{{ i }}, rhs_{{ j }}, sums_{{ i }}_{{ j }});
+#endfor
+#endfor
+            }
+            workgroupBarrier();
+        }
+#endfor
+        let slot = (owned - first_patch) * FRAGMENT;
+        let pitch = SIZE;
+        let first_out = group.z * params.m * params.n;
+#for i in {{ fragments_m }}
+#for j in {{ fragments_n }}
+        coopStoreT(sums_{{ i }}_{{ j }}, &fragments[slot], pitch);
+        workgroupBarrier();
+        store_fragments(
+            thread,
+            first_patch,
+            subgroups,
+            first_m + {{ i }}u * SIZE,
+            first_n + {{ j }}u * SIZE,
+            first_out,
+        );
+        workgroupBarrier();
+#endfor
+#endfor
+    }
+}

@@ -1,0 +1,50 @@
+
+// What the products of src/ops/lora_linear.rs share, whichever way they multiply: operands and epilogue.
+
+alias Out = {{ out }};
+
+@group(0) @binding(0) var<storage, read_write> main_lhs: array<{{ lhs }}>;
+@group(0) @binding(1) var<storage, read_write> main_rhs: array<{{ rhs }}>;
+@group(0) @binding(2) var<storage, read_write> prologue_lhs: array<{{ prologue }}>;
+@group(0) @binding(3) var<storage, read_write> prologue_rhs: array<{{ prologue }}>;
+@group(0) @binding(4) var<storage, read_write> out: array<Out>;
+@group(0) @binding(5) var<storage, read_write> addend: array<Out>;
+@group(0) @binding(6) var<uniform> params: Params;
+
+struct Params {
+    m: u32,
+    n: u32,
+    depth: u32,
+    rank: u32,
+    // Entries of the depth that one split sums, a multiple of BLOCK_K.
+    span: u32,
+    prologue_scale: f32,
+    scale: f32,
+    // Whether there is an addend; without it, its buffer only stands in.
+    has_addend: u32,
+}
+
+// Stores four entries of a line of `out`, with those of the addend.
+fn store(line: u32, entry: u32, first_out: u32, sums: vec4f) {
+#if vec4
+    if (line < params.m && entry < params.n) {
+        let i = (first_out + line * params.n + entry) / 4u;
+        var quad = sums;
+        if (params.has_addend != 0u) {
+            quad += vec4f(addend[i]);
+        }
+        out[i] = Out(quad);
+    }
+#else
+#for c in 0 1 2 3
+    if (line < params.m && entry + {{ c }}u < params.n) {
+        let i = first_out + line * params.n + entry + {{ c }}u;
+        var value = sums[{{ c }}];
+        if (params.has_addend != 0u) {
+            value += f32(addend[i]);
+        }
+        out[i] = Out(value);
+    }
+#endfor
+#endif
+}

@@ -1,0 +1,192 @@
+//! What the variants of the products differ in.
+
+use burn::tensor::DType;
+use serde::{Deserialize, Serialize};
+
+/// Which index of an operand runs along its rows' memory, by operand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Layout {
+    /// `[m, depth] · [n, depth]ᵀ`
+    RowsRows,
+    /// `[m, depth] · [depth, n]`
+    RowsColumns,
+    /// `[depth, m]ᵀ · [depth, n]`
+    ColumnsColumns,
+}
+
+impl Layout {
+    /// Every layout.
+    pub const ALL: [Self; 3] = [Self::RowsRows, Self::RowsColumns, Self::ColumnsColumns];
+}
+
+/// What a buffer holds. Every sum is `f32` all the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Element {
+    /// 32-bit floats
+    F32,
+    /// 16-bit floats
+    F16,
+}
+
+impl From<DType> for Element {
+    /// What a tensor of this type holds; of the others there are no kernels.
+    fn from(dtype: DType) -> Self {
+        if dtype == DType::F16 { Self::F16 } else { Self::F32 }
+    }
+}
+
+impl Element {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::F32, Self::F16];
+
+    /// Its WGSL, as vectors of four where rows allow them.
+    pub(super) fn wgsl(self, is_vec4: bool) -> String {
+        let name = match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        };
+        if is_vec4 { format!("vec4<{name}>") } else { name.to_owned() }
+    }
+}
+
+/// What the operands of a product hold; those of its prologue are always `f32`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Elements {
+    /// The left operand.
+    pub lhs: Element,
+    /// The right operand.
+    pub rhs: Element,
+    /// The output, and what is added to it.
+    pub out: Element,
+}
+
+impl Elements {
+    /// `f32` throughout.
+    pub const F32: Self = Self { lhs: Element::F32, rhs: Element::F32, out: Element::F32 };
+
+    /// Every mix.
+    pub fn all() -> impl Iterator<Item = Self> + Clone {
+        let pairs = Element::ALL.into_iter().flat_map(|lhs| Element::ALL.map(|rhs| (lhs, rhs)));
+        pairs.flat_map(|(lhs, rhs)| Element::ALL.map(|out| Self { lhs, rhs, out }))
+    }
+}
+
+/// How a product is cut: what a workgroup computes, and what a thread of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Tile {
+    /// Rows of the output that a workgroup computes.
+    pub block_m: u32,
+    /// Columns of the output that a workgroup computes.
+    pub block_n: u32,
+    /// Depth of one step.
+    pub block_k: u32,
+    /// Blocks of 4 x 4 that a thread computes, down the rows.
+    pub quads_m: u32,
+    /// Blocks of 4 x 4 that a thread computes, along the columns.
+    pub quads_n: u32,
+}
+
+impl Tile {
+    const fn new(block_m: u32, block_n: u32, block_k: u32, quads_m: u32, quads_n: u32) -> Self {
+        Self { block_m, block_n, block_k, quads_m, quads_n }
+    }
+
+    /// For devices whose lanes have registers of their own: 64 to 256 threads of at most 8 x 8 accumulators.
+    pub const GPU: [Self; 7] = [
+        Self::new(128, 128, 16, 2, 2),
+        Self::new(64, 64, 16, 2, 2),
+        Self::new(32, 64, 16, 1, 2),
+        Self::new(128, 16, 16, 2, 1),
+        Self::new(128, 8, 16, 1, 1),
+        Self::new(16, 128, 16, 1, 2),
+        Self::new(8, 128, 16, 1, 1),
+    ];
+
+    /// For software adapters, where a load costs much more than a product and registers spill to the first-level
+    /// cache: threads of up to 16 x 16 accumulators.
+    pub const SOFTWARE: [Self; 8] = [
+        Self::new(256, 128, 8, 4, 4),
+        Self::new(128, 128, 8, 4, 4),
+        Self::new(256, 64, 8, 4, 4),
+        Self::new(64, 256, 8, 4, 4),
+        Self::new(256, 16, 8, 4, 4),
+        Self::new(256, 8, 8, 4, 2),
+        Self::new(16, 256, 8, 4, 4),
+        Self::new(8, 128, 16, 2, 4),
+    ];
+
+    pub(super) fn tile_m(self) -> u32 {
+        self.block_m / (4 * self.quads_m)
+    }
+
+    pub(super) fn tile_n(self) -> u32 {
+        self.block_n / (4 * self.quads_n)
+    }
+}
+
+/// How a product on cooperative matrices is cut: what a workgroup computes, and what a subgroup of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct MatrixTile {
+    /// Rows, columns and depth of a matrix of the device.
+    pub size: u32,
+    /// Rows of the output that a workgroup computes.
+    pub block_m: u32,
+    /// Columns of the output that a workgroup computes.
+    pub block_n: u32,
+    /// Depth of one step.
+    pub block_k: u32,
+    /// Rows of the output that a subgroup computes.
+    pub patch_m: u32,
+    /// Columns of the output that a subgroup computes.
+    pub patch_n: u32,
+    /// Lanes of a subgroup, as far as is known: any number is right, and the true one is fastest.
+    pub lanes: u32,
+}
+
+impl MatrixTile {
+    /// The sizes that WGSL can name, the faster first.
+    pub const SIZES: [u32; 2] = [16, 8];
+    /// Numbers of lanes that variants are compiled for: software adapters, most devices, and AMD's.
+    pub const LANES: [u32; 3] = [8, 32, 64];
+
+    /// Every cut for one matrix size and one number of lanes: within the 16 KiB that every device has, and at most 16 matrices of
+    /// sums a subgroup.
+    pub fn all(size: u32, lanes: u32) -> impl DoubleEndedIterator<Item = Self> {
+        let cuts =
+            [(128, 128, 16, 64, 64), (128, 64, 16, 64, 32), (64, 64, 32, 32, 32), (32, 32, 32, 16, 16)];
+        let tiles = cuts.into_iter().map(move |(block_m, block_n, block_k, patch_m, patch_n)| Self {
+            size,
+            block_m,
+            block_n,
+            block_k,
+            patch_m,
+            patch_n,
+            lanes,
+        });
+        tiles.filter(move |tile| tile.patch_m * tile.patch_n <= 16 * size * size)
+    }
+
+    /// Threads of a workgroup.
+    pub(super) fn threads(self) -> u32 {
+        self.block_m / self.patch_m * (self.block_n / self.patch_n) * self.lanes
+    }
+}
+
+/// One of the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Cut {
+    /// `lora_linear.wgsl`
+    Registers(Tile),
+    /// `lora_linear_matrix.wgsl`
+    Matrices(MatrixTile),
+}
+
+impl Cut {
+    /// `[m, n, depth]` of a workgroup's step.
+    pub fn block(self) -> [u32; 3] {
+        match self {
+            Self::Registers(tile) => [tile.block_m, tile.block_n, tile.block_k],
+            Self::Matrices(tile) => [tile.block_m, tile.block_n, tile.block_k],
+        }
+    }
+}
