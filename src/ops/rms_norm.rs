@@ -98,6 +98,7 @@ struct RowPlan {
     threads: u32,
     /// Vectors of a row that a thread has.
     steps: usize,
+    /// Whether the loops over them are unrolled, which is what keeps vectors in registers.
     is_unrolled: bool,
     /// Whether a thread keeps its vectors, instead of loading them again for the second pass.
     is_held: bool,
@@ -106,8 +107,8 @@ struct RowPlan {
 impl RowPlan {
     /// Vectors that a thread has registers for; with [`GPU_THREADS`] this holds rows of 8192.
     const UNROLLED: usize = 8;
-    /// Vectors that a thread of a software adapter keeps: in the first-level cache, which still beats loading them again.
-    /// Unrolled loops over them would take minutes to compile.
+    /// Vectors that a thread of a software adapter keeps: in the first-level cache, which still beats loading
+    /// them again. Unrolled loops over them would take minutes to compile.
     const HELD: usize = 64;
 
     fn new(hidden: usize, most_threads: u32) -> Self {

@@ -63,7 +63,7 @@ fn follow<B: Kernels>(shape: [usize; 2], max_grad_norm: f64, n_steps: usize, dev
     for t in 1..=n_steps {
         let grad = numbers.vec(len, 10f32.powi(t as i32 % 4 - 2));
         let gradient = tensor(grad.clone());
-        let norm = grad_norm(&[gradient.clone()]);
+        let norm = grad_norm(std::slice::from_ref(&gradient));
         (parameter, moments) = adamw(parameter, gradient, moments, norm, &step(max_grad_norm, t));
         want.update(&grad, norm_of(&[&grad]), &step(max_grad_norm, t));
     }
@@ -131,7 +131,7 @@ fn a_norm_that_is_no_number_leaves_everything() {
 fn what_others_hold_stays() {
     let Some(device) = adapter() else { return };
     let (parameter, grad, [m, v]) = state(&device);
-    let norm = grad_norm(&[grad.clone()]);
+    let norm = grad_norm(std::slice::from_ref(&grad));
     let update = |p: Tensor<Wgpu, 2>, m: Tensor<Wgpu, 2>, v: Tensor<Wgpu, 2>| {
         let (p, [m, v]) = adamw(p, grad.clone(), [m, v], norm.clone(), &step(1.0, 3));
         [p, m, v].map(bits)
