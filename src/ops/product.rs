@@ -9,11 +9,11 @@ use burn_cubecl::ops::numeric::{self, zeros_client};
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
-use super::cube::is_software;
+use super::cube::{bytes, is_software};
 use super::kernel::{
     BAND, Cut, Element, Elements, Layout, MAX_WORKGROUPS, MatrixTile, PANEL, Shader, Tile, launch,
 };
-
+use super::profile;
 use super::tune::{self, Choice, Kind};
 
 pub(super) type Floats = CubeTensor<WgpuRuntime>;
@@ -96,6 +96,7 @@ impl Device {
 
 /// `addend + scale · (lhs · rhs + prologue.2 · prologue.0 · prologue.1)`, the operands lying as `layout` says.
 pub(super) struct Product<'a> {
+    name: &'static str,
     layout: Layout,
     lhs: &'a Floats,
     rhs: &'a Floats,
@@ -108,7 +109,17 @@ pub(super) struct Product<'a> {
 impl<'a> Product<'a> {
     /// `lhs · rhs` in `f32`.
     pub(super) fn new(layout: Layout, lhs: &'a Floats, rhs: &'a Floats) -> Self {
-        Self { layout, lhs, rhs, prologue: None, scale: 1.0, addend: None, dtype: DType::F32 }
+        let name = match layout {
+            Layout::RowsRows => "lora_linear forward",
+            Layout::RowsColumns => "lora_linear backward input",
+            Layout::ColumnsColumns => "lora_linear backward lora",
+        };
+        Self { name, layout, lhs, rhs, prologue: None, scale: 1.0, addend: None, dtype: DType::F32 }
+    }
+
+    /// What the profile calls it, where that is not its layout's usual part.
+    pub(super) fn named(self, name: &'static str) -> Self {
+        Self { name, ..self }
     }
 
     /// Starts from `scale · lhs · rhs`, both `f32`.
@@ -187,7 +198,8 @@ impl<'a> Product<'a> {
 
     /// burn's product, and what else there is added to it.
     fn run_by_burn(self) -> Floats {
-        let Self { layout, lhs, rhs, prologue, addend, dtype, .. } = self;
+        let work = self.work();
+        let Self { name, layout, lhs, rhs, prologue, addend, dtype, .. } = self;
         let turned = |tensor: &Floats, is_turned: bool| {
             let mut tensor = tensor.clone();
             if is_turned {
@@ -195,14 +207,13 @@ impl<'a> Product<'a> {
             }
             tensor
         };
-        let product = matmul(
-            turned(lhs, layout == Layout::ColumnsColumns),
-            turned(rhs, layout == Layout::RowsRows),
-            None,
-            MatmulStrategy::default(),
-            dtype,
-        )
-        .expect("burn multiplies any two matrices of one type");
+        let (turned_lhs, turned_rhs) =
+            (turned(lhs, layout == Layout::ColumnsColumns), turned(rhs, layout == Layout::RowsRows));
+        let mut product = None;
+        profile::kernel(name, work[0], work[1], &lhs.client, || {
+            product = matmul(turned_lhs, turned_rhs, None, MatmulStrategy::default(), dtype).ok();
+        });
+        let product = product.expect("burn multiplies any two matrices of one type");
         let with_prologue = |addend: Floats| match prologue {
             Some((lhs, rhs, scale)) => Product::new(layout, lhs, rhs).times(scale).add_to(Some(addend)).run(),
             None => addend,
@@ -211,6 +222,19 @@ impl<'a> Product<'a> {
             Some(addend) => numeric::add(with_prologue(addend), product),
             None => with_prologue(product),
         }
+    }
+
+    /// Operations, and bytes that are read and written at least.
+    fn work(&self) -> [usize; 2] {
+        let [m, n, depth] = self.extents().map(|n| n as usize);
+        let rank = self.prologue.map_or(0, |(lhs, _, _)| dims(lhs)[1] as usize);
+        let moved = |t: &Floats| bytes(&[t]);
+        let prologue = self.prologue.map_or(0, |(lhs, rhs, _)| moved(lhs) + moved(rhs));
+        let addend = self.addend.as_ref().map_or(0, moved);
+        [
+            2 * m * n * (depth + rank),
+            moved(self.lhs) + moved(self.rhs) + prologue + addend + m * n * self.dtype.size(),
+        ]
     }
 
     fn launch(&self, cut: Cut, [m, n, depth]: [u32; 3], [splits, span]: [u32; 2], out: &Floats) {
@@ -225,13 +249,16 @@ impl<'a> Product<'a> {
             [self.lhs, self.rhs, prologue_lhs, prologue_rhs, out, addend].map(|tensor| &tensor.handle);
         let has_addend = u32::from(self.addend.is_some());
         let [block_m, block_n, _] = cut.block();
-        launch(
-            &self.lhs.client,
-            Shader::Product { layout: self.layout, cut, elements, is_vec4 },
-            [BAND * n.div_ceil(block_n), m.div_ceil(block_m).div_ceil(BAND), splits],
-            &buffers,
-            &[m, n, depth, rank, span, prologue_scale.to_bits(), self.scale.to_bits(), has_addend],
-        );
+        let [flops, bytes] = self.work();
+        profile::kernel(self.name, flops, bytes, &self.lhs.client, || {
+            launch(
+                &self.lhs.client,
+                Shader::Product { layout: self.layout, cut, elements, is_vec4 },
+                [BAND * n.div_ceil(block_n), m.div_ceil(block_m).div_ceil(BAND), splits],
+                &buffers,
+                &[m, n, depth, rank, span, prologue_scale.to_bits(), self.scale.to_bits(), has_addend],
+            );
+        });
     }
 }
 
@@ -252,13 +279,16 @@ fn sum(parts: Floats, addend: Option<Floats>, dtype: DType) -> Floats {
     let x = groups.min(MAX_WORKGROUPS);
     let has_addend = u32::from(addend.is_some());
     let addend = addend.as_ref().unwrap_or(&out);
-    launch(
-        &parts.client,
-        shader,
-        [x, groups.div_ceil(x), 1],
-        &[&parts.handle, &out.handle, &addend.handle],
-        &[m * n, splits, x * shader.workgroup_size(), has_addend],
-    );
+    let flops = (m * n * splits) as usize;
+    profile::kernel("lora_linear sum", flops, bytes(&[&parts, &out]), &parts.client, || {
+        launch(
+            &parts.client,
+            shader,
+            [x, groups.div_ceil(x), 1],
+            &[&parts.handle, &out.handle, &addend.handle],
+            &[m * n, splits, x * shader.workgroup_size(), has_addend],
+        );
+    });
     out
 }
 
@@ -277,13 +307,17 @@ pub(super) fn lora_backward(
     let splits = tokens.div_ceil(span);
     let parts = |n: u32, lines: u32| output(dy, [n, lines, r].map(|n| n as usize), DType::F32);
     let (ds_parts, db_parts) = (parts(panels, tokens), parts(splits, n_out));
-    launch(
-        &dy.client,
-        Shader::LoraBackward { dy: dy.dtype.into(), rank_quads, is_vec4: n_out % 4 == 0 && r % 4 == 0 },
-        [panels, splits, 1],
-        &[&dy.handle, &b.handle, &s.handle, &ds_parts.handle, &db_parts.handle],
-        &[tokens, n_out, r, span, scale.to_bits()],
-    );
+    let flops = 4 * tokens as usize * n_out as usize * r as usize;
+    let moved = bytes(&[dy, b, s, &ds_parts, &db_parts]);
+    profile::kernel("lora_linear backward lora", flops, moved, &dy.client, || {
+        launch(
+            &dy.client,
+            Shader::LoraBackward { dy: dy.dtype.into(), rank_quads, is_vec4: n_out % 4 == 0 && r % 4 == 0 },
+            [panels, splits, 1],
+            &[&dy.handle, &b.handle, &s.handle, &ds_parts.handle, &db_parts.handle],
+            &[tokens, n_out, r, span, scale.to_bits()],
+        );
+    });
     (sum(ds_parts, None, DType::F32), sum(db_parts, None, DType::F32))
 }
 

@@ -32,13 +32,13 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         let product =
             Product::new(Layout::RowsRows, &x, &weight).add_to(residual.map(operand)).into_dtype(dtype);
         let Some(lora) = lora else { return (tensor(product.run()), None) };
-        let s = Product::new(Layout::RowsRows, &x, &input(lora.a.clone())).run();
+        let s = rank_r(&x, lora);
         let y = product.after(&s, &input(lora.b.clone()), lora.scale).run();
         (tensor(y), Some(tensor(s)))
     }
 
     fn lora_rank_r(x: Tensor<Self, 2>, lora: &Lora<Self>) -> Tensor<Self, 2> {
-        tensor(Product::new(Layout::RowsRows, &operand(x), &input(lora.a.clone())).run())
+        tensor(rank_r(&operand(x), lora))
     }
 
     fn lora_linear_backward_lora(
@@ -204,6 +204,11 @@ fn input<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(tensor: Tens
 /// The primitive as a tensor.
 fn tensor<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(primitive: Floats) -> Tensor<B, D> {
     Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+/// `x Aᵀ`
+fn rank_r<B: Backend<FloatTensorPrimitive = Floats>>(x: &Floats, lora: &Lora<B>) -> Floats {
+    Product::new(Layout::RowsRows, x, &input(lora.a.clone())).named("lora_linear rank r").run()
 }
 
 fn rotate<B: Backend<FloatTensorPrimitive = Floats>>(

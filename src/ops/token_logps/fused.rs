@@ -12,7 +12,8 @@ use burn_cubecl::tensor::CubeTensor;
 use super::entries::{Entries, Slots};
 use super::kernel::{ROW_THREADS, add_targets, log_probabilities, merge, softmax_shard, subtract_expected};
 use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
-use crate::ops::{Kernels, to_f32};
+use crate::ops::cube::bytes;
+use crate::ops::{Kernels, profile, to_f32};
 
 /// What WebGPU guarantees in each dimension of a dispatch.
 const MAX_CUBES: u32 = 65_535;
@@ -111,31 +112,37 @@ impl<R: CubeRuntime> Statistics<R> {
             exps.clone().into_array_arg()
         };
         let x = (n_rows as u32).min(MAX_CUBES);
-        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
-        // SAFETY: the kernel holds rows and columns against `chunk_rows` and `width`, and the entries are those of `Entries`.
-        unsafe {
-            softmax_shard::launch_unchecked(
-                &client,
-                CubeCount::Static(x, (n_rows as u32).div_ceil(x), 1),
-                CubeDim::new_1d(ROW_THREADS),
-                vector,
-                logits.into_array_arg(),
-                words(&self.handle, &self.entries.words),
-                exps_arg,
-                self.target_logits.clone().into_array_arg(),
-                self.peaks.clone().into_array_arg(),
-                self.sums.clone().into_array_arg(),
-                first_row,
-                n_rows,
-                n / vector,
-                self.entries.targets_at,
-                first_id as u32,
-                self.scale,
-                is_first,
-                keeps,
-                if keeps { dtype } else { DType::F32 }.into(),
-            );
-        }
+        let work = [4 * n_rows * n, 2 * bytes(&[&logits])];
+        profile::kernel("token_logps softmax", work[0], work[1], &client, || {
+            #[expect(
+                unsafe_code,
+                reason = "a checked launch counts every turn of loops that are known to end"
+            )]
+            // SAFETY: the kernel holds rows and columns against `chunk_rows` and `width`, and the entries are those of `Entries`.
+            unsafe {
+                softmax_shard::launch_unchecked(
+                    &client,
+                    CubeCount::Static(x, (n_rows as u32).div_ceil(x), 1),
+                    CubeDim::new_1d(ROW_THREADS),
+                    vector,
+                    logits.into_array_arg(),
+                    words(&self.handle, &self.entries.words),
+                    exps_arg,
+                    self.target_logits.clone().into_array_arg(),
+                    self.peaks.clone().into_array_arg(),
+                    self.sums.clone().into_array_arg(),
+                    first_row,
+                    n_rows,
+                    n / vector,
+                    self.entries.targets_at,
+                    first_id as u32,
+                    self.scale,
+                    is_first,
+                    keeps,
+                    if keeps { dtype } else { DType::F32 }.into(),
+                );
+            }
+        });
         keeps.then_some(exps)
     }
 
@@ -144,21 +151,27 @@ impl<R: CubeRuntime> Statistics<R> {
         let n_hidden = weighted.meta.shape()[1];
         let n_rows = self.sums.meta.shape()[0];
         let (vector, count, dim) = by_vector(&weighted, weighted.meta.num_elements(), n_hidden);
-        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
-        // SAFETY: the kernel holds its position against the length of `weighted`, which `part` has too.
-        unsafe {
-            merge::launch_unchecked(
-                &weighted.client,
-                count,
-                dim,
-                vector,
-                part.clone().into_array_arg(),
-                self.peaks.clone().into_array_arg(),
-                weighted.clone().into_array_arg(),
-                n_hidden / vector,
-                n_rows + first_row,
-            );
-        }
+        let work = [3 * weighted.meta.num_elements(), 3 * bytes(&[&weighted])];
+        profile::kernel("token_logps merge", work[0], work[1], &weighted.client, || {
+            #[expect(
+                unsafe_code,
+                reason = "a checked launch counts every turn of loops that are known to end"
+            )]
+            // SAFETY: the kernel holds its position against the length of `weighted`, which `part` has too.
+            unsafe {
+                merge::launch_unchecked(
+                    &weighted.client,
+                    count,
+                    dim,
+                    vector,
+                    part.clone().into_array_arg(),
+                    self.peaks.clone().into_array_arg(),
+                    weighted.clone().into_array_arg(),
+                    n_hidden / vector,
+                    n_rows + first_row,
+                );
+            }
+        });
         weighted
     }
 
@@ -166,22 +179,28 @@ impl<R: CubeRuntime> Statistics<R> {
         let [n_entries, n_rows] = [&self.target_logits, &self.sums].map(|t| t.meta.shape()[0]);
         let logps = output(&self.sums, [n_entries], DType::F32);
         let (_, count, dim) = by_vector(&self.sums, n_rows, 1);
-        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
-        // SAFETY: the kernel holds the row against the length of `sums`, and the entries are those of `Entries`.
-        unsafe {
-            log_probabilities::launch_unchecked(
-                &logps.client,
-                count,
-                dim,
-                words(&self.handle, &self.entries.words),
-                self.target_logits.clone().into_array_arg(),
-                self.peaks.clone().into_array_arg(),
-                self.sums.clone().into_array_arg(),
-                logps.clone().into_array_arg(),
-                self.entries.order_at,
-                self.scale,
-            );
-        }
+        let work = [2 * n_entries, 2 * bytes(&[&self.target_logits])];
+        profile::kernel("token_logps log-probabilities", work[0], work[1], &self.sums.client, || {
+            #[expect(
+                unsafe_code,
+                reason = "a checked launch counts every turn of loops that are known to end"
+            )]
+            // SAFETY: the kernel holds the row against the length of `sums`, and the entries are those of `Entries`.
+            unsafe {
+                log_probabilities::launch_unchecked(
+                    &logps.client,
+                    count,
+                    dim,
+                    words(&self.handle, &self.entries.words),
+                    self.target_logits.clone().into_array_arg(),
+                    self.peaks.clone().into_array_arg(),
+                    self.sums.clone().into_array_arg(),
+                    logps.clone().into_array_arg(),
+                    self.entries.order_at,
+                    self.scale,
+                );
+            }
+        });
         logps
     }
 }
@@ -201,22 +220,25 @@ pub(in crate::ops) fn backward<R: CubeRuntime, B: Kernels + Backend<FloatTensorP
     let entries = Entries::new(scored, n_rows);
     let handle = client.create_from_slice(bytemuck::cast_slice(&entries.words));
     let (vector, count, dim) = by_vector(&dhidden, n_rows * n_hidden, n_hidden);
-    #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
-    // SAFETY: the kernel holds its position against the length of `dhidden`, and the entries are those of `Entries`.
-    unsafe {
-        subtract_expected::launch_unchecked(
-            &client,
-            count,
-            dim,
-            vector,
-            words(&handle, &entries.words),
-            dlogps.clone().into_array_arg(),
-            sum.into_array_arg(),
-            dhidden.clone().into_array_arg(),
-            n_hidden / vector,
-            entries.order_at,
-        );
-    }
+    let work = [2 * n_rows * n_hidden, 2 * bytes(&[&dhidden])];
+    profile::kernel("token_logps backward", work[0], work[1], &client, || {
+        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
+        // SAFETY: the kernel holds its position against the length of `dhidden`, and the entries are those of `Entries`.
+        unsafe {
+            subtract_expected::launch_unchecked(
+                &client,
+                count,
+                dim,
+                vector,
+                words(&handle, &entries.words),
+                dlogps.clone().into_array_arg(),
+                sum.into_array_arg(),
+                dhidden.clone().into_array_arg(),
+                n_hidden / vector,
+                entries.order_at,
+            );
+        }
+    });
 
     let slots = Slots::new(scored, &head.first_ids());
     let handle = client.create_from_slice(bytemuck::cast_slice(&slots.words));
@@ -225,25 +247,31 @@ pub(in crate::ops) fn backward<R: CubeRuntime, B: Kernels + Backend<FloatTensorP
             continue;
         }
         let (vector, count, dim) = by_vector(&dhidden, n_slots * n_hidden, n_hidden);
-        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
-        // SAFETY: the kernel holds its position against the slots, which name rows of `dhidden` and of the shard.
-        unsafe {
-            add_targets::launch_unchecked(
-                &client,
-                count,
-                dim,
-                vector,
-                words(&handle, &slots.words),
-                dlogps.clone().into_array_arg(),
-                primitive(shard.clone()).into_array_arg(),
-                dhidden.clone().into_array_arg(),
-                n_hidden / vector,
-                n_slots,
-                slots_at,
-                slots.entries_at,
-                shard.dtype().into(),
-            );
-        }
+        let work = [2 * n_slots * n_hidden, 2 * n_slots * n_hidden * size_of::<f32>()];
+        profile::kernel("token_logps backward", work[0], work[1], &client, || {
+            #[expect(
+                unsafe_code,
+                reason = "a checked launch counts every turn of loops that are known to end"
+            )]
+            // SAFETY: the kernel holds its position against the slots, which name rows of `dhidden` and of the shard.
+            unsafe {
+                add_targets::launch_unchecked(
+                    &client,
+                    count,
+                    dim,
+                    vector,
+                    words(&handle, &slots.words),
+                    dlogps.clone().into_array_arg(),
+                    primitive(shard.clone()).into_array_arg(),
+                    dhidden.clone().into_array_arg(),
+                    n_hidden / vector,
+                    n_slots,
+                    slots_at,
+                    slots.entries_at,
+                    shard.dtype().into(),
+                );
+            }
+        });
     }
     tensor(dhidden)
 }

@@ -170,7 +170,6 @@ fn gpu_equals_the_whole_log_softmax() {
 }
 
 #[test]
-#[ignore = "until the products take weights of halves"]
 fn gpu_takes_a_weight_of_halves() {
     if let Some(device) = adapter() {
         check::<Wgpu>(DType::F16, &device);
