@@ -1,4 +1,4 @@
-// The products of lora_linear.wgsl on cooperative matrices (tensor cores), for operands stored as f16; same formula, same
+// The products of lora_linear.wgsl on cooperative matrices (tensor cores), for weights stored as f16; same formula, same
 // buffers, same numbering of workgroups. Launched by src/ops/product.rs on devices that list the matrix shape
 // SIZE x SIZE x SIZE, f16 in, f32 sums.
 //

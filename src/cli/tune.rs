@@ -40,9 +40,10 @@ pub(super) fn kinds<B: Kernels>(model: &Llama<B>, tokens: [usize; 2]) -> Vec<Kin
         let [n_out, n_in] = linear.weight.dims();
         let rank = linear.lora.as_ref().map_or(0, |lora| lora.a.dims()[0]);
         let extents = [tokens, n_in, n_out, rank].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        // Activations are as the weights are; what joins the residual stream goes out as f32.
+        // Activations are as the weights are; what joins the residual stream goes out as f32, and its gradient comes in as f32.
         let weight = Element::from(linear.weight.dtype());
-        [weight, Element::F32].map(|out| Kind::of_linear(extents, Elements { lhs: weight, rhs: weight, out }))
+        [(weight, weight), (weight, Element::F32), (Element::F32, weight)]
+            .map(|(lhs, out)| Kind::of_linear(extents, Elements { lhs, rhs: weight, out }))
     });
     all.flatten().filter(|kind| seen.insert(*kind)).collect()
 }

@@ -100,10 +100,9 @@ impl Shader {
                 for cut in MatrixTile::all(size, lanes).map(Cut::Matrices) {
                     let layouts = [Layout::RowsRows, Layout::RowsColumns];
                     all.extend(layouts.into_iter().flat_map(|layout| {
-                        Element::ALL.map(|out| {
-                            let elements = Elements { lhs: Element::F16, rhs: Element::F16, out };
-                            Self::Product { layout, cut, elements, is_vec4 }
-                        })
+                        Elements::all()
+                            .filter(|elements| elements.rhs == Element::F16)
+                            .map(move |elements| Self::Product { layout, cut, elements, is_vec4 })
                     }));
                 }
             }

@@ -79,8 +79,8 @@ impl Device {
 
     /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before all others.
     pub(super) fn cuts(self, layout: Layout, elements: Elements, extents: [u32; 2]) -> Vec<Cut> {
-        let is_f16 = elements.lhs == Element::F16 && elements.rhs == Element::F16;
-        let fits = is_f16 && layout != Layout::ColumnsColumns;
+        // A weight in f16 says what the model computes in; what meets it in f32 is rounded as it is staged.
+        let fits = elements.rhs == Element::F16 && layout != Layout::ColumnsColumns;
         let matrices = self.matrices.filter(|_| fits).into_iter();
         let matrices = matrices.flat_map(|[size, lanes]| MatrixTile::all(size, lanes));
         let mut matrices: Vec<_> = matrices.map(Cut::Matrices).collect();

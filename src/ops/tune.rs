@@ -54,9 +54,10 @@ impl Kind {
         ]
     }
 
-    /// Whether burn's product is no less precise: it rounds to its operands' type, of which there is one.
+    /// Whether burn's product is as precise: its operands and what it rounds to have one type.
     fn suits_burn(self) -> bool {
-        self.elements == Elements::F32
+        let Elements { lhs, rhs, out } = self.elements;
+        lhs == rhs && rhs == out
     }
 }
 

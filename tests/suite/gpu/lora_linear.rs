@@ -433,7 +433,11 @@ fn every_matrix_variant_multiplies() {
                 let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
                 for (is_vec4, [m, n, depth, rank]) in [(true, aligned), (false, ragged)] {
                     let out = if is_vec4 { Element::F32 } else { Element::F16 };
-                    let elements = Elements { lhs: Element::F16, rhs: Element::F16, out };
+                    let elements = Elements {
+                        lhs: if is_vec4 { Element::F16 } else { Element::F32 },
+                        rhs: Element::F16,
+                        out,
+                    };
                     let shader = Shader::Product { layout, cut: Cut::Matrices(tile), elements, is_vec4 };
                     for rank in [0, rank] {
                         let (got, want) = product(shader, [m, n, depth, rank], &device);
