@@ -9,69 +9,22 @@
 //!
 //! Scores, weights and every sum are `f32`.
 
-use std::ops::Range;
+mod backward;
+mod forward;
+pub mod launch;
+mod mask;
+mod reference;
+mod tile;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
-use super::{Kernels, cast, to_f32};
+use super::Kernels;
 
-/// What a masked score gets added; large enough for a weight of exactly zero, and finite.
-const MASKED: f32 = -1e30;
-/// The most rows that the reference makes scores of at a time.
-const CHUNK_ROWS: usize = 256;
-
-/// The keys that one query sees: `[first, prefix_end)` and `[own_start, end)`.
-///
-/// The first range is what a pair's answers share, the second the answer's own rows up to the query; where there is no gap between
-/// them, `prefix_end == own_start`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Visible {
-    /// First visible key.
-    pub first: u32,
-    /// One past the last key of the shared prefix.
-    pub prefix_end: u32,
-    /// First key of the query's own part, at least `prefix_end`.
-    pub own_start: u32,
-    /// One past the last visible key.
-    pub end: u32,
-}
-
-/// Which keys each query sees. Rows that have the same `first` stand together.
-#[derive(Debug, Clone)]
-pub struct AttentionMask<B: Backend> {
-    /// By query.
-    pub visible: Vec<Visible>,
-    /// [`visible`](Self::visible) on the device, `[queries, 4]`.
-    pub rows: Tensor<B, 2, Int>,
-}
-
-impl<B: Backend> AttentionMask<B> {
-    /// Builds the mask of these queries.
-    ///
-    /// # Panics
-    /// If a query sees no key of its own, or its ranges are out of order.
-    pub fn new(visible: Vec<Visible>, device: &B::Device) -> Self {
-        for (i, v) in visible.iter().enumerate() {
-            let is_ordered = v.first <= v.prefix_end && v.prefix_end <= v.own_start && v.own_start < v.end;
-            assert!(is_ordered, "attention: query {i} sees {v:?}");
-        }
-        let words: Vec<i32> = visible
-            .iter()
-            .flat_map(|v| [v.first, v.prefix_end, v.own_start, v.end])
-            .map(|n| n as i32)
-            .collect();
-        let rows = Tensor::from_data(TensorData::new(words, [visible.len(), 4]), device);
-        Self { visible, rows }
-    }
-
-    /// One sequence's next `n_new` rows after `n_cached` cached ones: row `i` sees the cache and rows up to itself.
-    pub fn causal(n_cached: usize, n_new: usize, device: &B::Device) -> Self {
-        let row =
-            |i: usize| Visible { first: 0, prefix_end: 0, own_start: 0, end: (n_cached + i + 1) as u32 };
-        Self::new((0..n_new).map(row).collect(), device)
-    }
-}
+pub use mask::{AttentionMask, Visible};
+pub use reference::attention_reference;
+pub(super) use reference::{attention_backward_reference, attention_forward_reference};
+pub use tile::Tile;
 
 /// What attention computes, and backward needs.
 #[derive(Debug, Clone)]
@@ -113,6 +66,8 @@ pub fn attention_backward<B: Kernels>(
 ) -> [Tensor<B, 3>; 3] {
     check_shapes(&q, &k, &v, &mask.visible);
     assert_eq!(dout.dims(), output.out.dims(), "attention: shape of the gradient");
+    assert_eq!(dout.dtype(), q.dtype(), "attention: dtype of the gradient against q");
+    assert_eq!(output.lse.dtype(), DType::F32, "attention: dtype of the log-sum-exp");
     B::attention_backward(dout, q, k, v, output, mask)
 }
 
@@ -120,159 +75,12 @@ fn check_shapes<B: Backend>(q: &Tensor<B, 3>, k: &Tensor<B, 3>, v: &Tensor<B, 3>
     let ([n_queries, heads, head_dim], [n_keys, kv_heads, _]) = (q.dims(), k.dims());
     assert_eq!(k.dims()[2], head_dim, "attention: head_dim of q against k");
     assert_eq!(k.dims(), v.dims(), "attention: shapes of k and v");
+    assert_eq!([k.dtype(), v.dtype()], [q.dtype(); 2], "attention: dtypes of k and v against q");
     assert!(heads % kv_heads == 0, "attention: {heads} heads are no multiple of {kv_heads} key heads");
     assert_eq!(visible.len(), n_queries, "attention: rows of the mask against queries");
     assert!(visible.iter().all(|v| v.end as usize <= n_keys), "attention: the mask sees past {n_keys} keys");
 }
 
-/// Attention's output in plain burn tensors, with the whole table of scores. Differentiable by burn's own autodiff.
-pub fn attention_reference<B: Backend>(
-    q: Tensor<B, 3>,
-    k: Tensor<B, 3>,
-    v: Tensor<B, 3>,
-    visible: &[Visible],
-) -> Tensor<B, 2> {
-    let parts = blocks(visible, usize::MAX).into_iter().map(|block| {
-        let scores = Scores::new(&q, &k, visible, &block);
-        let weights = burn::tensor::activation::softmax(scores.values, 2);
-        let out = weights.matmul(by_head(&v, &block.keys));
-        scores.heads.to_rows(out)
-    });
-    cast(Tensor::cat(parts.collect(), 0), q.dtype())
-}
-
-/// [`Kernels::attention_forward`] in plain burn tensors, a few hundred rows at a time.
-pub(super) fn attention_forward_reference<B: Backend>(
-    q: Tensor<B, 3>,
-    k: Tensor<B, 3>,
-    v: Tensor<B, 3>,
-    mask: &AttentionMask<B>,
-) -> AttentionOutput<B> {
-    let parts = blocks(&mask.visible, CHUNK_ROWS).into_iter().map(|block| {
-        let Scores { values, heads } = Scores::new(&q, &k, &mask.visible, &block);
-        let max = values.clone().max_dim(2);
-        let exps = (values - max.clone()).exp();
-        let sum = exps.clone().sum_dim(2);
-        let out = exps.matmul(by_head(&v, &block.keys)) / sum.clone();
-        (heads.to_rows(out), heads.to_rows(max + sum.log()))
-    });
-    let (outs, lses): (Vec<_>, Vec<_>) = parts.unzip();
-    AttentionOutput { out: cast(Tensor::cat(outs, 0), q.dtype()), lse: Tensor::cat(lses, 0) }
-}
-
-/// [`Kernels::attention_backward`] in plain burn tensors, a few hundred rows at a time.
-pub(super) fn attention_backward_reference<B: Backend>(
-    dout: Tensor<B, 2>,
-    q: Tensor<B, 3>,
-    k: Tensor<B, 3>,
-    v: Tensor<B, 3>,
-    output: AttentionOutput<B>,
-    mask: &AttentionMask<B>,
-) -> [Tensor<B, 3>; 3] {
-    let dtype = q.dtype();
-    let scale = scale(q.dims()[2]);
-    let width = |t: &Tensor<B, 2>| [t.dims()[0], q.dims()[1], t.dims()[1] / q.dims()[1]];
-    let (dout, out) = (to_f32(dout), to_f32(output.out));
-    let delta = (dout.clone() * out.clone()).reshape(width(&out)).sum_dim(2);
-    let (dout, lse) = (dout.clone().reshape(width(&dout)), output.lse.clone().reshape(width(&output.lse)));
-    let mut dq = Vec::new();
-    let (mut dk, mut dv) = (to_f32(k.zeros_like()), to_f32(v.zeros_like()));
-    for block in blocks(&mask.visible, CHUNK_ROWS) {
-        let Scores { values, heads } = Scores::new(&q, &k, &mask.visible, &block);
-        let rows = |t: &Tensor<B, 3>| heads.from_rows(t.clone().slice([block.rows.clone()]));
-        let weights = (values - rows(&lse)).exp();
-        let dout = rows(&dout);
-        let dweights = dout.clone().matmul(by_head(&v, &block.keys).swap_dims(1, 2));
-        let dscores = weights.clone() * (dweights - rows(&delta)) * scale;
-        dq.push(heads.to_rows(dscores.clone().matmul(by_head(&k, &block.keys))));
-        let add = |to: &mut Tensor<B, 3>, part: Tensor<B, 3>| {
-            let sum = to.clone().slice([block.keys.clone()]) + part.swap_dims(0, 1);
-            *to = to.clone().slice_assign([block.keys.clone()], sum);
-        };
-        add(&mut dv, weights.swap_dims(1, 2).matmul(dout));
-        add(&mut dk, dscores.swap_dims(1, 2).matmul(rows(&to_f32(q.clone()))));
-    }
-    let dq = Tensor::cat(dq, 0).reshape(q.dims());
-    [dq, dk, dv].map(|t| cast(t, dtype))
-}
-
 fn scale(head_dim: usize) -> f64 {
     (head_dim as f64).powf(-0.5)
-}
-
-/// Rows that attend among the same keys.
-struct Block {
-    rows: Range<usize>,
-    keys: Range<usize>,
-}
-
-/// Rows of the same first key, at most `max_rows` at a time, and the keys that any of them sees.
-fn blocks(visible: &[Visible], max_rows: usize) -> Vec<Block> {
-    let mut start = 0;
-    let mut blocks = Vec::new();
-    for group in visible.chunk_by(|a, b| a.first == b.first) {
-        for chunk in group.chunks(max_rows) {
-            let end = chunk.iter().map(|v| v.end).max().unwrap_or(chunk[0].first);
-            blocks.push(Block {
-                rows: start..start + chunk.len(),
-                keys: chunk[0].first as usize..end as usize,
-            });
-            start += chunk.len();
-        }
-    }
-    blocks
-}
-
-/// How rows are laid out by key head: `[kv_heads, group · rows, _]`, the query heads of one key head end to end.
-#[derive(Clone, Copy)]
-struct Heads {
-    kv_heads: usize,
-    group: usize,
-}
-
-impl Heads {
-    /// `[rows, heads, width] -> [kv_heads, group · rows, width]`
-    fn from_rows<B: Backend>(self, t: Tensor<B, 3>) -> Tensor<B, 3> {
-        let [n_rows, _, width] = t.dims();
-        t.swap_dims(0, 1).reshape([self.kv_heads, self.group * n_rows, width])
-    }
-
-    /// `[kv_heads, group · rows, width] -> [rows, heads · width]`
-    fn to_rows<B: Backend>(self, t: Tensor<B, 3>) -> Tensor<B, 2> {
-        let [_, n, width] = t.dims();
-        let (heads, n_rows) = (self.kv_heads * self.group, n / self.group);
-        t.reshape([heads, n_rows, width]).swap_dims(0, 1).reshape([n_rows, heads * width])
-    }
-}
-
-/// Masked, scaled scores of a block, `[kv_heads, group · rows, keys]`.
-struct Scores<B: Backend> {
-    values: Tensor<B, 3>,
-    heads: Heads,
-}
-
-impl<B: Backend> Scores<B> {
-    fn new(q: &Tensor<B, 3>, k: &Tensor<B, 3>, visible: &[Visible], block: &Block) -> Self {
-        let ([_, heads, head_dim], kv_heads) = (q.dims(), k.dims()[1]);
-        let heads = Heads { kv_heads, group: heads / kv_heads };
-        let (n_rows, n_keys) = (block.rows.len(), block.keys.len());
-        let q = heads.from_rows(to_f32(q.clone().slice([block.rows.clone()])));
-        let scores = q.matmul(by_head(k, &block.keys).swap_dims(1, 2)) * scale(head_dim);
-        let sees = |v: &Visible, key: u32| {
-            (v.first..v.prefix_end).contains(&key) || (v.own_start..v.end).contains(&key)
-        };
-        let keys = block.keys.start as u32..block.keys.end as u32;
-        let mask: Vec<f32> = visible[block.rows.clone()]
-            .iter()
-            .flat_map(|v| keys.clone().map(move |key| if sees(v, key) { 0.0 } else { MASKED }))
-            .collect();
-        let mask = Tensor::<B, 2>::from_data(TensorData::new(mask, [n_rows, n_keys]), &k.device());
-        let scores = scores.reshape([kv_heads, heads.group, n_rows, n_keys]) + mask.unsqueeze::<4>();
-        Self { values: scores.reshape([kv_heads, heads.group * n_rows, n_keys]), heads }
-    }
-}
-
-/// Keys or values of a block, `[kv_heads, keys, head_dim]` in `f32`.
-fn by_head<B: Backend>(t: &Tensor<B, 3>, keys: &Range<usize>) -> Tensor<B, 3> {
-    to_f32(t.clone().slice([keys.clone()]).swap_dims(0, 1))
 }

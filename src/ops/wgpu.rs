@@ -7,6 +7,7 @@ use burn_cubecl::{CubeBackend, FloatElement, IntElement};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 use super::adamw::{self, AdamWStep};
+use super::attention::{self, AttentionMask, AttentionOutput, Tile as AttentionTile};
 use super::kernel::{Layout, RANK_QUADS, Shader, launch};
 use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan};
@@ -154,6 +155,40 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         (tensor(parameter), moments.map(tensor))
     }
 
+    fn attention_forward(
+        q: Tensor<Self, 3>,
+        k: Tensor<Self, 3>,
+        v: Tensor<Self, 3>,
+        mask: &AttentionMask<Self>,
+    ) -> AttentionOutput<Self> {
+        if !has_kernel(&q) {
+            return attention::attention_forward_reference(q, k, v, mask);
+        }
+        let (q, mask) = (operand(q), mask.launch_mask());
+        let tile = AttentionTile::of(&q, q.meta.shape()[2]);
+        let qkv = [q, operand(k), operand(v)];
+        let (out, lse) = attention::launch::attention_forward(qkv, &mask, tile);
+        AttentionOutput { out: tensor(out), lse: tensor(lse) }
+    }
+
+    fn attention_backward(
+        dout: Tensor<Self, 2>,
+        q: Tensor<Self, 3>,
+        k: Tensor<Self, 3>,
+        v: Tensor<Self, 3>,
+        output: AttentionOutput<Self>,
+        mask: &AttentionMask<Self>,
+    ) -> [Tensor<Self, 3>; 3] {
+        if !has_kernel(&q) {
+            return attention::attention_backward_reference(dout, q, k, v, output, mask);
+        }
+        let (q, mask) = (operand(q), mask.launch_mask());
+        let tile = AttentionTile::of(&q, q.meta.shape()[2]);
+        let qkv = [q, operand(k), operand(v)];
+        let output = [operand(output.out), operand(output.lse)];
+        attention::launch::attention_backward(operand(dout), qkv, output, &mask, tile).map(tensor)
+    }
+
     fn orpo_loss_forward(logps: Tensor<Self, 1>, pairs: &[PairSpan]) -> Tensor<Self, 2> {
         let logps = input(logps);
         check_order(pairs, logps.meta.shape()[0]);
@@ -199,6 +234,11 @@ fn operand<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(tensor: Te
 /// The same of a tensor that has to be `f32`.
 fn input<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(tensor: Tensor<B, D>) -> Floats {
     cube::readable_f32(tensor.into_primitive().tensor())
+}
+
+/// Whether attention's kernels take heads of this width.
+fn has_kernel<B: Backend>(q: &Tensor<B, 3>) -> bool {
+    q.dims()[2] % 4 == 0
 }
 
 /// The primitive as a tensor.

@@ -6,6 +6,7 @@
 use crate::data::batch::Batch;
 use crate::model::LlamaConfig;
 use crate::model::llama::Keep;
+use crate::ops::attention::Visible;
 
 /// What the costs depend on besides the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,12 +39,11 @@ impl StepShape {
         accumulates: bool,
         logits_bytes: usize,
     ) -> Self {
-        let visible =
-            batch.visible().into_iter().map(|v| (v.prefix_end - v.first + v.end - v.own_start) as usize);
+        let visible = batch.visible().iter().map(Visible::n_keys).sum();
         Self {
             tokens: batch.n_tokens(),
             rows: batch.rows.len(),
-            visible: visible.sum(),
+            visible,
             rank,
             element_bytes,
             keep,

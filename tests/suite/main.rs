@@ -9,6 +9,7 @@ mod device;
 mod goldens;
 mod gpu {
     mod adamw;
+    mod attention;
     mod lora_linear;
     mod orpo_loss;
     mod profile;

@@ -1,0 +1,210 @@
+//! The backward kernels, each a walk of its own, so that every sum has one owner and one order.
+
+use burn::cubecl;
+use burn::cubecl::prelude::*;
+
+use super::tile::{
+    Bounds, Form, Quad, Tile, accumulate, column, key_lines, products, query_lines, seeing, sees, share,
+    store, thread_quads, zeros,
+};
+
+/// `(lse, D)` of every query's head, `[queries, heads, 2]`, where `D = Σ dout · out`; a thread a query's head.
+#[cube(launch_unchecked)]
+pub(super) fn row_stats<F: Float>(
+    dout: &Array<Quad<F>>,
+    out: &Array<Quad<F>>,
+    lse: &Array<f32>,
+    stats: &mut Array<f32>,
+    n_lines: u32,
+    #[comptime] quads: usize,
+    #[define(F)] _dtype: StorageType,
+) {
+    let line = ABSOLUTE_POS;
+    if line < n_lines as usize {
+        let mut sum = Quad::<f32>::new(0.0f32);
+        for quad in 0..quads {
+            let at = line * quads + quad;
+            sum += Quad::cast_from(dout[at]) * Quad::cast_from(out[at]);
+        }
+        stats[2 * line] = lse[line];
+        stats[2 * line + 1] = sum[0] + sum[1] + sum[2] + sum[3];
+    }
+}
+
+/// `dQ`: a workgroup owns lines of queries and walks over the keys that they see.
+#[cube(launch_unchecked)]
+pub(super) fn backward_queries<F: Float>(
+    dout: &Array<Quad<F>>,
+    q: &Array<Quad<F>>,
+    k: &Array<Quad<F>>,
+    v: &Array<Quad<F>>,
+    stats: &Array<f32>,
+    mask: &Array<Quad<u32>>,
+    dq: &mut Array<Quad<F>>,
+    n_queries: u32,
+    n_keys: u32,
+    heads: u32,
+    kv_heads: u32,
+    scale: f32,
+    #[comptime] form: Form,
+    #[comptime] tile: Tile,
+    #[define(F)] _dtype: StorageType,
+) {
+    let n_queries = n_queries as usize;
+    let head = CUBE_POS_Y as usize * form.heads;
+    let kv_head = head * kv_heads as usize / heads as usize;
+    let q_lines = query_lines(n_queries, heads as usize, head, form);
+    let k_lines = key_lines(n_keys as usize, kv_heads as usize, kv_head, form);
+
+    // Later queries see more keys; the longest walks start first.
+    let blocks = q_lines.n_lines.div_ceil(tile.block_m());
+    let first = (blocks - 1 - CUBE_POS_X as usize) * tile.block_m();
+    let last = min(first + tile.block_m(), q_lines.n_lines) - 1;
+    let bounds = Bounds::new(mask, n_queries, first / form.heads, last / form.heads);
+
+    let mut weights = SharedMemory::<Quad<f32>>::new(comptime!(tile.block_m() * tile.block_n() / 4));
+    let mut stage = SharedMemory::<Quad<f32>>::new(comptime!(tile.stage_len()));
+    let mut sums = zeros(comptime!(tile.lines * thread_quads(form, tile)));
+    let mut key = bounds.first();
+    while key < bounds.end() {
+        let end = key + comptime!(tile.block_n() as u32);
+        let mut scores = products::<F>(q, &q_lines, first, k, &k_lines, key as usize, &mut stage, tile);
+        let dweights = products::<F>(dout, &q_lines, first, v, &k_lines, key as usize, &mut stage, tile);
+        let is_masked = !bounds.all_see(key, end);
+        #[unroll]
+        for i in 0..tile.lines {
+            let line = min(first + UNIT_POS_Y as usize * tile.lines + i, q_lines.n_lines - 1);
+            let token = line / form.heads;
+            let at_stats = 2 * (token * heads as usize + head + line % form.heads);
+            let lse = stats[at_stats];
+            let delta = stats[at_stats + 1];
+            #[unroll]
+            for j in 0..tile.columns {
+                let at = i * tile.columns + j;
+                scores[at] = (scores[at] * scale - lse).exp() * (dweights[at] - delta);
+            }
+            if is_masked {
+                let visible = mask[token];
+                #[unroll]
+                for j in 0..tile.columns {
+                    let at = i * tile.columns + j;
+                    let is_seen = sees(visible, key + column(UNIT_POS_X as usize, j, tile) as u32);
+                    scores[at] = select(is_seen, scores[at], 0.0f32);
+                }
+            }
+        }
+        sync_cube();
+        share(&scores, &mut weights, tile);
+        sync_cube();
+        accumulate::<F>(&weights, k, &k_lines, key as usize, &mut sums, form, tile);
+        key = bounds.next(end);
+    }
+
+    let mut factors = Array::<f32>::new(comptime!(tile.lines));
+    #[unroll]
+    for i in 0..tile.lines {
+        factors[i] = scale;
+    }
+    store::<F>(&sums, &factors, dq, &q_lines, first, form, tile);
+}
+
+/// `dK` and `dV`: a workgroup owns lines of keys and walks over the queries of every head that sees them.
+#[cube(launch_unchecked)]
+pub(super) fn backward_keys<F: Float>(
+    dout: &Array<Quad<F>>,
+    q: &Array<Quad<F>>,
+    k: &Array<Quad<F>>,
+    v: &Array<Quad<F>>,
+    stats: &Array<f32>,
+    mask: &Array<Quad<u32>>,
+    dk: &mut Array<Quad<F>>,
+    dv: &mut Array<Quad<F>>,
+    n_queries: u32,
+    n_keys: u32,
+    n_seen: u32,
+    heads: u32,
+    kv_heads: u32,
+    scale: f32,
+    #[comptime] form: Form,
+    #[comptime] tile: Tile,
+    #[define(F)] _dtype: StorageType,
+) {
+    let n_queries = n_queries as usize;
+    let kv_head = CUBE_POS_Y as usize;
+    let group = (heads / kv_heads) as usize;
+    let k_lines = key_lines(n_keys as usize, kv_heads as usize, kv_head, form);
+    let first = CUBE_POS_X as usize * tile.block_m();
+    let end = first + tile.block_m();
+    let (start_query, end_query) = seeing(mask, n_queries, n_seen as usize, first, end - 1);
+    let step = comptime!(tile.block_n() / form.heads);
+
+    let mut weights = SharedMemory::<Quad<f32>>::new(comptime!(tile.block_m() * tile.block_n() / 4));
+    let mut stage = SharedMemory::<Quad<f32>>::new(comptime!(tile.stage_len()));
+    let mut k_sums = zeros(comptime!(tile.lines * thread_quads(form, tile)));
+    let mut v_sums = zeros(comptime!(tile.lines * thread_quads(form, tile)));
+    for part in 0..group / form.heads {
+        let head = kv_head * group + part * form.heads;
+        let q_lines = query_lines(n_queries, heads as usize, head, form);
+        let mut query = start_query / step * step;
+        while query < end_query {
+            let last = min(query + step, n_queries) - 1;
+            let bounds = Bounds::new(mask, n_queries, query, last);
+            if bounds.any_sees(first as u32, end as u32) {
+                let line = query * form.heads;
+                let mut scores = products::<F>(k, &k_lines, first, q, &q_lines, line, &mut stage, tile);
+                let mut dscores = products::<F>(v, &k_lines, first, dout, &q_lines, line, &mut stage, tile);
+                let is_masked = !bounds.all_see(first as u32, end as u32) || query + step > n_queries;
+                #[unroll]
+                for j in 0..tile.columns {
+                    let line = line + column(UNIT_POS_X as usize, j, tile);
+                    let is_line = line < q_lines.n_lines;
+                    let line = min(line, q_lines.n_lines - 1);
+                    let token = line / form.heads;
+                    let at_stats = 2 * (token * heads as usize + head + line % form.heads);
+                    let lse = stats[at_stats];
+                    let delta = stats[at_stats + 1];
+                    #[unroll]
+                    for i in 0..tile.lines {
+                        let at = i * tile.columns + j;
+                        scores[at] = (scores[at] * scale - lse).exp();
+                    }
+                    if is_masked {
+                        let visible = mask[token];
+                        #[unroll]
+                        for i in 0..tile.lines {
+                            let at = i * tile.columns + j;
+                            let key = (first + UNIT_POS_Y as usize * tile.lines + i) as u32;
+                            scores[at] = select(is_line && sees(visible, key), scores[at], 0.0f32);
+                        }
+                    }
+                    #[unroll]
+                    for i in 0..tile.lines {
+                        let at = i * tile.columns + j;
+                        dscores[at] = scores[at] * (dscores[at] - delta);
+                    }
+                }
+                sync_cube();
+                share(&scores, &mut weights, tile);
+                sync_cube();
+                accumulate::<F>(&weights, dout, &q_lines, line, &mut v_sums, form, tile);
+                sync_cube();
+                share(&dscores, &mut weights, tile);
+                sync_cube();
+                accumulate::<F>(&weights, q, &q_lines, line, &mut k_sums, form, tile);
+            }
+            query += step;
+        }
+    }
+
+    let mut factors = Array::<f32>::new(comptime!(tile.lines));
+    #[unroll]
+    for i in 0..tile.lines {
+        factors[i] = 1.0f32;
+    }
+    store::<F>(&v_sums, &factors, dv, &k_lines, first, form, tile);
+    #[unroll]
+    for i in 0..tile.lines {
+        factors[i] = scale;
+    }
+    store::<F>(&k_sums, &factors, dk, &k_lines, first, form, tile);
+}

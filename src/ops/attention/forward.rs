@@ -1,0 +1,136 @@
+//! The forward kernel: a workgroup owns lines of queries and walks over the keys that they see, with the online softmax of
+//! arXiv:2205.14135.
+
+use burn::cubecl;
+use burn::cubecl::prelude::*;
+
+use super::mask::MASKED;
+use super::tile::{
+    Bounds, Form, Quad, Tile, accumulate, column, key_lines, products, query_lines, sees, share, store,
+    thread_quads, zeros,
+};
+
+#[cube(launch_unchecked)]
+pub(super) fn forward<F: Float>(
+    q: &Array<Quad<F>>,
+    k: &Array<Quad<F>>,
+    v: &Array<Quad<F>>,
+    mask: &Array<Quad<u32>>,
+    out: &mut Array<Quad<F>>,
+    lse: &mut Array<f32>,
+    n_queries: u32,
+    n_keys: u32,
+    heads: u32,
+    kv_heads: u32,
+    scale: f32,
+    #[comptime] form: Form,
+    #[comptime] tile: Tile,
+    #[define(F)] _dtype: StorageType,
+) {
+    let head = CUBE_POS_Y as usize * form.heads;
+    let kv_head = head * kv_heads as usize / heads as usize;
+    let q_lines = query_lines(n_queries as usize, heads as usize, head, form);
+    let k_lines = key_lines(n_keys as usize, kv_heads as usize, kv_head, form);
+
+    // Later queries see more keys; the longest walks start first.
+    let blocks = q_lines.n_lines.div_ceil(tile.block_m());
+    let first = (blocks - 1 - CUBE_POS_X as usize) * tile.block_m();
+    let thread_first = first + UNIT_POS_Y as usize * tile.lines;
+    let last = min(first + tile.block_m(), q_lines.n_lines) - 1;
+    let bounds = Bounds::new(mask, n_queries as usize, first / form.heads, last / form.heads);
+
+    let mut weights = SharedMemory::<Quad<f32>>::new(comptime!(tile.block_m() * tile.block_n() / 4));
+    let mut stage = SharedMemory::<Quad<f32>>::new(comptime!(tile.stage_len()));
+    let mut shared = SharedMemory::<f32>::new(comptime!(tile.block_m() * tile.threads_n));
+
+    let width = comptime!(thread_quads(form, tile));
+    let mut sums = zeros(comptime!(tile.lines * width));
+    let mut maxima = Array::<f32>::new(comptime!(tile.lines));
+    let mut totals = Array::<f32>::new(comptime!(tile.lines));
+    #[unroll]
+    for i in 0..tile.lines {
+        maxima[i] = MASKED;
+        totals[i] = 0.0f32;
+    }
+
+    let mut key = bounds.first();
+    while key < bounds.end() {
+        let mut scores = products::<F>(q, &q_lines, first, k, &k_lines, key as usize, &mut stage, tile);
+        let is_masked = !bounds.all_see(key, key + comptime!(tile.block_n() as u32));
+        #[unroll]
+        for i in 0..tile.lines {
+            let mut max_score = f32::new(MASKED);
+            if is_masked {
+                let token = min((thread_first + i) / form.heads, n_queries as usize - 1);
+                let visible = mask[token];
+                #[unroll]
+                for j in 0..tile.columns {
+                    let is_seen = sees(visible, key + column(UNIT_POS_X as usize, j, tile) as u32);
+                    let at = i * tile.columns + j;
+                    scores[at] = select(is_seen, scores[at] * scale, f32::new(MASKED));
+                    max_score = max(max_score, scores[at]);
+                }
+            } else {
+                #[unroll]
+                for j in 0..tile.columns {
+                    let at = i * tile.columns + j;
+                    scores[at] = scores[at] * scale;
+                    max_score = max(max_score, scores[at]);
+                }
+            }
+            let line = UNIT_POS_Y as usize * tile.lines + i;
+            shared[line * tile.threads_n + UNIT_POS_X as usize] = max_score;
+        }
+        sync_cube();
+        #[unroll]
+        for i in 0..tile.lines {
+            let line = UNIT_POS_Y as usize * tile.lines + i;
+            let mut max_score = maxima[i];
+            for t in 0..comptime!(tile.threads_n) {
+                max_score = max(max_score, shared[line * tile.threads_n + t]);
+            }
+            // A line that has seen nothing yet has weights of one, which its first key takes back with a factor of zero.
+            let factor = (maxima[i] - max_score).exp();
+            let mut total = totals[i] * factor;
+            #[unroll]
+            for j in 0..tile.columns {
+                let at = i * tile.columns + j;
+                scores[at] = (scores[at] - max_score).exp();
+                total += scores[at];
+            }
+            totals[i] = total;
+            maxima[i] = max_score;
+            #[unroll]
+            for c in 0..width {
+                sums[i * width + c] = sums[i * width + c] * Quad::new(factor);
+            }
+        }
+        share(&scores, &mut weights, tile);
+        sync_cube();
+        accumulate::<F>(&weights, v, &k_lines, key as usize, &mut sums, form, tile);
+        key = bounds.next(key + comptime!(tile.block_n() as u32));
+    }
+
+    sync_cube();
+    #[unroll]
+    for i in 0..tile.lines {
+        let line = UNIT_POS_Y as usize * tile.lines + i;
+        shared[line * tile.threads_n + UNIT_POS_X as usize] = totals[i];
+    }
+    sync_cube();
+    let mut factors = Array::<f32>::new(comptime!(tile.lines));
+    #[unroll]
+    for i in 0..tile.lines {
+        let line = UNIT_POS_Y as usize * tile.lines + i;
+        let mut total = 0.0f32;
+        for t in 0..comptime!(tile.threads_n) {
+            total += shared[line * tile.threads_n + t];
+        }
+        factors[i] = 1.0f32 / total;
+        if UNIT_POS_X == 0 && first + line < q_lines.n_lines {
+            let line = first + line;
+            lse[line / form.heads * heads as usize + head + line % form.heads] = maxima[i] + total.ln();
+        }
+    }
+    store::<F>(&sums, &factors, out, &q_lines, first, form, tile);
+}

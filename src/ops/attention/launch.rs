@@ -1,0 +1,201 @@
+//! Which kernels are launched how often, on which buffers; generic over the runtime.
+//!
+//! Callers use the functions of the parent module, which check shapes and choose the tile.
+
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::backward;
+use super::forward;
+use super::tile::{Form, Tile};
+use crate::ops::cube::{bytes, empty, is_software};
+use crate::ops::profile;
+
+/// A mask's table on the device, and how many keys it has.
+#[derive(Debug, Clone)]
+pub struct Mask<R: CubeRuntime> {
+    pub(super) table: CubeTensor<R>,
+    /// (query, key) pairs that attend to each other.
+    pub(super) n_visible: usize,
+    pub(super) n_seen: usize,
+}
+
+/// The sizes of one call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    n_queries: usize,
+    n_keys: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Sizes {
+    fn of<R: CubeRuntime>(q: &CubeTensor<R>, k: &CubeTensor<R>) -> Self {
+        let (q, k) = (q.meta.shape(), k.meta.shape());
+        Self { n_queries: q[0], n_keys: k[0], heads: q[1], kv_heads: k[1], head_dim: q[2] }
+    }
+
+    fn scale(&self) -> f32 {
+        super::scale(self.head_dim) as f32
+    }
+
+    /// As many heads a tile as there is a power of two of in the group, up to the table's strips.
+    fn form(&self, lines: usize) -> Form {
+        let group = self.heads / self.kv_heads;
+        Form { quads: self.head_dim / 4, heads: (1 << group.trailing_zeros()).min(8).min(lines) }
+    }
+}
+
+/// Computes `(out, lse)`, cut by this tile; `head_dim` is a multiple of four.
+pub fn attention_forward<R: CubeRuntime>(
+    [q, k, v]: [CubeTensor<R>; 3],
+    mask: &Mask<R>,
+    tile: Tile,
+) -> (CubeTensor<R>, CubeTensor<R>) {
+    let [q, k, v] = [q, k, v].map(into_contiguous);
+    let sizes = Sizes::of(&q, &k);
+    let form = sizes.form(tile.block_m());
+    let out = empty(&q, Shape::from([sizes.n_queries, sizes.heads * sizes.head_dim]), q.dtype);
+    let lse = empty(&q, Shape::from([sizes.n_queries, sizes.heads]), DType::F32);
+    let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
+    let (client, dtype) = (q.client.clone(), q.dtype.into());
+    let flops = 4 * mask.n_visible * sizes.heads * sizes.head_dim;
+    profile::kernel("attention forward", flops, bytes(&[&q, &k, &v, &out, &lse]), &q.client.clone(), || {
+        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
+        // SAFETY: lines are held against their number, quads against the line's, and every loop counts up to a bound.
+        unsafe {
+            forward::forward::launch_unchecked::<R>(
+                &client,
+                CubeCount::Static(blocks as u32, (sizes.heads / form.heads) as u32, 1),
+                CubeDim::new_2d(tile.threads_n as u32, tile.threads_m as u32),
+                q.into_array_arg(),
+                k.into_array_arg(),
+                v.into_array_arg(),
+                mask.table.clone().into_array_arg(),
+                out.clone().into_array_arg(),
+                lse.clone().into_array_arg(),
+                sizes.n_queries as u32,
+                sizes.n_keys as u32,
+                sizes.heads as u32,
+                sizes.kv_heads as u32,
+                sizes.scale(),
+                form,
+                tile,
+                dtype,
+            );
+        }
+    });
+    (out, lse)
+}
+
+/// Computes `[dq, dk, dv]`, cut by this tile; `head_dim` is a multiple of four.
+pub fn attention_backward<R: CubeRuntime>(
+    dout: CubeTensor<R>,
+    [q, k, v]: [CubeTensor<R>; 3],
+    [out, lse]: [CubeTensor<R>; 2],
+    mask: &Mask<R>,
+    tile: Tile,
+) -> [CubeTensor<R>; 3] {
+    let [dout, q, k, v, out, lse] = [dout, q, k, v, out, lse].map(into_contiguous);
+    let sizes = Sizes::of(&q, &k);
+    let form = sizes.form(tile.block_m().min(tile.block_n()));
+    let n_lines = sizes.n_queries * sizes.heads;
+    let stats = empty(&q, Shape::from([n_lines, 2]), DType::F32);
+    let [dq, dk, dv] = [&q, &k, &v].map(|like| empty(like, like.meta.shape().clone(), like.dtype));
+    let (client, dtype): (_, StorageType) = (q.client.clone(), q.dtype.into());
+    let threads = CubeDim::new_2d(tile.threads_n as u32, tile.threads_m as u32);
+    let scalars = [sizes.n_queries, sizes.n_keys, sizes.heads, sizes.kv_heads].map(|n| n as u32);
+    let [n_queries, n_keys, heads, kv_heads] = scalars;
+    let flops = 10 * mask.n_visible * sizes.heads * sizes.head_dim;
+    let moved = bytes(&[&dout, &q, &k, &v, &out, &dq, &dk, &dv]);
+    profile::kernel("attention backward", flops, moved, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
+        // SAFETY: lines are held against their number, quads against the line's, and every loop counts up to a bound.
+        unsafe {
+            backward::row_stats::launch_unchecked::<R>(
+                &client,
+                CubeCount::Static(n_lines.div_ceil(64) as u32, 1, 1),
+                CubeDim::new_1d(64),
+                dout.clone().into_array_arg(),
+                out.into_array_arg(),
+                lse.into_array_arg(),
+                stats.clone().into_array_arg(),
+                n_lines as u32,
+                form.quads,
+                dtype,
+            );
+            let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
+            backward::backward_queries::launch_unchecked::<R>(
+                &client,
+                CubeCount::Static(blocks as u32, (sizes.heads / form.heads) as u32, 1),
+                threads,
+                dout.clone().into_array_arg(),
+                q.clone().into_array_arg(),
+                k.clone().into_array_arg(),
+                v.clone().into_array_arg(),
+                stats.clone().into_array_arg(),
+                mask.table.clone().into_array_arg(),
+                dq.clone().into_array_arg(),
+                n_queries,
+                n_keys,
+                heads,
+                kv_heads,
+                sizes.scale(),
+                form,
+                tile,
+                dtype,
+            );
+            backward::backward_keys::launch_unchecked::<R>(
+                &client,
+                CubeCount::Static(sizes.n_keys.div_ceil(tile.block_m()) as u32, kv_heads, 1),
+                threads,
+                dout.into_array_arg(),
+                q.into_array_arg(),
+                k.into_array_arg(),
+                v.into_array_arg(),
+                stats.into_array_arg(),
+                mask.table.clone().into_array_arg(),
+                dk.clone().into_array_arg(),
+                dv.clone().into_array_arg(),
+                n_queries,
+                n_keys,
+                mask.n_seen as u32,
+                heads,
+                kv_heads,
+                sizes.scale(),
+                form,
+                tile,
+                dtype,
+            );
+        }
+    });
+    [dq, dk, dv]
+}
+
+impl Tile {
+    /// For devices whose lanes have registers of their own.
+    pub const GPU: Self = Self { threads_m: 16, threads_n: 8, lines: 4, columns: 4, stage: 8 };
+    /// For software adapters, where a load costs much more than a product and registers spill to the first-level cache; by the
+    /// width of a head, of which a thread sums at most four quads. Wide heads get fewer lines, as the driver's compile time grows
+    /// with the square of what a thread does between two branches.
+    pub const SOFTWARE: [Self; 3] = [
+        Self { threads_m: 2, threads_n: 4, lines: 8, columns: 8, stage: 0 },
+        Self { threads_m: 4, threads_n: 8, lines: 4, columns: 4, stage: 0 },
+        Self { threads_m: 2, threads_n: 16, lines: 4, columns: 4, stage: 0 },
+    ];
+
+    /// The tile for a tensor's device and heads of this width.
+    pub fn of<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Self {
+        let is_software = is_software(&tensor.client);
+        match head_dim {
+            _ if !is_software => Self::GPU,
+            ..=64 => Self::SOFTWARE[0],
+            ..=128 => Self::SOFTWARE[1],
+            _ => Self::SOFTWARE[2],
+        }
+    }
+}

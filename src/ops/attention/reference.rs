@@ -1,0 +1,158 @@
+//! Attention in plain burn tensors, with tables of scores.
+
+use std::ops::Range;
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, TensorData};
+
+use super::mask::{AttentionMask, MASKED, Visible};
+use super::{AttentionOutput, scale};
+use crate::ops::{cast, to_f32};
+
+/// The most rows that the reference makes scores of at a time.
+const CHUNK_ROWS: usize = 256;
+
+/// Attention's output in plain burn tensors, with the whole table of scores. Differentiable by burn's own autodiff.
+pub fn attention_reference<B: Backend>(
+    q: Tensor<B, 3>,
+    k: Tensor<B, 3>,
+    v: Tensor<B, 3>,
+    visible: &[Visible],
+) -> Tensor<B, 2> {
+    let parts = blocks(visible, usize::MAX).into_iter().map(|block| {
+        let scores = Scores::new(&q, &k, visible, &block);
+        let weights = burn::tensor::activation::softmax(scores.values, 2);
+        let out = weights.matmul(by_head(&v, &block.keys));
+        scores.heads.to_rows(out)
+    });
+    cast(Tensor::cat(parts.collect(), 0), q.dtype())
+}
+
+/// [`Kernels::attention_forward`] in plain burn tensors, a few hundred rows at a time.
+pub(in crate::ops) fn attention_forward_reference<B: Backend>(
+    q: Tensor<B, 3>,
+    k: Tensor<B, 3>,
+    v: Tensor<B, 3>,
+    mask: &AttentionMask<B>,
+) -> AttentionOutput<B> {
+    let parts = blocks(&mask.visible, CHUNK_ROWS).into_iter().map(|block| {
+        let Scores { values, heads } = Scores::new(&q, &k, &mask.visible, &block);
+        let max = values.clone().max_dim(2);
+        let exps = (values - max.clone()).exp();
+        let sum = exps.clone().sum_dim(2);
+        let out = exps.matmul(by_head(&v, &block.keys)) / sum.clone();
+        (heads.to_rows(out), heads.to_rows(max + sum.log()))
+    });
+    let (outs, lses): (Vec<_>, Vec<_>) = parts.unzip();
+    AttentionOutput { out: cast(Tensor::cat(outs, 0), q.dtype()), lse: Tensor::cat(lses, 0) }
+}
+
+/// [`Kernels::attention_backward`] in plain burn tensors, a few hundred rows at a time.
+pub(in crate::ops) fn attention_backward_reference<B: Backend>(
+    dout: Tensor<B, 2>,
+    q: Tensor<B, 3>,
+    k: Tensor<B, 3>,
+    v: Tensor<B, 3>,
+    output: AttentionOutput<B>,
+    mask: &AttentionMask<B>,
+) -> [Tensor<B, 3>; 3] {
+    let dtype = q.dtype();
+    let scale = scale(q.dims()[2]);
+    let width = |t: &Tensor<B, 2>| [t.dims()[0], q.dims()[1], t.dims()[1] / q.dims()[1]];
+    let (dout, out) = (to_f32(dout), to_f32(output.out));
+    let delta = (dout.clone() * out.clone()).reshape(width(&out)).sum_dim(2);
+    let (dout, lse) = (dout.clone().reshape(width(&dout)), output.lse.clone().reshape(width(&output.lse)));
+    let mut dq = Vec::new();
+    let (mut dk, mut dv) = (to_f32(k.zeros_like()), to_f32(v.zeros_like()));
+    for block in blocks(&mask.visible, CHUNK_ROWS) {
+        let Scores { values, heads } = Scores::new(&q, &k, &mask.visible, &block);
+        let rows = |t: &Tensor<B, 3>| heads.from_rows(t.clone().slice([block.rows.clone()]));
+        let weights = (values - rows(&lse)).exp();
+        let dout = rows(&dout);
+        let dweights = dout.clone().matmul(by_head(&v, &block.keys).swap_dims(1, 2));
+        let dscores = weights.clone() * (dweights - rows(&delta)) * scale;
+        dq.push(heads.to_rows(dscores.clone().matmul(by_head(&k, &block.keys))));
+        let add = |to: &mut Tensor<B, 3>, part: Tensor<B, 3>| {
+            let sum = to.clone().slice([block.keys.clone()]) + part.swap_dims(0, 1);
+            *to = to.clone().slice_assign([block.keys.clone()], sum);
+        };
+        add(&mut dv, weights.swap_dims(1, 2).matmul(dout));
+        add(&mut dk, dscores.swap_dims(1, 2).matmul(rows(&to_f32(q.clone()))));
+    }
+    let dq = Tensor::cat(dq, 0).reshape(q.dims());
+    [dq, dk, dv].map(|t| cast(t, dtype))
+}
+
+/// Rows that attend among the same keys.
+struct Block {
+    rows: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// Rows of the same first key, at most `max_rows` at a time, and the keys that any of them sees.
+fn blocks(visible: &[Visible], max_rows: usize) -> Vec<Block> {
+    let mut start = 0;
+    let mut blocks = Vec::new();
+    for group in visible.chunk_by(|a, b| a.first == b.first) {
+        for chunk in group.chunks(max_rows) {
+            let end = chunk.iter().map(|v| v.end).max().unwrap_or(chunk[0].first);
+            blocks.push(Block {
+                rows: start..start + chunk.len(),
+                keys: chunk[0].first as usize..end as usize,
+            });
+            start += chunk.len();
+        }
+    }
+    blocks
+}
+
+/// How rows are laid out by key head: `[kv_heads, group · rows, _]`, the query heads of one key head end to end.
+#[derive(Clone, Copy)]
+struct Heads {
+    kv_heads: usize,
+    group: usize,
+}
+
+impl Heads {
+    /// `[rows, heads, width] -> [kv_heads, group · rows, width]`
+    fn from_rows<B: Backend>(self, t: Tensor<B, 3>) -> Tensor<B, 3> {
+        let [n_rows, _, width] = t.dims();
+        t.swap_dims(0, 1).reshape([self.kv_heads, self.group * n_rows, width])
+    }
+
+    /// `[kv_heads, group · rows, width] -> [rows, heads · width]`
+    fn to_rows<B: Backend>(self, t: Tensor<B, 3>) -> Tensor<B, 2> {
+        let [_, n, width] = t.dims();
+        let (heads, n_rows) = (self.kv_heads * self.group, n / self.group);
+        t.reshape([heads, n_rows, width]).swap_dims(0, 1).reshape([n_rows, heads * width])
+    }
+}
+
+/// Masked, scaled scores of a block, `[kv_heads, group · rows, keys]`.
+struct Scores<B: Backend> {
+    values: Tensor<B, 3>,
+    heads: Heads,
+}
+
+impl<B: Backend> Scores<B> {
+    fn new(q: &Tensor<B, 3>, k: &Tensor<B, 3>, visible: &[Visible], block: &Block) -> Self {
+        let ([_, heads, head_dim], kv_heads) = (q.dims(), k.dims()[1]);
+        let heads = Heads { kv_heads, group: heads / kv_heads };
+        let (n_rows, n_keys) = (block.rows.len(), block.keys.len());
+        let q = heads.from_rows(to_f32(q.clone().slice([block.rows.clone()])));
+        let scores = q.matmul(by_head(k, &block.keys).swap_dims(1, 2)) * scale(head_dim);
+        let keys = block.keys.start as u32..block.keys.end as u32;
+        let mask: Vec<f32> = visible[block.rows.clone()]
+            .iter()
+            .flat_map(|v| keys.clone().map(move |key| if v.sees(key) { 0.0 } else { MASKED }))
+            .collect();
+        let mask = Tensor::<B, 2>::from_data(TensorData::new(mask, [n_rows, n_keys]), &k.device());
+        let scores = scores.reshape([kv_heads, heads.group, n_rows, n_keys]) + mask.unsqueeze::<4>();
+        Self { values: scores.reshape([kv_heads, heads.group * n_rows, n_keys]), heads }
+    }
+}
+
+/// Keys or values of a block, `[kv_heads, keys, head_dim]` in `f32`.
+fn by_head<B: Backend>(t: &Tensor<B, 3>, keys: &Range<usize>) -> Tensor<B, 3> {
+    to_f32(t.clone().slice([keys.clone()]).swap_dims(0, 1))
+}

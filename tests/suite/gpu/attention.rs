@@ -1,0 +1,362 @@
+//! `attention` on wgpu against the reference on the CPU under burn's autodiff: the output, the log-sum-exp and every gradient.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{FloatDType, Tensor, TensorData, TensorPrimitive};
+use burn_autodiff::Autodiff;
+use burn_flex::Flex;
+use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
+use orpo_wgpu::ops::Kernels;
+use orpo_wgpu::ops::attention::{
+    AttentionMask, AttentionOutput, Tile, Visible, attention, attention_backward, attention_reference, launch,
+};
+
+use crate::support::{Numbers, adapter, assert_close};
+
+/// Sums of up to some hundred products of numbers around one, in another order than the reference's.
+const ATOL: f32 = 1e-5;
+const RTOL: f32 = 1e-4;
+
+#[derive(Debug, Clone)]
+struct Case {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    visible: Vec<Visible>,
+    /// Of the queries; scores grow with it.
+    size: f32,
+}
+
+impl Case {
+    fn new(heads: usize, kv_heads: usize, head_dim: usize, visible: Vec<Visible>) -> Self {
+        Self { heads, kv_heads, head_dim, visible, size: 1.0 }
+    }
+
+    fn n_keys(&self) -> usize {
+        self.visible.iter().map(|v| v.end).max().unwrap() as usize
+    }
+}
+
+/// The rows of one sequence after `n_cached` cached ones.
+fn causal(n_cached: u32, n_new: u32) -> Vec<Visible> {
+    let row = |i| Visible { first: 0, prefix_end: 0, own_start: 0, end: n_cached + i + 1 };
+    (0..n_new).map(row).collect()
+}
+
+/// The rows of pairs of a prefix and two answers, given by their lengths.
+fn pairs(lengths: &[[u32; 3]]) -> Vec<Visible> {
+    let mut rows = Vec::new();
+    let mut first = 0;
+    for &[prefix, chosen, rejected] in lengths {
+        let prefix_end = first + prefix;
+        let parts = [
+            (first, prefix, first),
+            (prefix_end, chosen, prefix_end),
+            (prefix_end + chosen, rejected, prefix_end),
+        ];
+        for (own_start, len, prefix_end) in parts {
+            rows.extend((own_start..own_start + len).map(|i| Visible {
+                first,
+                prefix_end,
+                own_start,
+                end: i + 1,
+            }));
+        }
+        first += prefix + chosen + rejected;
+    }
+    rows
+}
+
+/// `q`, `k`, `v` and the gradient of `out`, by numbers that `f16` has exactly if `is_half`.
+struct Inputs {
+    q: (Vec<f32>, [usize; 3]),
+    k: (Vec<f32>, [usize; 3]),
+    v: (Vec<f32>, [usize; 3]),
+    dout: (Vec<f32>, [usize; 2]),
+}
+
+impl Inputs {
+    fn new(case: &Case, is_half: bool) -> Self {
+        let mut numbers = Numbers::new(5);
+        let mut vec = |len, size| {
+            let values = numbers.vec(len, size);
+            let round = |v: f32| if is_half { half::f16::from_f32(v).to_f32() } else { v };
+            values.into_iter().map(round).collect::<Vec<_>>()
+        };
+        let (n, n_keys) = (case.visible.len(), case.n_keys());
+        let (heads, kv_heads, head_dim) = (case.heads, case.kv_heads, case.head_dim);
+        Self {
+            q: (vec(n * heads * head_dim, case.size), [n, heads, head_dim]),
+            k: (vec(n_keys * kv_heads * head_dim, 1.0), [n_keys, kv_heads, head_dim]),
+            v: (vec(n_keys * kv_heads * head_dim, 1.0), [n_keys, kv_heads, head_dim]),
+            dout: (vec(n * heads * head_dim, 1.0), [n, heads * head_dim]),
+        }
+    }
+}
+
+fn tensor<B: Backend, const D: usize>(
+    (values, shape): &(Vec<f32>, [usize; D]),
+    device: &B::Device,
+) -> Tensor<B, D> {
+    Tensor::from_data(TensorData::new(values.clone(), *shape), device)
+}
+
+fn values<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+    tensor.into_data().convert::<f32>().to_vec().expect("the values are f32")
+}
+
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    out: Vec<f32>,
+    lse: Vec<f32>,
+    grads: [Vec<f32>; 3],
+}
+
+/// Forward and backward of the op; of the kernels with this tile, where one is given.
+fn run(case: &Case, is_half: bool, tile: Option<Tile>, device: &WgpuDevice) -> Outcome {
+    let inputs = Inputs::new(case, is_half);
+    let dtype = if is_half { FloatDType::F16 } else { FloatDType::F32 };
+    let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<Wgpu, 3>(t, device).cast(dtype));
+    let dout = tensor::<Wgpu, 2>(&inputs.dout, device).cast(dtype);
+    let mask = AttentionMask::new(case.visible.clone(), device);
+    let (output, grads) = match tile {
+        None => {
+            let output = attention(q.clone(), k.clone(), v.clone(), &mask);
+            (output.clone(), attention_backward(dout, q, k, v, output, &mask))
+        }
+        Some(tile) => {
+            let mask = mask.launch_mask::<WgpuRuntime>();
+            let qkv = [q, k, v].map(|t| t.into_primitive().tensor());
+            let (out, lse) = launch::attention_forward(qkv.clone(), &mask, tile);
+            let dout = dout.into_primitive().tensor();
+            let grads = launch::attention_backward(dout, qkv, [out.clone(), lse.clone()], &mask, tile);
+            let [out, lse] = [out, lse].map(|t| Tensor::from_primitive(TensorPrimitive::Float(t)));
+            (AttentionOutput { out, lse }, grads.map(|t| Tensor::from_primitive(TensorPrimitive::Float(t))))
+        }
+    };
+    Outcome { out: values(output.out), lse: values(output.lse), grads: grads.map(values) }
+}
+
+/// The same by burn's autodiff through the reference, and the log-sum-exp by loops.
+fn run_reference(case: &Case, is_half: bool) -> Outcome {
+    type B = Autodiff<Flex>;
+    let inputs = Inputs::new(case, is_half);
+    let device = Default::default();
+    let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<B, 3>(t, &device).require_grad());
+    let out = attention_reference(q.clone(), k.clone(), v.clone(), &case.visible);
+    let grads = (out.clone() * tensor::<B, 2>(&inputs.dout, &device)).sum().backward();
+    let lse = (0..case.visible.len() * case.heads).map(|i| {
+        let scores = Scores::new(case, &inputs, i / case.heads, i % case.heads);
+        scores.lse as f32
+    });
+    Outcome {
+        lse: lse.collect(),
+        out: values(out.inner()),
+        grads: [q, k, v].map(|t| values(t.grad(&grads).expect("every input has a gradient"))),
+    }
+}
+
+/// One row's scores in `f64`, by visible key.
+struct Scores {
+    scores: Vec<(usize, f64)>,
+    lse: f64,
+}
+
+impl Scores {
+    fn new(case: &Case, inputs: &Inputs, query: usize, head: usize) -> Self {
+        let (d, kv_head) = (case.head_dim, head / (case.heads / case.kv_heads));
+        let visible = case.visible[query];
+        let q = &inputs.q.0[(query * case.heads + head) * d..][..d];
+        let keys = (visible.first..visible.prefix_end).chain(visible.own_start..visible.end);
+        let scores: Vec<_> = keys
+            .map(|key| {
+                let k = &inputs.k.0[(key as usize * case.kv_heads + kv_head) * d..][..d];
+                let sum: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+                (key as usize, sum / (d as f64).sqrt())
+            })
+            .collect();
+        let max = scores.iter().map(|s| s.1).fold(f64::NEG_INFINITY, f64::max);
+        let lse = max + scores.iter().map(|s| (s.1 - max).exp()).sum::<f64>().ln();
+        Self { scores, lse }
+    }
+}
+
+fn compare(case: &Case, is_half: bool, tile: Option<Tile>, device: &WgpuDevice) {
+    let got = run(case, is_half, tile, device);
+    let want = run_reference(case, is_half);
+    let Case { heads, kv_heads, head_dim, visible, size } = case;
+    let name = format!(
+        "{} rows, {heads}/{kv_heads} heads of {head_dim}, size {size}, half {is_half}, {tile:?}",
+        visible.len()
+    );
+    // What `f16` storage rounds off: of `out` before it goes into backward, and of every result.
+    let (atol, rtol) = if is_half { (2e-3, 2e-3) } else { (ATOL * size.max(1.0), RTOL) };
+    assert_close(&got.out, &want.out, atol, rtol, &format!("{name}: out"));
+    assert_close(&got.lse, &want.lse, ATOL, RTOL, &format!("{name}: lse"));
+    for (what, got, want) in
+        [("dq", 0), ("dk", 1), ("dv", 2)].map(|(what, i)| (what, &got.grads[i], &want.grads[i]))
+    {
+        // A query that sees one key has a weight of one, whatever its score.
+        let is_flat = visible.len() == 1 && visible[0].end == 1 && what != "dv";
+        assert!(
+            is_flat || want.iter().any(|v| v.abs() > 100.0 * ATOL),
+            "{name}: {what} is too small to compare"
+        );
+        assert_close(got, want, atol, rtol, &format!("{name}: {what}"));
+    }
+}
+
+/// Narrow heads, with groups of every size, and one width that has no kernel.
+#[test]
+fn narrow_heads() {
+    let Some(device) = adapter() else { return };
+    for (heads, kv_heads, head_dim) in [(4, 4, 16), (8, 4, 24), (8, 1, 64), (2, 1, 18)] {
+        compare(&Case::new(heads, kv_heads, head_dim, pairs(&[[20, 31, 26]])), false, None, &device);
+    }
+}
+
+/// Wide heads, whose tiles differ.
+#[test]
+fn wide_heads() {
+    let Some(device) = adapter() else { return };
+    for (heads, kv_heads, head_dim) in [(6, 1, 80), (2, 1, 96), (4, 1, 128), (2, 2, 256)] {
+        compare(&Case::new(heads, kv_heads, head_dim, pairs(&[[20, 31, 26]])), false, None, &device);
+    }
+}
+
+#[test]
+fn masks_of_every_kind() {
+    let Some(device) = adapter() else { return };
+    for visible in [
+        causal(0, 1),
+        causal(0, 130),
+        causal(37, 1),
+        causal(150, 9),
+        causal(64, 64),
+        pairs(&[[64, 64, 64]]),
+        pairs(&[[90, 1, 100]]),
+        pairs(&[[5, 40, 3], [33, 0, 12], [1, 50, 0], [70, 9, 90]]),
+        pairs(&[[0, 30, 30], [17, 40, 41]]),
+    ] {
+        compare(&Case::new(4, 2, 32, visible), false, None, &device);
+    }
+}
+
+#[test]
+fn from_halves() {
+    let Some(device) = adapter() else { return };
+    compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21], [9, 12, 30]])), true, None, &device);
+    compare(&Case::new(4, 2, 32, causal(70, 3)), true, None, &device);
+}
+
+/// A software adapter would never see the tiles that are meant for GPUs.
+#[test]
+fn tiles_of_every_device() {
+    let Some(device) = adapter() else { return };
+    for tile in [Tile::GPU] {
+        compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), false, Some(tile), &device);
+    }
+}
+
+/// Scores of up to fifty, which come in an order that makes the running maximum grow.
+#[test]
+fn large_scores() {
+    let Some(device) = adapter() else { return };
+    let size = 60.0;
+    let case = Case { size, ..Case::new(2, 1, 32, pairs(&[[40, 50, 60]])) };
+    let inputs = Inputs::new(&case, false);
+    let largest = Scores::new(&case, &inputs, 149, 0).scores.iter().map(|s| s.1.abs()).fold(0.0, f64::max);
+    assert!(largest > 40.0, "the largest score is {largest}");
+    compare(&case, false, None, &device);
+}
+
+/// Against the formula in loops of `f64`.
+#[test]
+fn in_double_precision() {
+    let Some(device) = adapter() else { return };
+    let case = Case::new(4, 2, 16, pairs(&[[9, 20, 13]]));
+    let inputs = Inputs::new(&case, false);
+    let got = run(&case, false, None, &device);
+    let d = case.head_dim;
+    let mut out = vec![0.0; inputs.q.0.len()];
+    let mut grads = [&inputs.q, &inputs.k, &inputs.v].map(|t| vec![0.0; t.0.len()]);
+    for query in 0..case.visible.len() {
+        for head in 0..case.heads {
+            let Scores { scores, lse } = Scores::new(&case, &inputs, query, head);
+            let at_q = (query * case.heads + head) * d;
+            let at_k = |key: usize| (key * case.kv_heads + head / (case.heads / case.kv_heads)) * d;
+            let dot = |x: &[f32], y: &[f32]| -> f64 {
+                x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum()
+            };
+            let dout = &inputs.dout.0[at_q..][..d];
+            let weights: Vec<_> =
+                scores.iter().map(|&(key, score)| (at_k(key), (score - lse).exp())).collect();
+            let dweights: Vec<_> = weights.iter().map(|&(k, _)| dot(dout, &inputs.v.0[k..][..d])).collect();
+            let delta: f64 = weights.iter().zip(&dweights).map(|(w, dw)| w.1 * dw).sum();
+            for (&(k, weight), dweight) in weights.iter().zip(dweights) {
+                let dscore = weight * (dweight - delta) / (d as f64).sqrt();
+                for i in 0..d {
+                    out[at_q + i] += weight * f64::from(inputs.v.0[k + i]);
+                    grads[0][at_q + i] += dscore * f64::from(inputs.k.0[k + i]);
+                    grads[1][k + i] += dscore * f64::from(inputs.q.0[at_q + i]);
+                    grads[2][k + i] += weight * f64::from(dout[i]);
+                }
+            }
+        }
+    }
+    let single = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<_>>();
+    assert_close(&got.out, &single(&out), ATOL, RTOL, "out");
+    for (i, what) in ["dq", "dk", "dv"].into_iter().enumerate() {
+        assert_close(&got.grads[i], &single(&grads[i]), ATOL, RTOL, what);
+    }
+}
+
+#[test]
+fn the_same_input_gives_the_same_bits() {
+    let Some(device) = adapter() else { return };
+    let case = Case::new(4, 2, 32, pairs(&[[20, 90, 33]]));
+    assert_eq!(run(&case, false, None, &device), run(&case, false, None, &device));
+}
+
+/// Turned tensors are copied, and rows alone keep the buffer, at an offset.
+#[test]
+fn from_tensors_that_lie_otherwise() {
+    let Some(device) = adapter() else { return };
+    fn outcome<B: Kernels>(device: &B::Device) -> Vec<Vec<f32>> {
+        let mut numbers = Numbers::new(4);
+        let mut whole = |shape: [usize; 3]| {
+            let data = TensorData::new(numbers.vec(shape.iter().product(), 1.0), shape);
+            Tensor::<B, 3>::from_data(data, device)
+        };
+        let q = whole([4, 50, 32]).swap_dims(0, 1).slice([8..48]);
+        let k = whole([60, 2, 32]).slice([16..56]);
+        let v = whole([40, 2, 64]).slice([0..40, 0..2, 32..64]);
+        let dout = whole([4, 32, 40]).reshape([128, 40]).transpose();
+        let mask = AttentionMask::causal(0, 40, device);
+        let output = attention(q.clone(), k.clone(), v.clone(), &mask);
+        let grads = attention_backward(dout, q, k, v, output.clone(), &mask);
+        [vec![values(output.out)], grads.map(values).into()].concat()
+    }
+    let got = outcome::<Wgpu>(&device);
+    let want = outcome::<Flex>(&Default::default());
+    for (got, want) in got.iter().zip(&want) {
+        assert_close(got, want, ATOL, RTOL, "out and gradients");
+    }
+}
+
+/// The CPU takes more rows than one chunk of them.
+#[test]
+fn the_reference_in_chunks_equals_autodiff() {
+    let case = Case::new(2, 1, 8, pairs(&[[30, 300, 270]]));
+    let inputs = Inputs::new(&case, false);
+    let device = Default::default();
+    let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<Flex, 3>(t, &device));
+    let mask = AttentionMask::new(case.visible.clone(), &device);
+    let output = attention(q.clone(), k.clone(), v.clone(), &mask);
+    let grads = attention_backward(tensor(&inputs.dout, &device), q, k, v, output.clone(), &mask);
+    let want = run_reference(&case, false);
+    assert_close(&values(output.out), &want.out, ATOL, RTOL, "out");
+    assert_close(&values(output.lse), &want.lse, ATOL, RTOL, "lse");
+    for (i, (got, want)) in grads.into_iter().zip(&want.grads).enumerate() {
+        assert_close(&values(got), want, ATOL, RTOL, &format!("gradient {i}"));
+    }
+}
