@@ -27,7 +27,7 @@ cargo clippy --locked --all-targets -- -D warnings
 cargo test --locked
 suite=$(cargo test --locked --no-run --test suite --message-format=json | grep -o '"executable":"[^"]*/suite-[^"]*"' | cut -d '"' -f 4)
 if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-    ORPO_WGPU_NEED_MATRICES=1 bash tests/newer_mesa.sh "$suite" gpu::lora_linear
+    ORPO_WGPU_NEED_MATRICES=1 bash tests/newer_mesa.sh "$suite" gpu::lora_linear::with_16_bit gpu::lora_linear::every_matrix
 else
     # On a GPU with cooperative matrices the run above has had these tests already.
     echo "LEFT OUT: the tests on a software adapter with cooperative matrices, which need Debian and root" >&2

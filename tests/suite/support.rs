@@ -53,11 +53,28 @@ pub(crate) fn adapter() -> Option<WgpuDevice> {
         is_allowed,
         "no wgpu adapter; a software one will do, and ORPO_WGPU_SKIP_GPU=1 leaves these tests out"
     );
+    left_out("there is no wgpu adapter");
+    None
+}
+
+/// Says that this test is left out, and why.
+fn left_out(why: &str) {
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     // Written to the stream itself: the harness keeps what the macros print to itself when a test passes.
-    writeln!(std::io::stderr(), "LEFT OUT: {test}, as there is no wgpu adapter")
-        .expect("standard error can be written");
-    None
+    writeln!(std::io::stderr(), "LEFT OUT: {test}, as {why}").expect("standard error can be written");
+}
+
+/// Whether the adapter has matrix units, of which the test is told; without them it is left out.
+///
+/// # Panics
+/// If it has none and `ORPO_WGPU_NEED_MATRICES=1` says that it has to.
+pub(crate) fn has_matrices(sizes: &[u32]) -> bool {
+    if sizes.is_empty() {
+        let is_needed = std::env::var("ORPO_WGPU_NEED_MATRICES").is_ok_and(|value| value == "1");
+        assert!(!is_needed, "the adapter lists no cooperative matrices of f16 with f32 sums");
+        left_out("the adapter lists no cooperative matrices of f16 with f32 sums");
+    }
+    !sizes.is_empty()
 }
 
 /// Reproducible numbers in `[-1, 1)`.
