@@ -106,21 +106,11 @@ pub fn tensors<B: Backend>(model: &Llama<B>) -> Vec<(String, Tensor<B, 2>)> {
     tensors
 }
 
-/// Replaces the adapter's tensors, in the order of [`tensors`].
-///
-/// # Panics
-/// If their number differs from the adapter's.
-pub fn set_tensors<B: Backend>(model: &mut Llama<B>, tensors: Vec<Tensor<B, 2>>) {
-    let mut tensors = tensors.into_iter();
-    for decoder in &mut model.layers {
-        for (_, linear) in decoder.linears_mut() {
-            if let Some(lora) = &mut linear.lora {
-                let mut next = || tensors.next().expect("as many tensors as the adapter has");
-                (lora.a, lora.b) = (next(), next());
-            }
-        }
-    }
-    assert!(tensors.next().is_none(), "as many tensors as the adapter has");
+/// [`tensors`], to change.
+pub fn tensors_mut<B: Backend>(model: &mut Llama<B>) -> Vec<&mut Tensor<B, 2>> {
+    let linears = model.layers.iter_mut().flat_map(|decoder| decoder.linears_mut());
+    let adapters = linears.filter_map(|(_, linear)| linear.lora.as_mut());
+    adapters.flat_map(|lora| [&mut lora.a, &mut lora.b]).collect()
 }
 
 /// `adapter_config.json` as PEFT writes it; what changes the computation and is not computed here must be off.

@@ -128,8 +128,7 @@ pub fn train<B: Kernels>(
         let (grads, stats) = accumulate(model, data.train, &micro_batches, settings, &mut window);
         let norm = grad_norm(&grads);
         let learning_rate = settings.schedule.at(step);
-        let updated = optimizer.update(learning_rate, adapter(model), grads, norm.clone());
-        lora::set_tensors(model, updated);
+        optimizer.update(learning_rate, lora::tensors_mut(model), grads, &norm);
         let (metrics, grad_norm) = read_step(stats, norm, settings.beta, &mut window)?;
         let indices = micro_batches.concat();
         check_finite(step + 1, "loss", metrics.loss, data.train, &indices)?;

@@ -271,8 +271,7 @@ impl<B: Kernels> Bench<B> {
         let started = Instant::now();
         let grads = forward_backward(&self.model, &self.batch, BETA, 1.0, self.keep);
         let norm = grad_norm(&grads.lora);
-        let updated = self.optimizer.update(1e-5, adapter(&self.model), grads.lora, norm.clone());
-        lora::set_tensors(&mut self.model, updated);
+        self.optimizer.update(1e-5, lora::tensors_mut(&mut self.model), grads.lora, &norm);
         let stats = read(grads.stats)?;
         let norm = read(norm)?;
         B::sync(&self.model.device()).map_err(|e| Error::Device {

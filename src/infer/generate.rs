@@ -1,6 +1,6 @@
 //! Generation: a prompt's tokens to the answer's, one by one.
 //!
-//! The prompt is read in chunks, so that its attention scores stay small; then every token costs one row of work. Keys and values
+//! The prompt is read in chunks, so that its activations stay small; then every token costs one row of work. Keys and values
 //! are cached, and only the last row's logits are computed.
 
 use std::fmt;
@@ -16,8 +16,8 @@ use crate::model::Llama;
 use crate::model::llama::KvCache;
 use crate::ops::Kernels;
 
-/// What attention's scores of one chunk of a prompt may take, in bytes.
-const SCORE_BYTES: usize = 64 << 20;
+/// Rows of a prompt that are read at a time, so that their activations stay small.
+const PREFILL_ROWS: usize = 512;
 
 const NO_TOKENS: &str = "--max_new_tokens is 0, expected at least 1";
 
@@ -227,10 +227,7 @@ impl<'m, B: Kernels> Session<'m, B> {
         let mut cached = std::mem::take(&mut self.cached);
         let mut rest = tokens;
         loop {
-            let n_keys = cached.len() + rest.len();
-            let n_rows =
-                (SCORE_BYTES / (config.num_attention_heads * n_keys * size_of::<f32>())).clamp(1, rest.len());
-            let (chunk, after) = rest.split_at(n_rows);
+            let (chunk, after) = rest.split_at(rest.len().min(PREFILL_ROWS));
             let hidden = self.model.forward_cached(chunk, &mut self.cache);
             cached.extend_from_slice(chunk);
             rest = after;

@@ -13,8 +13,8 @@ use burn_cubecl::tensor::CubeTensor;
 /// Threads of a cube: as many as every device has.
 pub(super) const THREADS: u32 = 256;
 
-/// Whether the device is a processor behind a GPU's interface. Mesa's and Google's have as many lanes as the processor's vectors; no
-/// GPU has that few.
+/// Whether the device is a processor behind a GPU's interface. Mesa's and Google's have as many lanes as the processor's vectors;
+/// some phones' GPUs have as few, and no other.
 pub(super) fn is_software<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
     client.properties().hardware.plane_size_max <= 16
 }

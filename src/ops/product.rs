@@ -78,9 +78,16 @@ impl Device {
     }
 
     /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before all others.
-    pub(super) fn cuts(self, layout: Layout, elements: Elements, extents: [u32; 2]) -> Vec<Cut> {
-        // A weight in f16 says what the model computes in; what meets it in f32 is rounded as it is staged.
-        let fits = elements.rhs == Element::F16 && layout != Layout::ColumnsColumns;
+    /// They take `f16`; `rounds` says whether an `f32` that meets a weight in `f16` may be rounded to it.
+    pub(super) fn cuts(
+        self,
+        layout: Layout,
+        elements: Elements,
+        extents: [u32; 2],
+        rounds: bool,
+    ) -> Vec<Cut> {
+        let is_f16 = elements.rhs == Element::F16 && (elements.lhs == Element::F16 || rounds);
+        let fits = is_f16 && layout != Layout::ColumnsColumns;
         let matrices = self.matrices.filter(|_| fits).into_iter();
         let matrices = matrices.flat_map(|[size, lanes]| MatrixTile::all(size, lanes));
         let mut matrices: Vec<_> = matrices.map(Cut::Matrices).collect();
@@ -104,6 +111,7 @@ pub(super) struct Product<'a> {
     scale: f32,
     addend: Option<Floats>,
     dtype: DType,
+    rounds: bool,
 }
 
 impl<'a> Product<'a> {
@@ -114,7 +122,22 @@ impl<'a> Product<'a> {
             Layout::RowsColumns => "lora_linear backward input",
             Layout::ColumnsColumns => "lora_linear backward lora",
         };
-        Self { name, layout, lhs, rhs, prologue: None, scale: 1.0, addend: None, dtype: DType::F32 }
+        Self {
+            name,
+            layout,
+            lhs,
+            rhs,
+            prologue: None,
+            scale: 1.0,
+            addend: None,
+            dtype: DType::F32,
+            rounds: false,
+        }
+    }
+
+    /// Lets `lhs` be rounded to the `f16` that `rhs` is in.
+    pub(super) fn rounding(self) -> Self {
+        Self { rounds: true, ..self }
     }
 
     /// What the profile calls it, where that is not its layout's usual part.
@@ -168,7 +191,7 @@ impl<'a> Product<'a> {
             Elements { lhs: self.lhs.dtype.into(), rhs: self.rhs.dtype.into(), out: self.dtype.into() };
         let kind = Kind::new(self.layout, [m, n, depth, rank], elements);
         let device = Device::of(&self.lhs.client);
-        let formula = || Choice::Own(device.cuts(self.layout, elements, [m, n])[0]);
+        let formula = || Choice::Own(device.cuts(self.layout, elements, [m, n], self.rounds)[0]);
         // burn's product has no factor.
         let has_factor = self.scale.to_bits() != 1f32.to_bits();
         let timed = tune::choice(&self.lhs.device, kind).filter(|&c| c != Choice::Burn || !has_factor);
@@ -215,7 +238,9 @@ impl<'a> Product<'a> {
         });
         let product = product.expect("burn multiplies any two matrices of one type");
         let with_prologue = |addend: Floats| match prologue {
-            Some((lhs, rhs, scale)) => Product::new(layout, lhs, rhs).times(scale).add_to(Some(addend)).run(),
+            Some((lhs, rhs, scale)) => {
+                Product::new(layout, lhs, rhs).times(scale).add_to(Some(addend)).into_dtype(dtype).run()
+            }
             None => addend,
         };
         match addend {
@@ -425,7 +450,7 @@ mod tests {
         for device in [GPU, SOFTWARE, Device { matrices, ..GPU }] {
             for [m, n, depth] in SHAPES {
                 let f16 = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F32 };
-                let cut = device.cuts(Layout::RowsRows, f16, [m, n])[0];
+                let cut = device.cuts(Layout::RowsRows, f16, [m, n], false)[0];
                 let Plan { splits, .. } = Plan::new(device.busy, cut, [m, n, depth], false);
                 let [block_m, block_n, _] = cut.block();
                 let groups = [BAND * n.div_ceil(block_n), m.div_ceil(block_m).div_ceil(BAND), splits];
@@ -442,7 +467,7 @@ mod tests {
         let device = Device { matrices: Some([16, 32]), ..GPU };
         let f16 = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F32 };
         let has_matrices = |device: Device, layout, elements| {
-            let cuts = device.cuts(layout, elements, [2048, 4096]);
+            let cuts = device.cuts(layout, elements, [2048, 4096], false);
             cuts.iter().any(|cut| matches!(cut, Cut::Matrices(_)))
         };
         assert!(has_matrices(device, Layout::RowsRows, f16));
@@ -453,7 +478,7 @@ mod tests {
 
     #[test]
     fn narrow_products_get_narrow_tiles_and_split_depths() {
-        let cut = |extents| GPU.cuts(Layout::RowsRows, Elements::F32, extents)[0];
+        let cut = |extents| GPU.cuts(Layout::RowsRows, Elements::F32, extents, false)[0];
         let narrow = cut([2048, 8]);
         assert_eq!(narrow.block()[1], 8);
         assert_eq!(Plan::new(GPU.busy, narrow, [2048, 8, 4096], false).splits, 8);

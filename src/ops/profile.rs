@@ -1,4 +1,4 @@
-//! Where a step's time goes on the device: every launch under a name, with what it computes and moves.
+//! Where a step's time goes on the device: the launches that cost under a name, with what it computes and moves.
 //!
 //! Off, a launch pays one relaxed load for it. On, a launch is measured by itself, with the device's own timestamps where it has
 //! them and by the clock otherwise, which is why a profiled step takes longer than its kernels.

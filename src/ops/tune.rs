@@ -85,6 +85,8 @@ pub struct Timing {
 pub const LEAST_FLOPS: f64 = 1e8;
 const WARM_UPS: usize = 2;
 const RUNS: usize = 3;
+/// The shortest span that is timed.
+const LEAST_MS: f64 = 5.0;
 
 static TABLE: LazyLock<Mutex<HashMap<(WgpuDevice, Kind), Choice>>> = LazyLock::new(Mutex::default);
 
@@ -117,38 +119,43 @@ pub fn tune(device: &WgpuDevice, kinds: &[Kind], budget: Duration) -> Vec<Timing
             continue;
         }
         let scratch = product::Scratch::new(&client, device, kind);
-        let times = candidates(product::Device::of(&client), kind).into_iter().filter_map(|choice| {
-            // The formula's own choice comes first; without a rival's time it stands anyway.
-            (start.elapsed() <= budget).then(|| (choice, time(device, &scratch, choice)))
-        });
-        if let Some((choice, ms)) = times.min_by(|a, b| a.1.total_cmp(&b.1)) {
+        let times = candidates(product::Device::of(&client), kind).into_iter();
+        // The formula's own choice comes first; without a rival's time it stands anyway.
+        let times = times.take_while(|_| start.elapsed() <= budget);
+        let times = times.map(|choice| (choice, time(device, &scratch, choice)));
+        if let Some((choice, ms)) = times.filter(|(_, ms)| ms.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1))
+        {
             timings.push(Timing { kind, choice, ms });
         }
     }
+    // What the scratch tensors took is the model's.
+    client.memory_cleanup();
     install(device, &timings);
     timings
 }
 
 /// What is worth timing, the formula's choice first.
 fn candidates(device: product::Device, kind: Kind) -> Vec<Choice> {
-    let cuts = device.cuts(kind.layout, kind.elements, [kind.m, kind.n]);
+    // Only the gradient by a layer's input meets a weight of another type and may be rounded to it.
+    let rounds = kind.layout == Layout::RowsColumns;
+    let cuts = device.cuts(kind.layout, kind.elements, [kind.m, kind.n], rounds);
     let mut candidates: Vec<_> = cuts.into_iter().map(Choice::Own).collect();
     candidates.extend(kind.suits_burn().then_some(Choice::Burn));
     candidates
 }
 
-/// The best time of a few, in ms.
+/// The best time of a few, in ms; each over as many launches as take long beside a wait for the device.
 fn time(device: &WgpuDevice, scratch: &product::Scratch, choice: Choice) -> f64 {
-    let run = || {
+    let run = |launches: u32| {
         let start = Instant::now();
-        let out = scratch.run(choice);
+        for _ in 0..launches {
+            drop(scratch.run(choice));
+        }
         // A device that fails here fails the run soon after, with a better message.
         let is_done = <Wgpu as Backend>::sync(device).is_ok();
-        drop(out);
-        if is_done { start.elapsed().as_secs_f64() * 1e3 } else { f64::INFINITY }
+        if is_done { start.elapsed().as_secs_f64() * 1e3 / f64::from(launches) } else { f64::INFINITY }
     };
-    for _ in 0..WARM_UPS {
-        run();
-    }
-    (0..RUNS).map(|_| run()).fold(f64::INFINITY, f64::min)
+    let warm = (0..WARM_UPS).map(|_| run(1)).fold(f64::INFINITY, f64::min);
+    let launches = (LEAST_MS / warm).ceil().clamp(1.0, 32.0) as u32;
+    (0..RUNS).map(|_| run(launches)).fold(f64::INFINITY, f64::min)
 }

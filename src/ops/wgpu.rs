@@ -68,8 +68,10 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         dtype: DType,
     ) -> Tensor<Self, 2> {
         let (dy, weight) = (operand(dy), operand(weight));
-        let product =
-            Product::new(Layout::RowsColumns, &dy, &weight).add_to(sum.map(operand)).into_dtype(dtype);
+        let product = Product::new(Layout::RowsColumns, &dy, &weight)
+            .rounding()
+            .add_to(sum.map(operand))
+            .into_dtype(dtype);
         let dx = match ds_a {
             Some((ds, a)) => product.after(&input(ds), &input(a), 1.0).run(),
             None => product.run(),
@@ -238,7 +240,7 @@ fn input<B: Backend<FloatTensorPrimitive = Floats>, const D: usize>(tensor: Tens
 
 /// Whether attention's kernels take heads of this width.
 fn has_kernel<B: Backend>(q: &Tensor<B, 3>) -> bool {
-    q.dims()[2] % 4 == 0
+    q.dims()[2].is_multiple_of(4)
 }
 
 /// The primitive as a tensor.

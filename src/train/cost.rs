@@ -104,7 +104,7 @@ impl StepFlops {
 pub struct StepMemory {
     /// Frozen weights; the embedding stays in host memory.
     pub weights: usize,
-    /// The adapters and their two moments.
+    /// The adapters, as they are and as they began, and their two moments.
     pub adapters: usize,
     /// The adapters' gradients that exist by then.
     pub gradients: usize,
@@ -146,7 +146,7 @@ impl StepMemory {
         let gradients = if shape.accumulates { adapter } else { adapter / layers };
         Self {
             weights: e * (layers * linears + config.vocab_size * hidden) + F32 * (2 * layers + 1) * hidden,
-            adapters: 3 * adapter,
+            adapters: 4 * adapter,
             gradients,
             kept: layers * kept + rope,
             layer,

@@ -47,11 +47,10 @@ impl<B: Backend> AdamW<B> {
     pub fn update(
         &mut self,
         learning_rate: f64,
-        parameters: Vec<Tensor<B, 2>>,
+        parameters: Vec<&mut Tensor<B, 2>>,
         grads: Vec<Tensor<B, 2>>,
-        norm: Tensor<B, 1>,
-    ) -> Vec<Tensor<B, 2>>
-    where
+        norm: &Tensor<B, 1>,
+    ) where
         B: Kernels,
     {
         assert_eq!(parameters.len(), self.exp_avg.len(), "AdamW: number of parameters");
@@ -68,14 +67,14 @@ impl<B: Backend> AdamW<B> {
             t: self.n_updates,
         };
         let moments = std::mem::take(&mut self.exp_avg).into_iter().zip(std::mem::take(&mut self.exp_avg_sq));
-        let mut updated = Vec::with_capacity(parameters.len());
-        for ((parameter, grad), (m, v)) in parameters.into_iter().zip(grads).zip(moments) {
+        for ((slot, grad), (m, v)) in parameters.into_iter().zip(grads).zip(moments) {
+            // Something stands in for the parameter meanwhile, so that nobody else holds it and it is updated in its place.
+            let parameter = std::mem::replace(slot, norm.clone().reshape([1, 1]));
             let (parameter, [m, v]) = adamw(parameter, grad, [m, v], norm.clone(), &step);
-            updated.push(parameter);
+            *slot = parameter;
             self.exp_avg.push(m);
             self.exp_avg_sq.push(v);
         }
-        updated
     }
 }
 

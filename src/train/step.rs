@@ -63,7 +63,10 @@ pub fn forward_backward<B: Kernels>(
     let mut grads = Vec::with_capacity(adapted.len());
     for (i, (layer, kept)) in adapted.iter().zip(kept).enumerate().rev() {
         let activations = layer.recompute(kept, &layout);
-        peak_bytes = peak_bytes.max(B::bytes_in_use(&device));
+        // Memory is at its fullest while most layers wait for their turn.
+        if i + 1 == adapted.len() {
+            peak_bytes = peak_bytes.max(B::bytes_in_use(&device));
+        }
         let (below, lora) = layer.backward(dx, activations, &layout, i > 0);
         grads.push(lora);
         let Some(below) = below else { break };

@@ -18,15 +18,15 @@ use crate::support::{adapter, assert_close};
 const STEPS: usize = 32;
 const BETA: f32 = 0.2;
 
+type Matrix = Tensor<Wgpu, 2>;
+type Moments = [Matrix; 2];
+/// Parameters, gradients, moments and the step's number to the parameters after it.
+type Update = fn(&[Matrix], Vec<Matrix>, &mut Vec<Moments>, usize) -> Vec<Matrix>;
+
 /// What one side does: a batch's loss and gradients, and the update they make.
 struct Side {
-    step: fn(&Llama<Wgpu>, &Batch) -> (f32, Vec<Tensor<Wgpu, 2>>),
-    update: fn(
-        &[Tensor<Wgpu, 2>],
-        Vec<Tensor<Wgpu, 2>>,
-        &mut Vec<[Tensor<Wgpu, 2>; 2]>,
-        t: usize,
-    ) -> Vec<Tensor<Wgpu, 2>>,
+    step: fn(&Llama<Wgpu>, &Batch) -> (f32, Vec<Matrix>),
+    update: Update,
 }
 
 const KERNELS: Side = Side {
@@ -51,14 +51,12 @@ const PLAIN: Side = Side {
     },
 };
 
-type Moments = [Tensor<Wgpu, 2>; 2];
-
 fn update(
-    parameters: &[Tensor<Wgpu, 2>],
-    grads: Vec<Tensor<Wgpu, 2>>,
+    parameters: &[Matrix],
+    grads: Vec<Matrix>,
     moments: &mut Vec<Moments>,
-    one: impl Fn(Tensor<Wgpu, 2>, Tensor<Wgpu, 2>, Moments) -> (Tensor<Wgpu, 2>, Moments),
-) -> Vec<Tensor<Wgpu, 2>> {
+    one: impl Fn(Matrix, Matrix, Moments) -> (Matrix, Moments),
+) -> Vec<Matrix> {
     let old = std::mem::take(moments);
     let updated = parameters.iter().zip(grads).zip(old).map(|((p, g), m)| {
         let (p, m) = one(p.clone(), g, m);
@@ -90,7 +88,9 @@ fn losses(side: &Side, case: &Case, device: &WgpuDevice) -> Vec<f32> {
         let pairs: Vec<_> = (0..2).map(|i| &case.pairs[(2 * t + i) % case.pairs.len()]).collect();
         let (loss, grads) = (side.step)(&model, &pack(&pairs, LossCompat::Trl));
         let updated = (side.update)(&parameters(&model), grads, &mut moments, t);
-        lora::set_tensors(&mut model, updated);
+        for (slot, tensor) in lora::tensors_mut(&mut model).into_iter().zip(updated) {
+            *slot = tensor;
+        }
         loss
     });
     steps.collect()

@@ -193,8 +193,8 @@ impl Tile {
         let is_software = is_software(&tensor.client);
         match head_dim {
             _ if !is_software => Self::GPU,
-            ..=64 => Self::SOFTWARE[0],
-            ..=128 => Self::SOFTWARE[1],
+            0..=64 => Self::SOFTWARE[0],
+            65..=128 => Self::SOFTWARE[1],
             _ => Self::SOFTWARE[2],
         }
     }

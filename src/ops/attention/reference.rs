@@ -28,7 +28,7 @@ pub fn attention_reference<B: Backend>(
     cast(Tensor::cat(parts.collect(), 0), q.dtype())
 }
 
-/// [`Kernels::attention_forward`] in plain burn tensors, a few hundred rows at a time.
+/// [`attention`](super::attention) in plain burn tensors, a few hundred rows at a time.
 pub(in crate::ops) fn attention_forward_reference<B: Backend>(
     q: Tensor<B, 3>,
     k: Tensor<B, 3>,
@@ -47,7 +47,7 @@ pub(in crate::ops) fn attention_forward_reference<B: Backend>(
     AttentionOutput { out: cast(Tensor::cat(outs, 0), q.dtype()), lse: Tensor::cat(lses, 0) }
 }
 
-/// [`Kernels::attention_backward`] in plain burn tensors, a few hundred rows at a time.
+/// [`attention_backward`](super::attention_backward) in plain burn tensors, a few hundred rows at a time.
 pub(in crate::ops) fn attention_backward_reference<B: Backend>(
     dout: Tensor<B, 2>,
     q: Tensor<B, 3>,
@@ -66,7 +66,7 @@ pub(in crate::ops) fn attention_backward_reference<B: Backend>(
     let (mut dk, mut dv) = (to_f32(k.zeros_like()), to_f32(v.zeros_like()));
     for block in blocks(&mask.visible, CHUNK_ROWS) {
         let Scores { values, heads } = Scores::new(&q, &k, &mask.visible, &block);
-        let rows = |t: &Tensor<B, 3>| heads.from_rows(t.clone().slice([block.rows.clone()]));
+        let rows = |t: &Tensor<B, 3>| heads.by_head(t.clone().slice([block.rows.clone()]));
         let weights = (values - rows(&lse)).exp();
         let dout = rows(&dout);
         let dweights = dout.clone().matmul(by_head(&v, &block.keys).swap_dims(1, 2));
@@ -115,7 +115,7 @@ struct Heads {
 
 impl Heads {
     /// `[rows, heads, width] -> [kv_heads, group · rows, width]`
-    fn from_rows<B: Backend>(self, t: Tensor<B, 3>) -> Tensor<B, 3> {
+    fn by_head<B: Backend>(self, t: Tensor<B, 3>) -> Tensor<B, 3> {
         let [n_rows, _, width] = t.dims();
         t.swap_dims(0, 1).reshape([self.kv_heads, self.group * n_rows, width])
     }
@@ -139,7 +139,7 @@ impl<B: Backend> Scores<B> {
         let ([_, heads, head_dim], kv_heads) = (q.dims(), k.dims()[1]);
         let heads = Heads { kv_heads, group: heads / kv_heads };
         let (n_rows, n_keys) = (block.rows.len(), block.keys.len());
-        let q = heads.from_rows(to_f32(q.clone().slice([block.rows.clone()])));
+        let q = heads.by_head(to_f32(q.clone().slice([block.rows.clone()])));
         let scores = q.matmul(by_head(k, &block.keys).swap_dims(1, 2)) * scale(head_dim);
         let keys = block.keys.start as u32..block.keys.end as u32;
         let mask: Vec<f32> = visible[block.rows.clone()]

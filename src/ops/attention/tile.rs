@@ -173,7 +173,7 @@ pub(super) fn products<F: Float>(
     sums
 }
 
-/// One quad's part of [`products`].
+/// One quad's part of [`products()`].
 #[cube]
 fn multiply<F: Float>(
     a: &Array<Quad<F>>,
@@ -216,7 +216,7 @@ pub(super) fn zeros(#[comptime] len: usize) -> Array<Quad<f32>> {
     zeros
 }
 
-/// Puts a thread's `[lines, columns]` where [`accumulate`] finds them.
+/// Puts a thread's `[lines, columns]` where [`accumulate()`] finds them.
 #[cube]
 pub(super) fn share(values: &Array<f32>, weights: &mut SharedMemory<Quad<f32>>, #[comptime] tile: Tile) {
     let row = comptime!(tile.block_n() / 4);

@@ -53,7 +53,9 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
             if let Some(exps) = exps {
                 let exps = tensor(exps);
                 let part = B::lora_linear_backward_input(exps.clone(), shard.clone(), None, None, DType::F32);
-                peak_bytes = peak_bytes.max(in_use());
+                if first_row == 0 {
+                    peak_bytes = peak_bytes.max(in_use());
+                }
                 drop(exps);
                 let part = primitive(part);
                 weighted = Some(match weighted {

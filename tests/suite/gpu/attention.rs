@@ -198,7 +198,7 @@ fn compare(case: &Case, is_half: bool, tile: Option<Tile>, device: &WgpuDevice) 
         // A query that sees one key has a weight of one, whatever its score.
         let is_flat = visible.len() == 1 && visible[0].end == 1 && what != "dv";
         assert!(
-            is_flat || want.iter().any(|v| v.abs() > 100.0 * ATOL),
+            is_flat || want.iter().any(|v| v.abs() > 10.0 * atol),
             "{name}: {what} is too small to compare"
         );
         assert_close(got, want, atol, rtol, &format!("{name}: {what}"));
@@ -252,9 +252,10 @@ fn from_halves() {
 #[test]
 fn tiles_of_every_device() {
     let Some(device) = adapter() else { return };
-    for tile in [Tile::GPU] {
-        compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), false, Some(tile), &device);
-    }
+    let tile = Some(Tile::GPU);
+    compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), false, tile, &device);
+    compare(&Case::new(4, 4, 64, causal(70, 9)), false, tile, &device);
+    compare(&Case::new(4, 1, 128, pairs(&[[20, 33, 40]])), true, tile, &device);
 }
 
 /// Scores of up to fifty, which come in an order that makes the running maximum grow.
@@ -327,8 +328,8 @@ fn from_tensors_that_lie_otherwise() {
             let data = TensorData::new(numbers.vec(shape.iter().product(), 1.0), shape);
             Tensor::<B, 3>::from_data(data, device)
         };
-        let q = whole([4, 50, 32]).swap_dims(0, 1).slice([8..48]);
-        let k = whole([60, 2, 32]).slice([16..56]);
+        let q = whole([4, 50, 32]).swap_dims(0, 1).slice(8..48);
+        let k = whole([60, 2, 32]).slice(16..56);
         let v = whole([40, 2, 64]).slice([0..40, 0..2, 32..64]);
         let dout = whole([4, 32, 40]).reshape([128, 40]).transpose();
         let mask = AttentionMask::causal(0, 40, device);

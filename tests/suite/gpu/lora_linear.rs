@@ -190,7 +190,7 @@ fn compare(case: Case, device: &WgpuDevice) {
     // Matrices take weights in f16, and round what else is in f32: activations, and the prologue's operands.
     let has_matrices = types.weight == DType::F16 && !matrix_sizes(device).is_empty();
     let rounds = |which: &str| match which {
-        "y" => has_matrices && (has_adapter || types.x == DType::F32),
+        "y" => has_matrices && has_adapter && types.x == DType::F16,
         "dx" => has_matrices && (has_adapter || types.dy == DType::F32),
         _ => false,
     };
@@ -251,6 +251,20 @@ fn with_16_bit_floats() {
             let (has_adapter, has_residual) = (i % 3 < 2, i % 2 == 1);
             let input = if has_residual { Input::AddTo } else { Input::New };
             compare(Case { shape, has_adapter, has_residual, input, types }, &device);
+        }
+    }
+}
+
+/// Weights in f16 on an adapter with matrix units; what comes in as f32 is rounded on its way where the op lets it.
+#[test]
+fn on_matrices() {
+    let Some(device) = adapter() else { return };
+    if !has_matrices(&matrix_sizes(&device)) {
+        return;
+    }
+    for types in [F16, Types { out: DType::F32, ..F16 }, Types { dy: DType::F32, ..F16 }] {
+        for (shape, input) in [([65, 64, 256, 8], Input::AddTo), ([7, 107, 331, 5], Input::New)] {
+            compare(Case { shape, has_adapter: true, has_residual: true, input, types }, &device);
         }
     }
 }
@@ -356,7 +370,8 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
     let (prologue_rhs, prologue_rhs_at) = operand(n, rank.max(4), rhs_rows, Element::F32);
     let (prologue_scale, scale) = (1.5f32, -0.75f32);
     let has_prologue = rank > 0;
-    let splits = if has_prologue { 1 } else { 2 };
+    // Parts of a product are f32, whatever their sum goes out as.
+    let splits = if has_prologue || elements.out == Element::F16 { 1 } else { 2 };
     let span = depth.div_ceil(splits).next_multiple_of(block_k as usize);
     let out = Tensor::<Wgpu, 2>::full([splits * m, n], f32::NAN, device);
     let out = if elements.out == Element::F16 { out.cast(FloatDType::F16) } else { out };
@@ -389,15 +404,21 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
 #[test]
 fn every_variant_multiplies() {
     let Some(device) = adapter() else { return };
-    // What is read and written is one line of the source each, so that no tile has to meet every mix.
-    let mut mixes = Elements::all().filter(|&elements| elements != Elements::F32).cycle();
+    // What is read and written is one line of the source each, so that no tile has to meet every mix. Every other one is plain f32,
+    // and the mixes' number is no divisor of the cuts', so that each layout pairs them otherwise.
+    let mut mixes = Elements::all()
+        .flat_map(|elements| [Elements::F32, elements])
+        .skip(2)
+        .collect::<Vec<_>>()
+        .into_iter()
+        .cycle();
     for layout in Layout::ALL {
         for tile in Tile::GPU.into_iter().chain(Tile::SOFTWARE) {
             let (m, n) = (tile.block_m as usize, tile.block_n as usize);
             let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
             for (is_vec4, [m, n, depth, rank]) in [(true, aligned), (false, ragged)] {
-                let mix = mixes.next().expect("it goes round");
-                for (elements, rank) in [(Elements::F32, 0), (Elements::F32, rank), (mix, rank)] {
+                let elements = mixes.next().expect("it goes round");
+                for rank in [0, rank] {
                     let is_f16 = elements.out == Element::F16;
                     let (atol, rtol) = if is_f16 { (ATOL_F16, RTOL_F16) } else { (ATOL, RTOL) };
                     let shader = Shader::Product { layout, cut: Cut::Registers(tile), elements, is_vec4 };
@@ -460,20 +481,21 @@ fn every_matrix_variant_multiplies() {
 fn a_tuned_product_is_right_whoever_makes_it() {
     let Some(device) = adapter() else { return };
     // No other test has products of these sizes, whose choice holds for the whole process.
-    let case = Case {
-        shape: [60, 68, 92, 8],
-        has_adapter: true,
-        has_residual: true,
-        input: Input::AddTo,
-        types: F32,
+    let shape = [60, 68, 92, 8];
+    let case = |types| Case { shape, has_adapter: true, has_residual: true, input: Input::AddTo, types };
+    let install = |elements, choice| {
+        let kinds = Kind::of_linear(shape.map(|n| n as u32), elements);
+        tune::install(&device, &kinds.map(|kind| Timing { kind, choice, ms: 1.0 }));
     };
-    let kinds = Kind::of_linear([60, 68, 92, 8], Elements::F32);
     let tiles = Tile::GPU.into_iter().chain(Tile::SOFTWARE).map(Cut::Registers).map(Choice::Own);
     // What the device would never try is not installed.
     for choice in tiles.chain([Choice::Burn]) {
-        tune::install(&device, &kinds.map(|kind| Timing { kind, choice, ms: 1.0 }));
-        compare(case, &device);
+        install(Elements::F32, choice);
+        compare(case(F32), &device);
     }
+    let f16 = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F16 };
+    install(f16, Choice::Burn);
+    compare(case(F16), &device);
 }
 
 #[test]
