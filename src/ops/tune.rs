@@ -54,10 +54,9 @@ impl Kind {
         ]
     }
 
-    /// Whether burn's product is as precise: its operands and what it rounds to have one type.
+    /// Whether burn's product is as precise: it rounds to its operands' type, and so does every sum that follows it.
     fn suits_burn(self) -> bool {
-        let Elements { lhs, rhs, out } = self.elements;
-        lhs == rhs && rhs == out
+        self.elements == Elements::F32
     }
 }
 

@@ -493,9 +493,6 @@ fn a_tuned_product_is_right_whoever_makes_it() {
         install(Elements::F32, choice);
         compare(case(F32), &device);
     }
-    let f16 = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F16 };
-    install(f16, Choice::Burn);
-    compare(case(F16), &device);
 }
 
 #[test]
