@@ -1,7 +1,7 @@
 //! A whole training step against the same step in plain burn operations under burn's autodiff: both on the same adapter, the same
 //! model and batch, in turns, in one run.
 //!
-//! `cargo bench --bench step`. The plain step keeps every activation; the project's is timed with everything kept, and with each
+//! `cargo bench --bench step [-- TOKENS]`, of one length or of both. The plain step keeps every activation; the project's is timed with everything kept, and with each
 //! layer run again in backward.
 
 use std::path::Path;
@@ -24,7 +24,7 @@ use orpo_wgpu::train::step::forward_backward;
 mod plain;
 
 const WARM_UPS: usize = 1;
-const RUNS: usize = 5;
+const RUNS: usize = 3;
 const BETA: f32 = 0.1;
 const STEP: AdamWStep = AdamWStep {
     learning_rate: 1e-4,
@@ -96,7 +96,8 @@ fn main() {
     let modules = lora::target_modules(&["ALL".to_owned()]).expect("ALL is known");
     lora::attach(&mut model, &LoraConfig { r: 8, lora_alpha: 32.0, target_modules: modules }, 42);
     println!("backend: {}; preset small in f32; median of {RUNS} steps", <Wgpu as Backend>::name(&device));
-    for n_tokens in LENGTHS {
+    let wanted: Option<usize> = std::env::args().find_map(|arg| arg.parse().ok());
+    for n_tokens in LENGTHS.into_iter().filter(|&n| wanted.is_none_or(|wanted| wanted == n)) {
         let batch = batch(n_tokens, config.vocab_size);
         let (mut plain, mut kept, mut again) = (vec![], vec![], vec![]);
         for _ in 0..WARM_UPS + RUNS {
