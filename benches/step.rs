@@ -7,7 +7,6 @@
 use std::path::Path;
 use std::time::Instant;
 
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::data::batch::{Batch, LossCompat, pack};
@@ -61,14 +60,10 @@ fn seconds(device: &WgpuDevice, f: impl FnOnce()) -> f64 {
     start.elapsed().as_secs_f64()
 }
 
-fn parameters(model: &Llama<Wgpu>) -> Vec<Tensor<Wgpu, 2>> {
-    lora::tensors(model).into_iter().map(|(_, tensor)| tensor).collect()
-}
-
 fn step(model: &Llama<Wgpu>, batch: &Batch, keep: Keep) {
     let grads = forward_backward(model, batch, BETA, 1.0, keep).lora;
     let norm = grad_norm(&grads);
-    for (parameter, grad) in parameters(model).into_iter().zip(grads) {
+    for (parameter, grad) in lora::parameters(model).into_iter().zip(grads) {
         let moments = [parameter.zeros_like(), parameter.zeros_like()];
         adamw(parameter, grad, moments, norm.clone(), &STEP);
     }
@@ -77,7 +72,7 @@ fn step(model: &Llama<Wgpu>, batch: &Batch, keep: Keep) {
 fn plain_step(model: &Llama<Wgpu>, batch: &Batch) {
     let (_, grads) = plain::forward_backward(model, batch, BETA);
     let norm = grad_norm_reference(&grads);
-    for (parameter, grad) in parameters(model).into_iter().zip(grads) {
+    for (parameter, grad) in lora::parameters(model).into_iter().zip(grads) {
         let moments = [parameter.zeros_like(), parameter.zeros_like()];
         adamw_reference(parameter, grad, moments, norm.clone(), &STEP);
     }

@@ -106,7 +106,12 @@ pub fn tensors<B: Backend>(model: &Llama<B>) -> Vec<(String, Tensor<B, 2>)> {
     tensors
 }
 
-/// [`tensors`], to change.
+/// [`tensors`] without their names.
+pub fn parameters<B: Backend>(model: &Llama<B>) -> Vec<Tensor<B, 2>> {
+    tensors(model).into_iter().map(|(_, tensor)| tensor).collect()
+}
+
+/// [`parameters`], to change.
 pub fn tensors_mut<B: Backend>(model: &mut Llama<B>) -> Vec<&mut Tensor<B, 2>> {
     let linears = model.layers.iter_mut().flat_map(|decoder| decoder.linears_mut());
     let adapters = linears.filter_map(|(_, linear)| linear.lora.as_mut());

@@ -110,7 +110,7 @@ pub fn train<B: Kernels>(
 ) -> Result<Summary> {
     let started = Instant::now();
     let max_steps = settings.schedule.max_steps;
-    let initial = adapter(model);
+    let initial = lora::parameters(model);
     let mut optimizer = AdamW::new(settings.adamw, &initial);
     let mut first_step = 0;
     if let Some(state) = resume {
@@ -161,7 +161,7 @@ pub fn train<B: Kernels>(
             window.paused_s += paused.elapsed().as_secs_f64();
         }
         if is_last {
-            check_moved(step, &initial, &adapter(model))?;
+            check_moved(step, &initial, &lora::parameters(model))?;
         }
         if done.is_multiple_of(settings.save_steps) || is_last {
             let paused = Instant::now();
@@ -213,10 +213,6 @@ impl Window {
         let elapsed_s = self.started.map_or(0.0, |at| at.elapsed().as_secs_f64()) - self.paused_s;
         if elapsed_s > 0.0 { self.n_tokens as f64 / elapsed_s } else { 0.0 }
     }
-}
-
-fn adapter<B: Kernels>(model: &Llama<B>) -> Vec<Tensor<B, 2>> {
-    lora::tensors(model).into_iter().map(|(_, tensor)| tensor).collect()
 }
 
 /// Forward and backward of a step's micro-batches: their mean gradient and each one's statistics.

@@ -262,7 +262,7 @@ impl<B: Kernels> Bench<B> {
             weight_decay: 0.1,
             max_grad_norm: 1.0,
         };
-        let optimizer = AdamW::new(config, &adapter(&model));
+        let optimizer = AdamW::new(config, &lora::parameters(&model));
         Self { model, batch, keep, optimizer }
     }
 
@@ -274,11 +274,7 @@ impl<B: Kernels> Bench<B> {
         self.optimizer.update(1e-5, lora::tensors_mut(&mut self.model), grads.lora, &norm);
         let stats = read(grads.stats)?;
         let norm = read(norm)?;
-        B::sync(&self.model.device()).map_err(|e| Error::Device {
-            device: format!("{:?}", self.model.device()),
-            problem: format!("failed: {e:?}"),
-            hint: None,
-        })?;
+        wait::<B>(&self.model.device())?;
         if let Some(value) = stats.iter().chain(&norm).find(|value| !value.is_finite()) {
             let rows = "random weights".to_owned();
             return Err(Error::NonFinite {
@@ -290,10 +286,6 @@ impl<B: Kernels> Bench<B> {
         }
         Ok((started.elapsed().as_secs_f64(), grads.peak_bytes))
     }
-}
-
-fn adapter<B: Kernels>(model: &Llama<B>) -> Vec<Tensor<B, 2>> {
-    lora::tensors(model).into_iter().map(|(_, tensor)| tensor).collect()
 }
 
 /// The device's limits as this program can reach them: the best of its own products and burn's, and an addition of two long vectors.
@@ -321,21 +313,23 @@ fn measure_limits<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B::D
 
 /// The shortest of a few runs, in seconds.
 fn best_seconds<B: Kernels>(device: &B::Device, f: impl Fn() -> Tensor<B, 2>) -> Result<f64> {
-    let wait = || {
-        B::sync(device).map_err(|e| Error::Device {
-            device: format!("{device:?}"),
-            problem: format!("failed: {e:?}"),
-            hint: None,
-        })
-    };
     let mut best = f64::INFINITY;
     for _ in 0..5 {
-        wait()?;
+        wait::<B>(device)?;
         let started = Instant::now();
         let result = f();
-        wait()?;
+        wait::<B>(device)?;
         best = best.min(started.elapsed().as_secs_f64());
         drop(result);
     }
     Ok(best)
+}
+
+/// Waits until everything launched is done.
+fn wait<B: Kernels>(device: &B::Device) -> Result<()> {
+    B::sync(device).map_err(|e| Error::Device {
+        device: format!("{device:?}"),
+        problem: format!("failed: {e:?}"),
+        hint: None,
+    })
 }

@@ -12,7 +12,7 @@ use burn_cubecl::tensor::CubeTensor;
 use super::entries::{Entries, Slots};
 use super::kernel::{ROW_THREADS, add_targets, log_probabilities, merge, softmax_shard, subtract_expected};
 use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
-use crate::ops::cube::bytes;
+use crate::ops::cube::{bytes, empty, readable, vector_width};
 use crate::ops::{Kernels, profile, to_f32};
 
 /// What WebGPU guarantees in each dimension of a dispatch.
@@ -32,9 +32,9 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
     let entries = Entries::new(scored, n_rows);
     let statistics = Statistics {
         handle: like.client.create_from_slice(bytemuck::cast_slice(&entries.words)),
-        target_logits: output(&like, [scored.len()], DType::F32),
-        peaks: output(&like, [2 * n_rows], DType::F32),
-        sums: output(&like, [n_rows], DType::F32),
+        target_logits: empty(&like, Shape::from([scored.len()]), DType::F32),
+        peaks: empty(&like, Shape::from([2 * n_rows]), DType::F32),
+        sums: empty(&like, Shape::from([n_rows]), DType::F32),
         scale: scale(head, keeps),
         entries,
     };
@@ -105,9 +105,10 @@ impl<R: CubeRuntime> Statistics<R> {
         let client = logits.client.clone();
         let logits = into_contiguous(logits);
         let [n_rows, n] = [0, 1].map(|i| logits.meta.shape()[i]);
-        let vector = vector_size(n);
+        let vector = vector_width(n);
         let in_place = dtype == DType::F32 && logits.can_mut();
-        let exps = if in_place || !keeps { logits.clone() } else { output(&logits, [n_rows, n], dtype) };
+        let exps =
+            if in_place || !keeps { logits.clone() } else { empty(&logits, Shape::from([n_rows, n]), dtype) };
         let exps_arg = if in_place || !keeps {
             ArrayArg::Alias { input_pos: 0, length: [n_rows * n] }
         } else {
@@ -179,7 +180,7 @@ impl<R: CubeRuntime> Statistics<R> {
 
     fn log_probabilities(&self) -> CubeTensor<R> {
         let [n_entries, n_rows] = [&self.target_logits, &self.sums].map(|t| t.meta.shape()[0]);
-        let logps = output(&self.sums, [n_entries], DType::F32);
+        let logps = empty(&self.sums, Shape::from([n_entries]), DType::F32);
         let (_, count, dim) = by_vector(&self.sums, n_rows, 1);
         let work = [2 * n_entries, 2 * bytes(&[&self.target_logits])];
         profile::kernel("token_logps log-probabilities", work[0], work[1], &self.sums.client, || {
@@ -282,25 +283,13 @@ pub(in crate::ops) fn backward<R: CubeRuntime, B: Kernels + Backend<FloatTensorP
 fn primitive<R: CubeRuntime, B: Backend<FloatTensorPrimitive = CubeTensor<R>>, const D: usize>(
     tensor: Tensor<B, D>,
 ) -> CubeTensor<R> {
-    let tensor = tensor.into_primitive().tensor();
-    assert!(matches!(tensor.dtype, DType::F32 | DType::F16), "token_logps: a tensor of {:?}", tensor.dtype);
-    into_contiguous(tensor)
+    readable(tensor.into_primitive().tensor())
 }
 
 fn tensor<R: CubeRuntime, B: Backend<FloatTensorPrimitive = CubeTensor<R>>, const D: usize>(
     primitive: CubeTensor<R>,
 ) -> Tensor<B, D> {
     Tensor::from_primitive(TensorPrimitive::Float(primitive))
-}
-
-/// A new tensor on the device of `like`, not initialised.
-fn output<R: CubeRuntime, const D: usize>(
-    like: &CubeTensor<R>,
-    shape: [usize; D],
-    dtype: DType,
-) -> CubeTensor<R> {
-    let handle = like.client.empty(shape.iter().product::<usize>() * dtype.size());
-    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(shape), handle, dtype)
 }
 
 fn words<R: CubeRuntime>(handle: &Handle, words: &[u32]) -> ArrayArg<R> {
@@ -311,18 +300,13 @@ fn words<R: CubeRuntime>(handle: &Handle, words: &[u32]) -> ArrayArg<R> {
     }
 }
 
-/// How many columns a thread takes at once.
-fn vector_size(n_columns: usize) -> usize {
-    if n_columns.is_multiple_of(4) { 4 } else { 1 }
-}
-
 /// A launch over `n_elements` of rows of `n_columns`, a thread a vector.
 fn by_vector<R: CubeRuntime>(
     like: &CubeTensor<R>,
     n_elements: usize,
     n_columns: usize,
 ) -> (usize, CubeCount, CubeDim) {
-    let vector = vector_size(n_columns);
+    let vector = vector_width(n_columns);
     let dim = CubeDim::new(&like.client, n_elements / vector);
     (vector, calculate_cube_count_elemwise(&like.client, n_elements / vector, dim), dim)
 }
