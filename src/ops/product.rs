@@ -1,20 +1,21 @@
 //! The matrix products of [`lora_linear`](super::lora_linear) on wgpu: how each is cut, and its launches.
 
+mod plan;
+
 use burn::cubecl::client::ComputeClient;
-use burn::cubecl::features::MmaConfig;
-use burn::cubecl::ir::{ElemType, FloatKind, StorageType};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 use burn_cubecl::ops::numeric::{self, zeros_client};
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
-use super::cube::{bytes, is_software};
-use super::kernel::{
-    BAND, Cut, Element, Elements, Layout, MAX_WORKGROUPS, MatrixTile, PANEL, Shader, Tile, launch,
-};
+use super::cube::bytes;
+use super::kernel::{BAND, Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Shader, launch};
 use super::profile;
 use super::tune::{self, Choice, Kind};
+
+pub(super) use plan::Device;
+use plan::Plan;
 
 pub(super) type Floats = CubeTensor<WgpuRuntime>;
 
@@ -27,78 +28,6 @@ pub(super) fn output<const D: usize>(like: &Floats, shape: [usize; D], dtype: DT
 /// Rows and columns.
 pub(super) fn dims(tensor: &Floats) -> [u32; 2] {
     [0, 1].map(|i| u32::try_from(tensor.meta.shape()[i]).expect("a dimension fits 32 bits"))
-}
-
-/// Cuts of each kind that are worth timing.
-const MOST_CUTS: usize = 3;
-
-/// What a product is cut for.
-#[derive(Clone, Copy)]
-pub(super) struct Device {
-    tiles: &'static [Tile],
-    /// How many workgroups keep it busy.
-    busy: u32,
-    /// The size of its matrices of `f16` with `f32` sums, and the lanes of a subgroup.
-    matrices: Option<[u32; 2]>,
-}
-
-const GPU: Device = Device { tiles: &Tile::GPU, busy: 128, matrices: None };
-const SOFTWARE: Device = Device { tiles: &Tile::SOFTWARE, busy: 4, matrices: None };
-
-impl Device {
-    pub(super) fn of(client: &ComputeClient<WgpuRuntime>) -> Self {
-        let properties = client.properties();
-        let most_lanes = properties.hardware.plane_size_max;
-        let device = if is_software(client) { SOFTWARE } else { GPU };
-        let [f16, f32] =
-            [FloatKind::F16, FloatKind::F32].map(|kind| StorageType::from(ElemType::Float(kind)));
-        let has = |size: &u32| {
-            let [m, n, k] = [*size; 3];
-            properties.features.matmul.cmma.contains(&MmaConfig {
-                a_type: f16,
-                b_type: f16,
-                cd_type: f32,
-                m,
-                n,
-                k,
-            })
-        };
-        // naga 29's MSL turns row-major matrices round, and knows no sums of another type than the operands'.
-        let size = MatrixTile::SIZES.into_iter().find(|size| !cfg!(target_os = "macos") && has(size));
-        let lanes = MatrixTile::LANES.into_iter().find(|&lanes| most_lanes <= lanes);
-        Self { matrices: size.map(|size| [size, lanes.unwrap_or(MatrixTile::LANES[2])]), ..device }
-    }
-
-    /// The time of a block, staging included, times the blocks, or the workgroups that would have been busy meanwhile.
-    fn cost(self, cut: Cut, [m, n]: [u32; 2]) -> u64 {
-        let [block_m, block_n, _] = cut.block();
-        let blocks = u64::from((m.div_ceil(block_m) * n.div_ceil(block_n)).max(self.busy));
-        let [block_m, block_n] = [block_m, block_n].map(u64::from);
-        blocks * (block_m * block_n + 8 * (block_m + block_n))
-    }
-
-    /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before all others.
-    /// They take `f16`; `rounds` says whether an `f32` that meets a weight in `f16` may be rounded to it.
-    pub(super) fn cuts(
-        self,
-        layout: Layout,
-        elements: Elements,
-        extents: [u32; 2],
-        rounds: bool,
-    ) -> Vec<Cut> {
-        let is_f16 = elements.rhs == Element::F16 && (elements.lhs == Element::F16 || rounds);
-        let fits = is_f16 && layout != Layout::ColumnsColumns;
-        let matrices = self.matrices.filter(|_| fits).into_iter();
-        let matrices = matrices.flat_map(|[size, lanes]| MatrixTile::all(size, lanes));
-        let mut matrices: Vec<_> = matrices.map(Cut::Matrices).collect();
-        let mut tiles: Vec<_> = self.tiles.iter().copied().map(Cut::Registers).collect();
-        for cuts in [&mut matrices, &mut tiles] {
-            cuts.sort_by_key(|&cut| self.cost(cut, extents));
-            cuts.truncate(MOST_CUTS);
-        }
-        matrices.extend(tiles);
-        matrices
-    }
 }
 
 /// `addend + scale · (lhs · rhs + prologue.2 · prologue.0 · prologue.1)`, the operands lying as `layout` says.
@@ -346,26 +275,6 @@ pub(super) fn lora_backward(
     (sum(ds_parts, None, DType::F32), sum(db_parts, None, DType::F32))
 }
 
-/// How the depth of a product is cut.
-struct Plan {
-    /// Parts of the depth, each summed by workgroups of its own.
-    splits: u32,
-    /// Entries of the depth in a part.
-    span: u32,
-}
-
-impl Plan {
-    /// Cuts the depth when the blocks alone keep fewer than `busy` workgroups.
-    fn new(busy: u32, cut: Cut, [m, n, depth]: [u32; 3], has_prologue: bool) -> Self {
-        let [block_m, block_n, block_k] = cut.block();
-        // A part is worth a second launch when it is long, and a prologue belongs to one part only.
-        let most = if has_prologue { 1 } else { (depth / (16 * block_k)).max(1) };
-        let splits = busy.div_ceil(m.div_ceil(block_m) * n.div_ceil(block_n)).clamp(1, most);
-        let span = depth.div_ceil(splits).next_multiple_of(block_k);
-        Self { splits: depth.div_ceil(span), span }
-    }
-}
-
 /// The operands of a product that is only timed.
 pub(super) struct Scratch {
     kind: Kind,
@@ -402,88 +311,5 @@ impl Scratch {
             return product.run_as(choice);
         }
         product.after(prologue_lhs, prologue_rhs, 1.0).run_as(choice)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SHAPES: [[u32; 3]; 8] = [
-        [1, 1, 1],
-        [1, 4096, 4096],
-        [7, 331, 107],
-        [2048, 8, 4096],
-        [8, 4096, 2048],
-        [2048, 4096, 14336],
-        [4096, 16, 2049],
-        [100_000, 128_256, 17],
-    ];
-
-    /// Every cut of every device.
-    fn cuts() -> impl Iterator<Item = (u32, Cut)> {
-        let matrices = MatrixTile::all(16, 32).map(|tile| (GPU.busy, Cut::Matrices(tile)));
-        let tiles = [GPU, SOFTWARE]
-            .into_iter()
-            .flat_map(|device| device.tiles.iter().map(move |&tile| (device.busy, Cut::Registers(tile))));
-        tiles.chain(matrices)
-    }
-
-    #[test]
-    fn the_parts_of_a_product_cover_its_depth_once() {
-        for (busy, cut) in cuts() {
-            for [m, n, depth] in SHAPES {
-                let Plan { splits, span } = Plan::new(busy, cut, [m, n, depth], false);
-                assert_eq!(span % cut.block()[2], 0, "{cut:?}: {m} x {n} x {depth}");
-                assert!(
-                    splits * span >= depth && (splits - 1) * span < depth,
-                    "{cut:?}: {m} x {n} x {depth}: {splits} x {span}"
-                );
-                assert_eq!(Plan::new(busy, cut, [m, n, depth], true).splits, 1, "{m} x {n} x {depth}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_plan_stays_within_the_dispatch_limits() {
-        let matrices = Some([16, 32]);
-        for device in [GPU, SOFTWARE, Device { matrices, ..GPU }] {
-            for [m, n, depth] in SHAPES {
-                let f16 = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F32 };
-                let cut = device.cuts(Layout::RowsRows, f16, [m, n], false)[0];
-                let Plan { splits, .. } = Plan::new(device.busy, cut, [m, n, depth], false);
-                let [block_m, block_n, _] = cut.block();
-                let groups = [BAND * n.div_ceil(block_n), m.div_ceil(block_m).div_ceil(BAND), splits];
-                assert!(
-                    groups.iter().all(|&g| (1..=MAX_WORKGROUPS).contains(&g)),
-                    "{m} x {n} x {depth}: {groups:?}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn matrices_are_for_f16_on_devices_that_have_them() {
-        let device = Device { matrices: Some([16, 32]), ..GPU };
-        let f16 = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F32 };
-        let has_matrices = |device: Device, layout, elements| {
-            let cuts = device.cuts(layout, elements, [2048, 4096], false);
-            cuts.iter().any(|cut| matches!(cut, Cut::Matrices(_)))
-        };
-        assert!(has_matrices(device, Layout::RowsRows, f16));
-        assert!(!has_matrices(device, Layout::ColumnsColumns, f16));
-        assert!(!has_matrices(device, Layout::RowsRows, Elements { rhs: Element::F32, ..f16 }));
-        assert!(!has_matrices(GPU, Layout::RowsRows, f16));
-    }
-
-    #[test]
-    fn narrow_products_get_narrow_tiles_and_split_depths() {
-        let cut = |extents| GPU.cuts(Layout::RowsRows, Elements::F32, extents, false)[0];
-        let narrow = cut([2048, 8]);
-        assert_eq!(narrow.block()[1], 8);
-        assert_eq!(Plan::new(GPU.busy, narrow, [2048, 8, 4096], false).splits, 8);
-        assert_eq!(cut([8, 4096]).block()[0], 8);
-        assert_eq!(cut([2048, 4096]), Cut::Registers(Tile::GPU[0]));
-        assert_eq!(cut([256, 1024]).block()[0], 32);
     }
 }

@@ -81,13 +81,11 @@ fn settings(t: usize) -> AdamWStep {
 /// The losses of the steps, each before its update.
 fn losses(side: &Side, case: &Case, device: &WgpuDevice) -> Vec<f32> {
     let (mut model, _) = case.adapted::<Wgpu>(device);
-    let parameters =
-        |model: &Llama<Wgpu>| lora::tensors(model).into_iter().map(|(_, t)| t).collect::<Vec<_>>();
-    let mut moments = parameters(&model).iter().map(|p| [p.zeros_like(), p.zeros_like()]).collect();
+    let mut moments = lora::parameters(&model).iter().map(|p| [p.zeros_like(), p.zeros_like()]).collect();
     let steps = (1..=STEPS).map(|t| {
         let pairs: Vec<_> = (0..2).map(|i| &case.pairs[(2 * t + i) % case.pairs.len()]).collect();
         let (loss, grads) = (side.step)(&model, &pack(&pairs, LossCompat::Trl));
-        let updated = (side.update)(&parameters(&model), grads, &mut moments, t);
+        let updated = (side.update)(&lora::parameters(&model), grads, &mut moments, t);
         for (slot, tensor) in lora::tensors_mut(&mut model).into_iter().zip(updated) {
             *slot = tensor;
         }
