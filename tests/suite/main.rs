@@ -12,6 +12,7 @@ mod gpu {
     mod attention;
     mod lora_linear;
     mod orpo_loss;
+    mod product;
     mod profile;
     mod rms_norm;
     mod rope;

@@ -2,34 +2,21 @@
 
 use std::time::Duration;
 
-use burn::cubecl::Runtime;
-use burn::cubecl::features::MmaConfig;
-use burn::cubecl::ir::{ElemType, FloatKind, StorageType};
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, FloatDType, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 use burn_autodiff::Autodiff;
-use burn_cubecl::tensor::CubeTensor;
 use burn_flex::Flex;
-use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
+use burn_wgpu::{Wgpu, WgpuDevice};
 use half::f16;
 use orpo_wgpu::ops::Kernels;
-use orpo_wgpu::ops::kernel::{self, BAND, Cut, Element, Elements, Layout, MatrixTile, Shader, Tile};
+use orpo_wgpu::ops::kernel::{Cut, Elements, Layout, Tile};
 use orpo_wgpu::ops::lora_linear::{
     InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
 };
 use orpo_wgpu::ops::tune::{self, Choice, Kind, Timing};
 
+use super::product::{ATOL, ATOL_F16, ATOL_MATRICES, RTOL, RTOL_F16, RTOL_MATRICES, matrix_sizes};
 use crate::support::{Numbers, adapter, assert_close, has_matrices};
-
-/// Sums of up to 331 products of numbers around one, in another order than the reference's.
-const ATOL: f32 = 1e-5;
-const RTOL: f32 = 1e-4;
-/// The last bit of an f16, and its last of a number around zero.
-const ATOL_F16: f32 = 1e-5;
-const RTOL_F16: f32 = 1e-3;
-/// A prologue's operands rounded to f16, as matrices take them, and sums that go out as f16.
-const ATOL_MATRICES: f32 = 2e-3;
-const RTOL_MATRICES: f32 = 2e-3;
 
 /// Tokens, in, out, rank.
 const SHAPES: [[usize; 4]; 13] = [
@@ -341,138 +328,6 @@ fn the_same_input_gives_the_same_bits() {
     }
     for (a, b) in [(first.da.unwrap(), second.da.unwrap()), (first.db.unwrap(), second.db.unwrap())] {
         assert_eq!(bits(&a), bits(&b));
-    }
-}
-
-/// One product of one variant, in two splits of the depth where it has no prologue.
-fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice) -> (Vec<f32>, Vec<f32>) {
-    let Shader::Product { layout, cut, elements, .. } = shader else { panic!("{shader:?} is no product") };
-    let [block_m, block_n, block_k] = cut.block();
-    let mut numbers = Numbers::new(11);
-    let mut operand = |lines: usize, depth: usize, is_rows: bool, element: Element| {
-        let mut values = numbers.vec(lines * depth, 1.0 / (depth as f32).sqrt());
-        let shape = if is_rows { [lines, depth] } else { [depth, lines] };
-        let mut tensor = Tensor::<Wgpu, 2>::from_data(TensorData::new(values.clone(), shape), device);
-        if element == Element::F16 {
-            values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32());
-            tensor = tensor.cast(FloatDType::F16);
-        }
-        let at = move |line: usize, k: usize| {
-            f64::from(if is_rows { values[line * depth + k] } else { values[k * lines + line] })
-        };
-        let TensorPrimitive::Float(primitive) = tensor.into_primitive() else { unreachable!() };
-        (primitive, at)
-    };
-    let (lhs_rows, rhs_rows) = (layout != Layout::ColumnsColumns, layout == Layout::RowsRows);
-    let (lhs, lhs_at) = operand(m, depth, lhs_rows, elements.lhs);
-    let (rhs, rhs_at) = operand(n, depth, rhs_rows, elements.rhs);
-    let (prologue_lhs, prologue_lhs_at) = operand(m, rank.max(4), lhs_rows, Element::F32);
-    let (prologue_rhs, prologue_rhs_at) = operand(n, rank.max(4), rhs_rows, Element::F32);
-    let (prologue_scale, scale) = (1.5f32, -0.75f32);
-    let has_prologue = rank > 0;
-    // Parts of a product are f32, whatever their sum goes out as.
-    let splits = if has_prologue || elements.out == Element::F16 { 1 } else { 2 };
-    let span = depth.div_ceil(splits).next_multiple_of(block_k as usize);
-    let out = Tensor::<Wgpu, 2>::full([splits * m, n], f32::NAN, device);
-    let out = if elements.out == Element::F16 { out.cast(FloatDType::F16) } else { out };
-    let out: CubeTensor<WgpuRuntime> = match out.into_primitive() {
-        TensorPrimitive::Float(primitive) => primitive,
-        TensorPrimitive::QFloat(_) => unreachable!(),
-    };
-    let words = [m, n, depth, rank, span].map(|v| v as u32);
-    let [p, s] = [prologue_scale, scale].map(f32::to_bits);
-    kernel::launch(
-        &lhs.client.clone(),
-        shader,
-        [BAND * (n as u32).div_ceil(block_n), (m as u32).div_ceil(block_m).div_ceil(BAND), splits as u32],
-        &[&lhs.handle, &rhs.handle, &prologue_lhs.handle, &prologue_rhs.handle, &out.handle, &out.handle],
-        &[words[0], words[1], words[2], words[3], words[4], p, s, 0],
-    );
-    let parts = Tensor::<Wgpu, 2>::from_primitive(TensorPrimitive::Float(out)).into_data();
-    let parts: Vec<f32> = parts.convert::<f32>().to_vec().expect("the values are f32");
-    let got = (0..m * n).map(|i| (0..splits).map(|z| parts[z * m * n + i]).sum()).collect();
-    let entry = |i: usize| {
-        let (row, column) = (i / n, i % n);
-        let main: f64 = (0..depth).map(|k| lhs_at(row, k) * rhs_at(column, k)).sum();
-        let prologue: f64 = (0..rank).map(|k| prologue_lhs_at(row, k) * prologue_rhs_at(column, k)).sum();
-        (f64::from(scale) * (main + f64::from(prologue_scale) * prologue)) as f32
-    };
-    (got, (0..m * n).map(entry).collect())
-}
-
-/// A launch takes the variants that suit its device, so that a software adapter would never see those meant for GPUs.
-#[test]
-fn every_variant_multiplies() {
-    let Some(device) = adapter() else { return };
-    // What is read and written is one line of the source each, so that no tile has to meet every mix. Every other one is plain f32,
-    // and the mixes' number is no divisor of the cuts', so that each layout pairs them otherwise.
-    let mut mixes = Elements::all()
-        .flat_map(|elements| [Elements::F32, elements])
-        .skip(2)
-        .collect::<Vec<_>>()
-        .into_iter()
-        .cycle();
-    for layout in Layout::ALL {
-        for tile in Tile::GPU.into_iter().chain(Tile::SOFTWARE) {
-            let (m, n) = (tile.block_m as usize, tile.block_n as usize);
-            let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
-            for (is_vec4, [m, n, depth, rank]) in [(true, aligned), (false, ragged)] {
-                let elements = mixes.next().expect("it goes round");
-                for rank in [0, rank] {
-                    let is_f16 = elements.out == Element::F16;
-                    let (atol, rtol) = if is_f16 { (ATOL_F16, RTOL_F16) } else { (ATOL, RTOL) };
-                    let shader = Shader::Product { layout, cut: Cut::Registers(tile), elements, is_vec4 };
-                    let (got, want) = product(shader, [m, n, depth, rank], &device);
-                    assert_close(&got, &want, atol, rtol, &format!("{shader:?}, rank {rank}"));
-                }
-            }
-        }
-    }
-}
-
-/// The matrix sizes that the device has, with f16 operands and f32 sums.
-fn matrix_sizes(device: &WgpuDevice) -> Vec<u32> {
-    let [f16, f32] = [FloatKind::F16, FloatKind::F32].map(|kind| StorageType::from(ElemType::Float(kind)));
-    let client = WgpuRuntime::client(device);
-    let shapes = &client.properties().features.matmul.cmma;
-    let has = |shape: &MmaConfig, n| (shape.m, shape.n, shape.k) == (n, n, n);
-    let fits = |shape: &MmaConfig| shape.a_type == f16 && shape.b_type == f16 && shape.cd_type == f32;
-    let sizes = MatrixTile::SIZES.into_iter();
-    sizes.filter(|&n| shapes.iter().any(|shape| fits(shape) && has(shape, n))).collect()
-}
-
-/// Only of sizes that the device lists: others run on some without complaint, and wrongly.
-#[test]
-fn every_matrix_variant_multiplies() {
-    let Some(device) = adapter() else { return };
-    let sizes = matrix_sizes(&device);
-    if !has_matrices(&sizes) {
-        return;
-    }
-    for size in sizes {
-        // Two lanes are fewer than any subgroup has, so that one subgroup has to take several patches.
-        for (layout, lanes) in [(Layout::RowsRows, 8), (Layout::RowsColumns, 32), (Layout::RowsRows, 2)] {
-            // A software adapter's driver takes long over the larger ones.
-            let n_tiles = if lanes == 8 { usize::MAX } else { 1 };
-            for tile in MatrixTile::all(size, lanes).rev().take(n_tiles) {
-                let (m, n) = (tile.block_m as usize, tile.block_n as usize);
-                let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
-                for (is_vec4, [m, n, depth, rank]) in [(true, aligned), (false, ragged)] {
-                    let out = if is_vec4 { Element::F32 } else { Element::F16 };
-                    let elements = Elements {
-                        lhs: if is_vec4 { Element::F16 } else { Element::F32 },
-                        rhs: Element::F16,
-                        out,
-                    };
-                    let shader = Shader::Product { layout, cut: Cut::Matrices(tile), elements, is_vec4 };
-                    for rank in [0, rank] {
-                        let (got, want) = product(shader, [m, n, depth, rank], &device);
-                        let what = format!("{shader:?}, rank {rank}");
-                        assert_close(&got, &want, ATOL_MATRICES, RTOL_MATRICES, &what);
-                    }
-                }
-            }
-        }
     }
 }
 
