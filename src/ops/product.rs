@@ -4,6 +4,7 @@ mod plan;
 
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Shape};
+use burn_cubecl::kernel::cast;
 use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
 use burn_cubecl::ops::numeric::{self, zeros_client};
 use burn_cubecl::tensor::CubeTensor;
@@ -120,12 +121,34 @@ impl<'a> Product<'a> {
             Elements { lhs: self.lhs.dtype.into(), rhs: self.rhs.dtype.into(), out: self.dtype.into() };
         let kind = Kind::new(self.layout, [m, n, depth, rank], elements);
         let device = Device::of(&self.lhs.client);
+        if device.has_matrices() && self.is_split() {
+            return self.run_in_halves();
+        }
         let formula = || Choice::Own(device.cuts(self.layout, elements, [m, n], self.rounds)[0]);
         // burn's product has no factor.
         let has_factor = self.scale.to_bits() != 1f32.to_bits();
         let timed = tune::choice(&self.lhs.device, kind).filter(|&c| c != Choice::Burn || !has_factor);
         let choice = timed.unwrap_or_else(formula);
         self.run_as(choice)
+    }
+
+    /// Whether it meets a weight in `f16` with an `f32` that may not be rounded, and nothing else.
+    fn is_split(&self) -> bool {
+        let types = [self.lhs.dtype, self.rhs.dtype, self.dtype];
+        let is_head = types == [DType::F32, DType::F16, DType::F32] && self.layout == Layout::RowsRows;
+        is_head && !self.rounds && self.prologue.is_none() && self.scale.to_bits() == 1f32.to_bits()
+    }
+
+    /// Takes the left operand as a sum of two `f16`, which has 22 of its 24 bits: two products on matrices cost less than one
+    /// without.
+    fn run_in_halves(self) -> Floats {
+        let high = cast(self.lhs.clone(), DType::F16);
+        let low = cast(numeric::sub(self.lhs.clone(), cast(high.clone(), DType::F32)), DType::F16);
+        let part = |lhs: &Floats, addend: Option<Floats>| {
+            Product::new(self.layout, lhs, self.rhs).named(self.name).add_to(addend).run()
+        };
+        let low = part(&low, self.addend.clone());
+        part(&high, Some(low))
     }
 
     fn run_as(mut self, choice: Choice) -> Floats {

@@ -48,6 +48,11 @@ impl Device {
         Self { matrices: size.map(|size| [size, lanes.unwrap_or(MatrixTile::LANES[2])]), ..device }
     }
 
+    /// Whether it multiplies matrices of `f16` with `f32` sums.
+    pub(super) fn has_matrices(self) -> bool {
+        self.matrices.is_some()
+    }
+
     /// The time of a block, staging included, times the blocks, or the workgroups that would have been busy meanwhile.
     fn cost(self, cut: Cut, [m, n]: [u32; 2]) -> u64 {
         let [block_m, block_n, _] = cut.block();
