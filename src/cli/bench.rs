@@ -160,7 +160,7 @@ fn run_on<B: Kernels>(
         choice.describe()
     );
     println!(
-        "step     {} x 2 x {} tokens, of which {} are computed: a pair shares its first half",
+        "step     {} x 2 x {} tokens, of which {} are computed: a pair shares its first half, and last tokens predict nothing",
         args.batch_size,
         args.max_length,
         batch.n_tokens()
@@ -176,8 +176,9 @@ fn run_on<B: Kernels>(
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
     let mut bench = Bench::new(model, batch, args.keep());
 
+    println!("warm-up  the first step, which compiles the kernels");
     let (first_s, _) = bench.timed_step()?;
-    println!("warm-up  {first_s:.2} s for the first step, shaders included");
+    println!("         took {first_s:.2} s");
     let mut times = Vec::with_capacity(args.max_steps);
     let mut peak = None;
     for _ in 0..args.max_steps {
@@ -210,8 +211,9 @@ fn run_on<B: Kernels>(
     let profiled = bench.timed_step();
     let entries = profile::finish();
     let (profiled_s, _) = profiled?;
-    if !entries.is_empty() {
-        println!("\n{}", profile_table::table(&entries, profiled_s, Some(limits)));
+    match entries.is_empty() {
+        true => println!("\nthe CPU runs no kernels that could be timed one by one"),
+        false => println!("\n{}", profile_table::table(&entries, profiled_s, Some(limits))),
     }
     Ok(())
 }

@@ -16,47 +16,40 @@ pub struct Limits {
 /// Lays the kernels of a step of `step_s` seconds out by time, with the share of the device's limits where they are known.
 pub fn table(entries: &[Entry], step_s: f64, limits: Option<Limits>) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header([
-        "kernel",
-        "calls",
-        "ms",
-        "of the step",
-        "GFLOP/s",
-        "of the best",
-        "GB/s",
-        "of the best",
-    ]);
-    let share = |value: f64, of: Option<f64>| {
-        of.map_or_else(String::new, |of| format!("{:.0} %", 100.0 * value / of))
-    };
+    table.load_style(presets::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    let mut header = vec!["kernel", "calls", "ms", "of the step", "GFLOP/s", "GB/s"];
+    if limits.is_some() {
+        header.extend(["of the best product", "of the bandwidth"]);
+    }
+    let n_columns = header.len();
+    table.set_header(header);
+    let share = |value: f64, of: f64| format!("{:.0} %", 100.0 * value / of);
     let mut seen_s = 0.0;
     for entry in entries {
         seen_s += entry.seconds;
         let (flops, bytes) = (entry.flops as f64 / entry.seconds, entry.bytes as f64 / entry.seconds);
-        table.add_row([
+        let mut row = vec![
             entry.name.to_owned(),
             entry.calls.to_string(),
             format!("{:.2}", 1e3 * entry.seconds),
-            share(entry.seconds, Some(step_s)),
-            format!("{:.1}", flops / 1e9),
-            share(flops, limits.map(|limits| limits.flops)),
-            format!("{:.1}", bytes / 1e9),
-            share(bytes, limits.map(|limits| limits.bytes)),
-        ]);
+            share(entry.seconds, step_s),
+            format!("{:.2}", flops / 1e9),
+            format!("{:.2}", bytes / 1e9),
+        ];
+        row.extend(
+            limits.into_iter().flat_map(|limits| [share(flops, limits.flops), share(bytes, limits.bytes)]),
+        );
+        table.add_row(row);
     }
     let rest = (step_s - seen_s).max(0.0);
-    let empty = String::new;
-    table.add_row([
+    let mut row = vec![
         "everything else, the host included".to_owned(),
-        empty(),
+        String::new(),
         format!("{:.2}", 1e3 * rest),
-        share(rest, Some(step_s)),
-        empty(),
-        empty(),
-        empty(),
-        empty(),
-    ]);
+        share(rest, step_s),
+    ];
+    row.resize(n_columns, String::new());
+    table.add_row(row);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

@@ -66,8 +66,13 @@ impl Observer for Progress<'_> {
     fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize) {
         if let Some((_, started)) = self.profiled.take_if(|(profiled, _)| *profiled == step) {
             let entries = profile::finish();
-            let table = profile_table::table(&entries, started.elapsed().as_secs_f64(), None);
-            self.bar.suspend(|| println!("kernels of step {step}\n{table}"));
+            let step_s = started.elapsed().as_secs_f64();
+            self.bar.suspend(|| match entries.is_empty() {
+                true => println!(
+                    "step {step} took {step_s:.3} s; the CPU runs no kernels that could be timed one by one"
+                ),
+                false => println!("kernels of step {step}\n{}", profile_table::table(&entries, step_s, None)),
+            });
         }
         let tokens_per_second = n_tokens as f64 / self.window_started.elapsed().as_secs_f64();
         self.bar.set_position(step as u64);
