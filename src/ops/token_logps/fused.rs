@@ -13,10 +13,8 @@ use super::entries::{Entries, Slots};
 use super::kernel::{ROW_THREADS, add_targets, log_probabilities, merge, softmax_shard, subtract_expected};
 use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
 use crate::ops::cube::{bytes, empty, readable, vector_width};
+use crate::ops::kernel::MAX_WORKGROUPS;
 use crate::ops::{Kernels, profile, to_f32};
-
-/// What WebGPU guarantees in each dimension of a dispatch.
-const MAX_CUBES: u32 = 65_535;
 
 /// [`Kernels::token_logps_forward`] in kernels.
 pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPrimitive = CubeTensor<R>>>(
@@ -114,7 +112,7 @@ impl<R: CubeRuntime> Statistics<R> {
         } else {
             exps.clone().into_array_arg()
         };
-        let x = (n_rows as u32).min(MAX_CUBES);
+        let x = (n_rows as u32).min(MAX_WORKGROUPS);
         let work = [4 * n_rows * n, 2 * bytes(&[&logits])];
         profile::kernel("token_logps softmax", work[0], work[1], &client, || {
             #[expect(
