@@ -5,7 +5,7 @@ use burn::cubecl::prelude::*;
 
 use super::tile::{
     Bounds, Form, Quad, Tile, accumulate, column, key_lines, products, query_lines, seeing, sees, share,
-    store, thread_quads, zeros,
+    store, thread_m, thread_n, thread_quads, zeros,
 };
 
 /// `(lse, D)` of every query's head, `[queries, heads, 2]`, where `D = Σ dout · out`; a thread a query's head.
@@ -73,7 +73,7 @@ pub(super) fn backward_queries<F: Float>(
         let is_masked = !bounds.all_see(key, end);
         #[unroll]
         for i in 0..tile.lines {
-            let line = min(first + UNIT_POS_Y as usize * tile.lines + i, q_lines.n_lines - 1);
+            let line = min(first + thread_m(tile) * tile.lines + i, q_lines.n_lines - 1);
             let token = line / form.heads;
             let at_stats = 2 * (token * heads as usize + head + line % form.heads);
             let lse = stats[at_stats];
@@ -88,7 +88,7 @@ pub(super) fn backward_queries<F: Float>(
                 #[unroll]
                 for j in 0..tile.columns {
                     let at = i * tile.columns + j;
-                    let is_seen = sees(visible, key + column(UNIT_POS_X as usize, j, tile) as u32);
+                    let is_seen = sees(visible, key + column(thread_n(tile), j, tile) as u32);
                     scores[at] = select(is_seen, scores[at], 0.0f32);
                 }
             }
@@ -156,7 +156,7 @@ pub(super) fn backward_keys<F: Float>(
                 let is_masked = !bounds.all_see(first as u32, end as u32) || query + step > n_queries;
                 #[unroll]
                 for j in 0..tile.columns {
-                    let line = line + column(UNIT_POS_X as usize, j, tile);
+                    let line = line + column(thread_n(tile), j, tile);
                     let is_line = line < q_lines.n_lines;
                     let line = min(line, q_lines.n_lines - 1);
                     let token = line / form.heads;
@@ -173,7 +173,7 @@ pub(super) fn backward_keys<F: Float>(
                         #[unroll]
                         for i in 0..tile.lines {
                             let at = i * tile.columns + j;
-                            let key = (first + UNIT_POS_Y as usize * tile.lines + i) as u32;
+                            let key = (first + thread_m(tile) * tile.lines + i) as u32;
                             scores[at] = select(is_line && sees(visible, key), scores[at], 0.0f32);
                         }
                     }

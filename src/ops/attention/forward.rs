@@ -7,7 +7,7 @@ use burn::cubecl::prelude::*;
 use super::mask::MASKED;
 use super::tile::{
     Bounds, Form, Quad, Tile, accumulate, column, key_lines, products, query_lines, sees, share, store,
-    thread_quads, zeros,
+    thread_m, thread_n, thread_quads, zeros,
 };
 
 #[cube(launch_unchecked)]
@@ -35,7 +35,7 @@ pub(super) fn forward<F: Float>(
     // Later queries see more keys; the longest walks start first.
     let blocks = q_lines.n_lines.div_ceil(tile.block_m());
     let first = (blocks - 1 - CUBE_POS_X as usize) * tile.block_m();
-    let thread_first = first + UNIT_POS_Y as usize * tile.lines;
+    let thread_first = first + thread_m(tile) * tile.lines;
     let last = min(first + tile.block_m(), q_lines.n_lines) - 1;
     let bounds = Bounds::new(mask, n_queries as usize, first / form.heads, last / form.heads);
 
@@ -65,7 +65,7 @@ pub(super) fn forward<F: Float>(
                 let visible = mask[token];
                 #[unroll]
                 for j in 0..tile.columns {
-                    let is_seen = sees(visible, key + column(UNIT_POS_X as usize, j, tile) as u32);
+                    let is_seen = sees(visible, key + column(thread_n(tile), j, tile) as u32);
                     let at = i * tile.columns + j;
                     scores[at] = select(is_seen, scores[at] * scale, f32::new(MASKED));
                     max_score = max(max_score, scores[at]);
@@ -78,13 +78,13 @@ pub(super) fn forward<F: Float>(
                     max_score = max(max_score, scores[at]);
                 }
             }
-            let line = UNIT_POS_Y as usize * tile.lines + i;
-            shared[line * tile.threads_n + UNIT_POS_X as usize] = max_score;
+            let line = thread_m(tile) * tile.lines + i;
+            shared[line * tile.threads_n + thread_n(tile)] = max_score;
         }
         sync_cube();
         #[unroll]
         for i in 0..tile.lines {
-            let line = UNIT_POS_Y as usize * tile.lines + i;
+            let line = thread_m(tile) * tile.lines + i;
             let mut max_score = maxima[i];
             for t in 0..comptime!(tile.threads_n) {
                 max_score = max(max_score, shared[line * tile.threads_n + t]);
@@ -114,20 +114,20 @@ pub(super) fn forward<F: Float>(
     sync_cube();
     #[unroll]
     for i in 0..tile.lines {
-        let line = UNIT_POS_Y as usize * tile.lines + i;
-        shared[line * tile.threads_n + UNIT_POS_X as usize] = totals[i];
+        let line = thread_m(tile) * tile.lines + i;
+        shared[line * tile.threads_n + thread_n(tile)] = totals[i];
     }
     sync_cube();
     let mut factors = Array::<f32>::new(comptime!(tile.lines));
     #[unroll]
     for i in 0..tile.lines {
-        let line = UNIT_POS_Y as usize * tile.lines + i;
+        let line = thread_m(tile) * tile.lines + i;
         let mut total = 0.0f32;
         for t in 0..comptime!(tile.threads_n) {
             total += shared[line * tile.threads_n + t];
         }
         factors[i] = 1.0f32 / total;
-        if UNIT_POS_X == 0 && first + line < q_lines.n_lines {
+        if thread_n(tile) == 0 && first + line < q_lines.n_lines {
             let line = first + line;
             lse[line / form.heads * heads as usize + head + line % form.heads] = maxima[i] + total.ln();
         }

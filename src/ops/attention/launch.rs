@@ -71,7 +71,7 @@ pub fn attention_forward<R: CubeRuntime>(
             forward::forward::launch_unchecked::<R>(
                 &client,
                 CubeCount::Static(blocks as u32, (sizes.heads / form.heads) as u32, 1),
-                CubeDim::new_2d(tile.threads_n as u32, tile.threads_m as u32),
+                CubeDim::new_1d((tile.threads_m * tile.threads_n) as u32),
                 q.into_array_arg(),
                 k.into_array_arg(),
                 v.into_array_arg(),
@@ -107,7 +107,7 @@ pub fn attention_backward<R: CubeRuntime>(
     let stats = empty(&q, Shape::from([n_lines, 2]), DType::F32);
     let [dq, dk, dv] = [&q, &k, &v].map(|like| empty(like, like.meta.shape().clone(), like.dtype));
     let (client, dtype): (_, StorageType) = (q.client.clone(), q.dtype.into());
-    let threads = CubeDim::new_2d(tile.threads_n as u32, tile.threads_m as u32);
+    let threads = CubeDim::new_1d((tile.threads_m * tile.threads_n) as u32);
     let scalars = [sizes.n_queries, sizes.n_keys, sizes.heads, sizes.kv_heads].map(|n| n as u32);
     let [n_queries, n_keys, heads, kv_heads] = scalars;
     let flops = 10 * mask.n_visible * sizes.heads * sizes.head_dim;
@@ -180,11 +180,11 @@ impl Tile {
     /// For devices whose lanes have registers of their own.
     pub const GPU: Self = Self { threads_m: 16, threads_n: 8, lines: 4, columns: 4, stage: 8 };
     /// For software adapters, where a load costs much more than a product and registers spill to the first-level cache; by the
-    /// width of a head, of which a thread sums at most four quads. Wide heads get fewer lines, as the driver's compile time grows
-    /// with the square of what a thread does between two branches.
+    /// width of a head, of which a thread sums at most four quads. Larger tiles are a little faster and take the driver minutes to
+    /// compile.
     pub const SOFTWARE: [Self; 3] = [
-        Self { threads_m: 2, threads_n: 4, lines: 8, columns: 8, stage: 0 },
-        Self { threads_m: 4, threads_n: 8, lines: 4, columns: 4, stage: 0 },
+        Self { threads_m: 2, threads_n: 4, lines: 8, columns: 16, stage: 0 },
+        Self { threads_m: 2, threads_n: 8, lines: 8, columns: 8, stage: 0 },
         Self { threads_m: 2, threads_n: 16, lines: 4, columns: 4, stage: 0 },
     ];
 

@@ -103,6 +103,18 @@ pub(super) fn key_lines(n_keys: usize, kv_heads: usize, kv_head: usize, #[compti
     }
 }
 
+/// A thread's place along the owned lines. Threads are numbered in one dimension, along which software adapters fill their vectors.
+#[cube]
+pub(super) fn thread_m(#[comptime] tile: Tile) -> usize {
+    UNIT_POS as usize / tile.threads_n
+}
+
+/// A thread's place along the walked lines.
+#[cube]
+pub(super) fn thread_n(#[comptime] tile: Tile) -> usize {
+    UNIT_POS as usize % tile.threads_n
+}
+
 /// The walked line of a step that is a thread's column `j`. Neighbours have neighbouring lines.
 #[cube]
 pub(super) fn column(thread_n: usize, j: usize, #[comptime] tile: Tile) -> usize {
@@ -121,7 +133,7 @@ pub(super) fn products<F: Float>(
     stage: &mut SharedMemory<Quad<f32>>,
     #[comptime] tile: Tile,
 ) -> Array<f32> {
-    let thread_n = UNIT_POS_X as usize;
+    let column_n = thread_n(tile);
     let mut sums = Array::<f32>::new(comptime!(tile.lines * tile.columns));
     #[unroll]
     for i in 0..comptime!(tile.lines * tile.columns) {
@@ -130,14 +142,14 @@ pub(super) fn products<F: Float>(
     let mut at_a = Array::<usize>::new(comptime!(tile.lines));
     #[unroll]
     for i in 0..tile.lines {
-        at_a[i] = a_lines.start(first_a + UNIT_POS_Y as usize * tile.lines + i);
+        at_a[i] = a_lines.start(first_a + thread_m(tile) * tile.lines + i);
     }
     let quads = comptime!(a_lines.quads);
     if comptime!(tile.stage == 0) {
         let mut at_b = Array::<usize>::new(comptime!(tile.columns));
         #[unroll]
         for j in 0..tile.columns {
-            at_b[j] = b_lines.start(first_b + column(thread_n, j, tile));
+            at_b[j] = b_lines.start(first_b + column(column_n, j, tile));
         }
         for quad in 0..quads {
             let mut right = Array::<Quad<f32>>::new(comptime!(tile.columns));
@@ -163,7 +175,7 @@ pub(super) fn products<F: Float>(
                 let mut right = Array::<Quad<f32>>::new(comptime!(tile.columns));
                 #[unroll]
                 for j in 0..tile.columns {
-                    right[j] = stage[column(thread_n, j, tile) * pitch + quad];
+                    right[j] = stage[column(column_n, j, tile) * pitch + quad];
                 }
                 multiply::<F>(a, &at_a, first + quad, &right, &mut sums, tile);
             }
@@ -202,7 +214,7 @@ pub(super) const fn thread_quads(form: Form, tile: Tile) -> usize {
 /// The quad of a line that is a thread's number `i`; past the line's end there is nothing to store.
 #[cube]
 pub(super) fn thread_quad(i: usize, #[comptime] tile: Tile) -> usize {
-    UNIT_POS_X as usize + i * tile.threads_n
+    thread_n(tile) + i * tile.threads_n
 }
 
 /// A new array of zeros.
@@ -231,8 +243,8 @@ pub(super) fn share(values: &Array<f32>, weights: &mut SharedMemory<Quad<f32>>, 
             for c in 0..4usize {
                 quad[c] = values[at + c];
             }
-            let line = UNIT_POS_Y as usize * tile.lines + i;
-            weights[line * row + UNIT_POS_X as usize * quads + h] = quad;
+            let line = thread_m(tile) * tile.lines + i;
+            weights[line * row + thread_n(tile) * quads + h] = quad;
         }
     }
 }
@@ -266,7 +278,7 @@ pub(super) fn accumulate<F: Float>(
         }
         #[unroll]
         for i in 0..tile.lines {
-            let w = weights[(UNIT_POS_Y as usize * tile.lines + i) * row + at];
+            let w = weights[(thread_m(tile) * tile.lines + i) * row + at];
             #[unroll]
             for k in 0..width {
                 sums[i * width + k] += values[k] * Quad::new(w[0])
@@ -292,7 +304,7 @@ pub(super) fn store<F: Float>(
     let width = comptime!(thread_quads(form, tile));
     #[unroll]
     for i in 0..tile.lines {
-        let line = first + UNIT_POS_Y as usize * tile.lines + i;
+        let line = first + thread_m(tile) * tile.lines + i;
         if line < lines.n_lines {
             #[unroll]
             for k in 0..width {
