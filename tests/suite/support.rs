@@ -1,6 +1,7 @@
 //! What the tests share: comparison, the device to test on, reproducible numbers.
 
 use std::io::Write;
+use std::sync::LazyLock;
 
 use burn_wgpu::WgpuDevice;
 use orpo_wgpu::device::{self, DeviceChoice};
@@ -36,17 +37,20 @@ pub(crate) fn assert_close(got: &[f32], want: &[f32], atol: f32, rtol: f32, what
     }
 }
 
-/// Gives the device to test on: the first adapter, software or not.
+/// Gives the device to test on: the first adapter, software or not. It is one for all tests, so that a kernel is compiled once.
 ///
 /// `None` leaves the test out, which happens only where there is no adapter and `ORPO_WGPU_SKIP_GPU=1` allows it.
 ///
 /// # Panics
 /// If there is no adapter and it was not allowed.
 pub(crate) fn adapter() -> Option<WgpuDevice> {
-    if let Ok(selected) = device::select("wgpu")
-        && let DeviceChoice::Wgpu { device, .. } = selected.choice
-    {
-        return Some(device);
+    static DEVICE: LazyLock<Option<WgpuDevice>> =
+        LazyLock::new(|| match device::select("wgpu").ok()?.choice {
+            DeviceChoice::Wgpu { device, .. } => Some(device),
+            DeviceChoice::Cpu => None,
+        });
+    if DEVICE.is_some() {
+        return DEVICE.clone();
     }
     let is_allowed = std::env::var("ORPO_WGPU_SKIP_GPU").is_ok_and(|value| value == "1");
     assert!(
