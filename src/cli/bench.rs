@@ -152,12 +152,16 @@ fn run_on<B: Kernels>(
     device::self_test::<B>(device, choice)?;
     let batch = args.batch(config);
     let name = if dtype == DType::F16 { "fp16" } else { "fp32" };
+    let place = match choice {
+        DeviceChoice::Cpu => choice.describe(),
+        DeviceChoice::Wgpu { .. } => format!("{choice} ({})", choice.describe()),
+    };
     println!(
-        "model    {}, {} layers, {:.2} billion weights, random, {name}, on {choice} ({})",
+        "model    {}, {} layer{}, {:.2} billion weights, random, {name}, on {place}",
         args.model_type,
         config.num_hidden_layers,
+        if config.num_hidden_layers == 1 { "" } else { "s" },
         config.n_weights() as f64 / 1e9,
-        choice.describe()
     );
     println!(
         "step     {} x 2 x {} tokens, of which {} are computed: a pair shares its first half, and last tokens predict nothing",
