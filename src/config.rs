@@ -153,7 +153,7 @@ pub struct TrainArgs {
     /// Write into {output_dir}/{model_type}/v{N}-{time} instead of into the folder itself
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().add_output_dir_suffix, help_heading = "Output")]
     pub add_output_dir_suffix: bool,
-    /// Go on from this checkpoint folder
+    /// Go on from this checkpoint folder, or from the newest one of a run's folder
     #[arg(long, help_heading = "Output")]
     pub resume_from_checkpoint: Option<PathBuf>,
     /// Trackers: tensorboard or none

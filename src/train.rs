@@ -166,7 +166,7 @@ pub fn train<B: Kernels>(
         if done.is_multiple_of(settings.save_steps) || is_last {
             let paused = Instant::now();
             run.save(model, lora_config, &optimizer, done, &settings.plan)?;
-            run.plot()?;
+            run.plot(is_last)?;
             window.paused_s += paused.elapsed().as_secs_f64();
         }
     }

@@ -17,6 +17,7 @@ use crate::infer::prompts::{Prompt, answer_prompts, read_prompts};
 use crate::infer::sample::SamplingConfig;
 use crate::lora;
 use crate::ops::Kernels;
+use crate::train::run_folder;
 
 /// What `orpo-wgpu infer` is told.
 #[derive(Debug, clap::Args)]
@@ -144,14 +145,9 @@ fn run_on<B: Kernels>(
 
 /// The newest checkpoint among the runs in a folder.
 fn newest_checkpoint(runs: &Path) -> Option<PathBuf> {
-    let folders = |path: &Path| {
-        let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
-        entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect::<Vec<_>>()
-    };
     let written = |path: &Path| path.join(lora::ADAPTER_FILE).metadata().and_then(|m| m.modified());
-    let is_complete =
-        |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("checkpoint-"));
-    let checkpoints = folders(runs).into_iter().flat_map(|run| folders(&run)).filter(is_complete);
+    let runs = std::fs::read_dir(runs).into_iter().flatten().flatten();
+    let checkpoints = runs.filter_map(|run| run_folder::newest_checkpoint(&run.path()));
     let dated = checkpoints.filter_map(|path| Some((written(&path).ok()?, path)));
     dated.max_by_key(|(time, _): &(SystemTime, PathBuf)| *time).map(|(_, path)| path)
 }

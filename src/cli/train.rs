@@ -25,7 +25,7 @@ use crate::model::llama::Keep;
 use crate::ops::Kernels;
 use crate::train::optim::AdamWConfig;
 use crate::train::plan::Plan;
-use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
+use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState, newest_checkpoint};
 use crate::train::schedule::Schedule;
 use crate::train::{Summary, TrainData, TrainSettings, train};
 
@@ -69,7 +69,11 @@ fn run_on<B: Kernels>(
     device::self_test::<B>(device, choice)?;
     let settings = settings(args, data)?;
     let mut model = open.load::<B>(device, choice.shard_bytes())?;
-    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
+    let checkpoint = args.resume_from_checkpoint.as_deref().map(|folder| {
+        // A whole run goes on from where it got to.
+        newest_checkpoint(folder).unwrap_or_else(|| folder.to_owned())
+    });
+    let adapter = checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
         Some(folder) => lora::load(&mut model, folder)?,
         None => {
@@ -78,7 +82,7 @@ fn run_on<B: Kernels>(
             config
         }
     };
-    let resume = match &args.resume_from_checkpoint {
+    let resume = match &checkpoint {
         Some(folder) => Some(TrainerState::read(folder, &model, &settings.plan)?),
         None => None,
     };
@@ -117,11 +121,15 @@ fn run_on<B: Kernels>(
     let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
     let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
     let kinds = tune::kinds(&model, tokens);
+    if let Some(checkpoint) = &checkpoint {
+        eprintln!("resume   after step {first_step} of {max_steps}, from {}", checkpoint.display());
+    }
     tune::tune(choice, &kinds, max_steps - first_step, |note| eprintln!("device   {note}"));
 
-    let held_out = if open.is_demo() { demo::held_out()?.rows } else { Vec::new() };
+    let is_demo = open.is_demo() && is_demo_data(args);
+    let held_out = if is_demo { demo::held_out()?.rows } else { Vec::new() };
     let questions: Vec<&str> = held_out.iter().map(|row| row.query.as_str()).collect();
-    let before = answers(&model, open, &questions)?;
+    let before = answers(&model, open, &questions, "before")?;
     let folder = run_folder(args, open);
     let history = resume.as_ref().map(|state| state.log_history.clone()).unwrap_or_default();
     let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
@@ -137,7 +145,7 @@ fn run_on<B: Kernels>(
             eprintln!("the last checkpoint stays: {}", checkpoint.display());
         }
     })?;
-    let after = answers(&model, open, &questions)?;
+    let after = answers(&model, open, &questions, "after")?;
     print_answers(&questions, &before, &after);
     print_summary(&summary, args);
     Ok(())
@@ -163,8 +171,7 @@ impl Data {
                     "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
                 ));
             }
-            [] => demo::pairs()?,
-            [name] if name == demo::NAME => demo::pairs()?,
+            _ if is_demo_data(args) => demo::pairs()?,
             specs => load(specs)?,
         };
         let shuffle = shuffle(args);
@@ -205,6 +212,15 @@ impl Data {
             ));
         }
         Ok(Self { train, val, skipped })
+    }
+}
+
+/// Whether the demo's own pairs are trained on.
+fn is_demo_data(args: &TrainArgs) -> bool {
+    match args.dataset.as_slice() {
+        [] => args.model_id_or_path.is_none(),
+        [name] => name == demo::NAME,
+        _ => false,
     }
 }
 
@@ -292,7 +308,15 @@ fn describe<B: Kernels>(
     }
 }
 
-fn answers<B: Kernels>(model: &Llama<B>, open: &OpenModel, questions: &[&str]) -> Result<Vec<String>> {
+fn answers<B: Kernels>(
+    model: &Llama<B>,
+    open: &OpenModel,
+    questions: &[&str],
+    when: &str,
+) -> Result<Vec<String>> {
+    if !questions.is_empty() {
+        eprintln!("demo     answering {} held-out questions {when} training", questions.len());
+    }
     let config = GenerationConfig::greedy(48);
     questions
         .iter()
@@ -368,7 +392,12 @@ fn print_answers(questions: &[&str], before: &[String], after: &[String]) {
     println!("{table}");
     let chinese = |answers: &[String]| answers.iter().filter(|answer| demo::is_chinese(answer)).count();
     let n = questions.len();
-    println!("answers in Chinese: {} of {n} before, {} of {n} after\n", chinese(before), chinese(after));
+    println!(
+        "the first {} of {n}; answers in Chinese: {} of {n} before, {} of {n} after\n",
+        SHOWN_ANSWERS.min(n),
+        chinese(before),
+        chinese(after)
+    );
 }
 
 fn print_summary(summary: &Summary, args: &TrainArgs) {
@@ -389,7 +418,7 @@ fn print_summary(summary: &Summary, args: &TrainArgs) {
         table.add_row([name.to_owned(), format!("{before:.4}"), format!("{after:.4}")]);
     }
     println!("{table}");
-    println!("{} steps in {:.1} s", summary.n_steps, summary.elapsed_s);
+    println!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
     println!("adapter: {}", summary.checkpoint.display());
     let model = args.model_id_or_path.as_ref();
     let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();

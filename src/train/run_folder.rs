@@ -5,6 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use burn::tensor::{Tensor, backend::Backend};
 use serde_json::{Map, Value, json};
@@ -21,6 +22,8 @@ use crate::model::load::Checkpoint;
 
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "trainer_state.json";
+/// Drawing takes about as long as a step of a small model, and a small model is saved often.
+const BETWEEN_PLOTS: Duration = Duration::from_secs(30);
 
 /// What every checkpoint carries besides the adapter.
 #[derive(Debug, Clone)]
@@ -42,6 +45,14 @@ pub enum Tracker {
     None,
 }
 
+/// The checkpoint of a run folder that has the most steps behind it.
+pub fn newest_checkpoint(run: &Path) -> Option<PathBuf> {
+    let folders = fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path());
+    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse::<usize>().ok();
+    let numbered = folders.filter_map(|path| Some((step(&path)?, path)));
+    numbered.max().map(|(_, path)| path)
+}
+
 /// An open run folder.
 #[derive(Debug)]
 pub struct RunFolder {
@@ -52,6 +63,7 @@ pub struct RunFolder {
     texts: CheckpointTexts,
     save_total_limit: usize,
     checkpoints: Vec<PathBuf>,
+    plotted: Option<Instant>,
 }
 
 impl RunFolder {
@@ -81,7 +93,16 @@ impl RunFolder {
             Tracker::None => None,
         };
         let folder = folder.to_owned();
-        Ok(Self { folder, log, log_history, tensorboard, texts, save_total_limit, checkpoints: Vec::new() })
+        Ok(Self {
+            folder,
+            log,
+            log_history,
+            tensorboard,
+            texts,
+            save_total_limit,
+            checkpoints: Vec::new(),
+            plotted: None,
+        })
     }
 
     /// The folder.
@@ -109,12 +130,17 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Draws the log so far into `images/`.
+    /// Draws the log so far into `images/`, unless that was done a moment ago and `is_last` is not set.
     ///
     /// # Errors
     /// If a picture cannot be written.
-    pub fn plot(&self) -> Result<()> {
-        plots::write(&self.folder, &self.log_history)
+    pub fn plot(&mut self, is_last: bool) -> Result<()> {
+        if !is_last && self.plotted.is_some_and(|at| at.elapsed() < BETWEEN_PLOTS) {
+            return Ok(());
+        }
+        plots::write(&self.folder, &self.log_history)?;
+        self.plotted = Some(Instant::now());
+        Ok(())
     }
 
     /// Saves `checkpoint-{step}` and removes the oldest beyond the limit.

@@ -423,6 +423,8 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
         [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-3", "--output_dir", "resumed"]].concat();
     let output = workplace.train(&resumed);
     assert!(output.status.success(), "{}", stderr(&output));
+    let says = "resume   after step 3 of 6, from out/checkpoint-3";
+    assert!(stderr(&output).contains(says), "{}", stderr(&output));
     let read = |file: &str| fs::read(workplace.path(file)).unwrap();
     assert_eq!(
         read("out/checkpoint-6/adapter_model.safetensors"),
@@ -446,8 +448,7 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
     let output = workplace.train(&other);
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains("batch_size was 2 and is 1"), "{}", stderr(&output));
-    let done =
-        [&flags[..], &["--resume_from_checkpoint", "out/checkpoint-6", "--output_dir", "done"]].concat();
+    let done = [&flags[..], &["--resume_from_checkpoint", "out", "--output_dir", "done"]].concat();
     let output = workplace.train(&done);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("6 of 6 steps are done already"), "{}", stderr(&output));
