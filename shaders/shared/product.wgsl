@@ -3,10 +3,10 @@
 
 alias Out = {{ out }};
 
-@group(0) @binding(0) var<storage, read_write> main_lhs: array<{{ lhs }}>;
-@group(0) @binding(1) var<storage, read_write> main_rhs: array<{{ rhs }}>;
-@group(0) @binding(2) var<storage, read_write> prologue_lhs: array<{{ prologue }}>;
-@group(0) @binding(3) var<storage, read_write> prologue_rhs: array<{{ prologue }}>;
+@group(0) @binding(0) var<storage, read_write> main_lhs: array<{{ main_lhs }}>;
+@group(0) @binding(1) var<storage, read_write> main_rhs: array<{{ main_rhs }}>;
+@group(0) @binding(2) var<storage, read_write> prologue_lhs: array<{{ prologue_lhs }}>;
+@group(0) @binding(3) var<storage, read_write> prologue_rhs: array<{{ prologue_rhs }}>;
 @group(0) @binding(4) var<storage, read_write> out: array<Out>;
 @group(0) @binding(5) var<storage, read_write> addend: array<Out>;
 @group(0) @binding(6) var<uniform> params: Params;
@@ -26,7 +26,7 @@ struct Params {
 
 // Stores four entries of a line of `out`, with those of the addend.
 fn store(line: u32, entry: u32, first_out: u32, sums: vec4f) {
-#if vec4
+#if out_vec4
     if (line < params.m && entry < params.n) {
         let i = (first_out + line * params.n + entry) / 4u;
         var quad = sums;

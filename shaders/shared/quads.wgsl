@@ -3,7 +3,7 @@
 // Four entries of a line of {{ matrix }}, zeros past its ends.
 fn {{ matrix }}_quad(line: u32, entry: u32, lines: u32, length: u32) -> vec4f {
     var quad = vec4f();
-#if vec4
+#if {{ matrix }}_vec4
     if (line < lines && entry < length) {
         quad = vec4f({{ matrix }}[(line * length + entry) / 4u]);
     }

@@ -13,7 +13,7 @@
 mod render;
 mod tile;
 
-pub use tile::{Cut, Element, Elements, Layout, MatrixTile, Tile};
+pub use tile::{Cut, Element, Elements, Layout, MatrixTile, Quads, Tile};
 
 use burn::cubecl::client::ComputeClient;
 use burn::cubecl::ir::{ElemType, StorageType, UIntKind};
@@ -35,8 +35,8 @@ pub enum Shader {
         cut: Cut,
         /// What the operands hold.
         elements: Elements,
-        /// Whether every row of every operand is a multiple of four entries.
-        is_vec4: bool,
+        /// Which buffers are read in quads.
+        quads: Quads,
     },
     /// `lora_linear_sum.wgsl`
     Sum {
@@ -49,8 +49,10 @@ pub enum Shader {
         dy: Element,
         /// The rank's quads, rounded up.
         rank_quads: u32,
-        /// Whether every row of every operand is a multiple of four entries.
-        is_vec4: bool,
+        /// Whether the gradient's rows are whole quads.
+        is_out_vec4: bool,
+        /// Whether the rank is.
+        is_rank_vec4: bool,
     },
     /// `orpo_loss.wgsl`
     OrpoLoss,
@@ -84,30 +86,27 @@ impl Shader {
     pub fn all() -> Vec<Self> {
         let mut all = vec![Self::OrpoLoss, Self::OrpoLossBackward];
         all.extend(Element::ALL.map(|out| Self::Sum { out }));
-        for is_vec4 in [true, false] {
-            for layout in Layout::ALL {
-                for cut in Tile::GPU.into_iter().chain(Tile::SOFTWARE).map(Cut::Registers) {
-                    all.extend(Elements::all().map(|elements| Self::Product {
-                        layout,
-                        cut,
-                        elements,
-                        is_vec4,
-                    }));
+        let registers = Tile::GPU.into_iter().chain(Tile::SOFTWARE).map(Cut::Registers);
+        let sizes =
+            MatrixTile::SIZES.into_iter().flat_map(|size| MatrixTile::LANES.map(|lanes| (size, lanes)));
+        let matrices = sizes.flat_map(|(size, lanes)| MatrixTile::all(size, lanes).map(Cut::Matrices));
+        let cuts: Vec<_> = registers.chain(matrices).collect();
+        for layout in Layout::ALL {
+            for quads in Quads::all(layout) {
+                for &cut in &cuts {
+                    let is_matrix = matches!(cut, Cut::Matrices(_));
+                    if is_matrix && layout == Layout::ColumnsColumns {
+                        continue;
+                    }
+                    let elements = Elements::all().filter(|e| !is_matrix || e.rhs == Element::F16);
+                    all.extend(elements.map(|elements| Self::Product { layout, cut, elements, quads }));
                 }
             }
-            for (size, lanes) in MatrixTile::SIZES.into_iter().flat_map(|s| MatrixTile::LANES.map(|l| (s, l)))
-            {
-                for cut in MatrixTile::all(size, lanes).map(Cut::Matrices) {
-                    let layouts = [Layout::RowsRows, Layout::RowsColumns];
-                    all.extend(layouts.into_iter().flat_map(|layout| {
-                        Elements::all()
-                            .filter(|elements| elements.rhs == Element::F16)
-                            .map(move |elements| Self::Product { layout, cut, elements, is_vec4 })
-                    }));
-                }
-            }
-            for rank_quads in RANK_QUADS {
-                all.extend(Element::ALL.map(|dy| Self::LoraBackward { dy, rank_quads, is_vec4 }));
+        }
+        for rank_quads in RANK_QUADS {
+            for (is_out_vec4, is_rank_vec4) in [(true, true), (true, false), (false, true), (false, false)] {
+                let variant = |dy| Self::LoraBackward { dy, rank_quads, is_out_vec4, is_rank_vec4 };
+                all.extend(Element::ALL.map(variant));
             }
         }
         all
@@ -119,24 +118,29 @@ impl Shader {
         let mut values = vec![("workgroup_size", self.workgroup_size().to_string())];
         let mut flags = vec![];
         let source = match self {
-            Self::Product { layout, cut, elements, is_vec4 } => {
+            Self::Product { layout, cut, elements, quads } => {
                 let [block_m, block_n, block_k] = cut.block();
                 values.extend([
                     ("block_m", block_m.to_string()),
                     ("block_n", block_n.to_string()),
                     ("block_k", block_k.to_string()),
                     ("band", BAND.to_string()),
-                    ("lhs", elements.lhs.wgsl(is_vec4)),
-                    ("rhs", elements.rhs.wgsl(is_vec4)),
-                    ("prologue", Element::F32.wgsl(is_vec4)),
-                    ("out", elements.out.wgsl(is_vec4)),
+                    ("main_lhs", elements.lhs.wgsl(quads.main_lhs)),
+                    ("main_rhs", elements.rhs.wgsl(quads.main_rhs)),
+                    ("prologue_lhs", Element::F32.wgsl(quads.prologue_lhs)),
+                    ("prologue_rhs", Element::F32.wgsl(quads.prologue_rhs)),
+                    ("out", elements.out.wgsl(quads.out)),
                     ("matrices", "main_lhs main_rhs prologue_lhs prologue_rhs".to_owned()),
                 ]);
                 let is_f16 = [elements.lhs, elements.rhs, elements.out].contains(&Element::F16);
                 flags.extend(is_f16.then_some("f16"));
                 flags.extend((layout != Layout::ColumnsColumns).then_some("lhs_rows"));
                 flags.extend((layout == Layout::RowsRows).then_some("rhs_rows"));
-                flags.extend(is_vec4.then_some("vec4"));
+                flags.extend(quads.main_lhs.then_some("main_lhs_vec4"));
+                flags.extend(quads.main_rhs.then_some("main_rhs_vec4"));
+                flags.extend(quads.prologue_lhs.then_some("prologue_lhs_vec4"));
+                flags.extend(quads.prologue_rhs.then_some("prologue_rhs_vec4"));
+                flags.extend(quads.out.then_some("out_vec4"));
                 match cut {
                     Cut::Registers(tile) => {
                         // The largest tiles fill the 16 KiB that every device has, and go without.
@@ -171,16 +175,18 @@ impl Shader {
                     }
                 }
             }
-            Self::LoraBackward { dy, rank_quads, is_vec4 } => {
+            Self::LoraBackward { dy, rank_quads, is_out_vec4, is_rank_vec4 } => {
                 values.extend([
                     ("panel", PANEL.to_string()),
                     ("rank_quads", rank_quads.to_string()),
-                    ("dy", dy.wgsl(is_vec4)),
-                    ("adapter", Element::F32.wgsl(is_vec4)),
+                    ("dy", dy.wgsl(is_out_vec4)),
+                    ("adapter", Element::F32.wgsl(is_rank_vec4)),
                     ("matrices", "dy b s".to_owned()),
                 ]);
                 flags.extend((dy == Element::F16).then_some("f16"));
-                flags.extend(is_vec4.then_some("vec4"));
+                flags.extend(is_out_vec4.then_some("dy_vec4"));
+                flags.extend(is_rank_vec4.then_some("b_vec4"));
+                flags.extend(is_rank_vec4.then_some("s_vec4"));
                 concat!(
                     include_str!("../../shaders/lora_linear_backward.wgsl"),
                     include_str!("../../shaders/shared/quads.wgsl")

@@ -11,7 +11,7 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 use super::cube::bytes;
-use super::kernel::{BAND, Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Shader, launch};
+use super::kernel::{BAND, Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
 use super::tune::{self, Choice, Kind};
 
@@ -219,7 +219,7 @@ impl<'a> Product<'a> {
         let (prologue_lhs, prologue_rhs, prologue_scale) = self.prologue.unwrap_or((out, out, 0.0));
         let rank = if self.prologue.is_some() { dims(prologue_lhs)[1] } else { 0 };
         let addend = self.addend.as_ref().unwrap_or(out);
-        let is_vec4 = [dims(self.lhs)[1], dims(self.rhs)[1], n, rank].iter().all(|length| length % 4 == 0);
+        let quads = Quads::new(self.layout, [m, n, depth, rank]);
         let elements =
             Elements { lhs: self.lhs.dtype.into(), rhs: self.rhs.dtype.into(), out: out.dtype.into() };
         let buffers =
@@ -230,7 +230,7 @@ impl<'a> Product<'a> {
         profile::kernel(self.name, flops, bytes, &self.lhs.client, || {
             launch(
                 &self.lhs.client,
-                Shader::Product { layout: self.layout, cut, elements, is_vec4 },
+                Shader::Product { layout: self.layout, cut, elements, quads },
                 [BAND * n.div_ceil(block_n), m.div_ceil(block_m).div_ceil(BAND), splits],
                 &buffers,
                 &[m, n, depth, rank, span, prologue_scale.to_bits(), self.scale.to_bits(), has_addend],
@@ -289,7 +289,12 @@ pub(super) fn lora_backward(
     profile::kernel("lora_linear backward lora", flops, moved, &dy.client, || {
         launch(
             &dy.client,
-            Shader::LoraBackward { dy: dy.dtype.into(), rank_quads, is_vec4: n_out % 4 == 0 && r % 4 == 0 },
+            Shader::LoraBackward {
+                dy: dy.dtype.into(),
+                rank_quads,
+                is_out_vec4: n_out % 4 == 0,
+                is_rank_vec4: r % 4 == 0,
+            },
             [panels, splits, 1],
             &[&dy.handle, &b.handle, &s.handle, &ds_parts.handle, &db_parts.handle],
             &[tokens, n_out, r, span, scale.to_bits()],

@@ -14,7 +14,7 @@ use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan};
 use super::product::{Floats, Product, dims, lora_backward, output};
 use super::rope::RopeTable;
 use super::token_logps::{self, Expected, ExpectedRows, Head, ScoredToken, TokenLogps};
-use super::{Kernels, cube, rms_norm, rope, swiglu};
+use super::{Kernels, cube, profile, rms_norm, rope, swiglu};
 
 impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<WgpuRuntime, F, I, BT> {
     fn bytes_in_use(device: &WgpuDevice) -> Option<u64> {
@@ -196,13 +196,16 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         check_order(pairs, logps.meta.shape()[0]);
         let stats = output(&logps, [pairs.len(), 5], DType::F32);
         let spans = logps.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
-        launch(
-            &logps.client,
-            Shader::OrpoLoss,
-            [pairs.len() as u32, 1, 1],
-            &[&logps.handle, &spans, &stats.handle],
-            &[pairs.len() as u32, MEAN_LOGP_MAX.to_bits()],
-        );
+        let moved = cube::bytes(&[&logps, &stats]);
+        profile::kernel("orpo_loss forward", 0, moved, &logps.client, || {
+            launch(
+                &logps.client,
+                Shader::OrpoLoss,
+                [pairs.len() as u32, 1, 1],
+                &[&logps.handle, &spans, &stats.handle],
+                &[pairs.len() as u32, MEAN_LOGP_MAX.to_bits()],
+            );
+        });
         tensor(stats)
     }
 
@@ -217,13 +220,16 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         check_order(pairs, n_entries);
         let dlogps = output(&stats, [n_entries], DType::F32);
         let spans = stats.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
-        launch(
-            &stats.client,
-            Shader::OrpoLossBackward,
-            [pairs.len() as u32, 1, 1],
-            &[&stats.handle, &spans, &dlogps.handle],
-            &[pairs.len() as u32, MEAN_LOGP_MAX.to_bits(), beta.to_bits(), grad_scale.to_bits()],
-        );
+        let moved = cube::bytes(&[&stats, &dlogps]);
+        profile::kernel("orpo_loss backward", 0, moved, &stats.client, || {
+            launch(
+                &stats.client,
+                Shader::OrpoLossBackward,
+                [pairs.len() as u32, 1, 1],
+                &[&stats.handle, &spans, &dlogps.handle],
+                &[pairs.len() as u32, MEAN_LOGP_MAX.to_bits(), beta.to_bits(), grad_scale.to_bits()],
+            );
+        });
         tensor(dlogps)
     }
 }

@@ -19,6 +19,50 @@ impl Layout {
     pub const ALL: [Self; 3] = [Self::RowsRows, Self::RowsColumns, Self::ColumnsColumns];
 }
 
+/// Which buffers of a product have lines of whole quads, and are read and written four entries at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Quads {
+    /// The main product's left operand.
+    pub main_lhs: bool,
+    /// The main product's right operand.
+    pub main_rhs: bool,
+    /// The prologue's left operand.
+    pub prologue_lhs: bool,
+    /// The prologue's right operand.
+    pub prologue_rhs: bool,
+    /// The output, and what is added to it.
+    pub out: bool,
+}
+
+impl Quads {
+    /// Those of a product of these extents. Without a prologue, a rank of 0, the output stands in its operands' place.
+    pub fn new(layout: Layout, [m, n, depth, rank]: [u32; 4]) -> Self {
+        let [m, n, depth, r] = [m, n, depth, rank].map(|length| length % 4 == 0);
+        let lengths = |depth: bool| match layout {
+            Layout::RowsRows => [depth, depth],
+            Layout::RowsColumns => [depth, n],
+            Layout::ColumnsColumns => [m, n],
+        };
+        let ([main_lhs, main_rhs], [prologue_lhs, prologue_rhs]) =
+            (lengths(depth), if rank == 0 { [n, n] } else { lengths(r) });
+        Self { main_lhs, main_rhs, prologue_lhs, prologue_rhs, out: n }
+    }
+
+    /// Every mix that a layout's products have.
+    pub fn all(layout: Layout) -> Vec<Self> {
+        let mut all = Vec::new();
+        for [m, n, depth] in (0..8u32).map(|i| [i & 1, i >> 1 & 1, i >> 2].map(|bit| 4 + bit)) {
+            for rank in [0, 4, 5] {
+                let quads = Self::new(layout, [m, n, depth, rank]);
+                if !all.contains(&quads) {
+                    all.push(quads);
+                }
+            }
+        }
+        all
+    }
+}
+
 /// What a buffer holds. Every sum is `f32` all the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Element {

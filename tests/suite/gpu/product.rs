@@ -7,7 +7,7 @@ use burn::tensor::{FloatDType, Tensor, TensorData, TensorPrimitive};
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
 use half::f16;
-use orpo_wgpu::ops::kernel::{self, BAND, Cut, Element, Elements, Layout, MatrixTile, Shader, Tile};
+use orpo_wgpu::ops::kernel::{self, BAND, Cut, Element, Elements, Layout, MatrixTile, Quads, Shader, Tile};
 
 use crate::support::{Numbers, adapter, assert_close, has_matrices};
 
@@ -93,17 +93,40 @@ fn every_variant_multiplies() {
         for tile in Tile::GPU.into_iter().chain(Tile::SOFTWARE) {
             let (m, n) = (tile.block_m as usize, tile.block_n as usize);
             let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
-            for (is_vec4, [m, n, depth, rank]) in [(true, aligned), (false, ragged)] {
+            for [m, n, depth, rank] in [aligned, ragged] {
                 let elements = mixes.next().expect("it goes round");
                 for rank in [0, rank] {
+                    let quads = Quads::new(layout, [m, n, depth, rank].map(|n| n as u32));
                     let is_f16 = elements.out == Element::F16;
                     let (atol, rtol) = if is_f16 { (ATOL_F16, RTOL_F16) } else { (ATOL, RTOL) };
-                    let shader = Shader::Product { layout, cut: Cut::Registers(tile), elements, is_vec4 };
+                    let shader = Shader::Product { layout, cut: Cut::Registers(tile), elements, quads };
                     let (got, want) = product(shader, [m, n, depth, rank], &device);
                     assert_close(&got, &want, atol, rtol, &format!("{shader:?}, rank {rank}"));
                 }
             }
         }
+    }
+}
+
+/// One extent that is no multiple of four costs only the buffers whose lines it is.
+#[test]
+fn every_mix_of_quads_multiplies() {
+    let Some(device) = adapter() else { return };
+    let (tile, elements) = (Tile::GPU[2], Elements::F32);
+    for layout in Layout::ALL {
+        let mut met = Vec::new();
+        for [m, n, depth] in (0..8).map(|i| [40 + i % 2, 68 + i / 2 % 2, 36 + i / 4]) {
+            for rank in [0, 4, 5] {
+                let quads = Quads::new(layout, [m, n, depth, rank].map(|n| n as u32));
+                if !met.contains(&quads) {
+                    met.push(quads);
+                    let shader = Shader::Product { layout, cut: Cut::Registers(tile), elements, quads };
+                    let (got, want) = product(shader, [m, n, depth, rank], &device);
+                    assert_close(&got, &want, ATOL, RTOL, &format!("{shader:?}"));
+                }
+            }
+        }
+        assert_eq!(met.len(), Quads::all(layout).len(), "{layout:?}: mixes");
     }
 }
 
@@ -134,15 +157,13 @@ fn every_matrix_variant_multiplies() {
             for tile in MatrixTile::all(size, lanes).rev().take(n_tiles) {
                 let (m, n) = (tile.block_m as usize, tile.block_n as usize);
                 let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
-                for (is_vec4, [m, n, depth, rank]) in [(true, aligned), (false, ragged)] {
-                    let out = if is_vec4 { Element::F32 } else { Element::F16 };
-                    let elements = Elements {
-                        lhs: if is_vec4 { Element::F16 } else { Element::F32 },
-                        rhs: Element::F16,
-                        out,
-                    };
-                    let shader = Shader::Product { layout, cut: Cut::Matrices(tile), elements, is_vec4 };
+                for (lhs, out, [m, n, depth, rank]) in
+                    [(Element::F16, Element::F32, aligned), (Element::F32, Element::F16, ragged)]
+                {
+                    let elements = Elements { lhs, rhs: Element::F16, out };
                     for rank in [0, rank] {
+                        let quads = Quads::new(layout, [m, n, depth, rank].map(|n| n as u32));
+                        let shader = Shader::Product { layout, cut: Cut::Matrices(tile), elements, quads };
                         let (got, want) = product(shader, [m, n, depth, rank], &device);
                         let what = format!("{shader:?}, rank {rank}");
                         assert_close(&got, &want, ATOL_MATRICES, RTOL_MATRICES, &what);
