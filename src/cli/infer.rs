@@ -2,7 +2,6 @@
 
 use std::io::{IsTerminal, stderr, stdin, stdout};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
@@ -17,7 +16,7 @@ use crate::infer::prompts::{Prompt, answer_prompts, read_prompts};
 use crate::infer::sample::SamplingConfig;
 use crate::lora;
 use crate::ops::Kernels;
-use crate::train::run_folder;
+use crate::train::run_folder::newest_checkpoint;
 
 /// What `orpo-wgpu infer` is told.
 #[derive(Debug, clap::Args)]
@@ -88,7 +87,8 @@ impl InferArgs {
             Some(name) if name == Path::new("none") => None,
             Some(folder) => Some(folder.clone()),
             None if self.model_id_or_path.is_none() => {
-                newest_checkpoint(&Path::new("output").join(demo::NAME))
+                let runs = std::fs::read_dir(Path::new("output").join(demo::NAME));
+                newest_checkpoint(runs.into_iter().flatten().flatten().map(|run| run.path()))
             }
             None => None,
         }
@@ -141,13 +141,4 @@ fn run_on<B: Kernels>(
             (None, None) => chat::run(&mut chat, &mut stdin().lock(), output, notes, manner),
         }
     })
-}
-
-/// The newest checkpoint among the runs in a folder.
-fn newest_checkpoint(runs: &Path) -> Option<PathBuf> {
-    let written = |path: &Path| path.join(lora::ADAPTER_FILE).metadata().and_then(|m| m.modified());
-    let runs = std::fs::read_dir(runs).into_iter().flatten().flatten();
-    let checkpoints = runs.filter_map(|run| run_folder::newest_checkpoint(&run.path()));
-    let dated = checkpoints.filter_map(|path| Some((written(&path).ok()?, path)));
-    dated.max_by_key(|(time, _): &(SystemTime, PathBuf)| *time).map(|(_, path)| path)
 }

@@ -32,7 +32,7 @@ impl<'a> Progress<'a> {
         // The template is a constant, and the default style serves as well should it ever be wrong.
         let style = "{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed";
         bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.set_message("first step, which prepares the device");
+        bar.set_message("starting");
         bar.enable_steady_tick(Duration::from_millis(500));
         let now = Instant::now();
         Self {

@@ -41,6 +41,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
         return Err(Error::config(format!("--model_type `{name}` names a model, and nothing is downloaded"))
             .with_hint("fetch the model and pass its folder as --model_id_or_path; without both, the demo is trained"));
     }
+    let args = TrainArgs {
+        resume_from_checkpoint: args.resume_from_checkpoint.as_deref().map(checkpoint_of).transpose()?,
+        ..args
+    };
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
     let data = Data::load(&args, &open)?;
@@ -57,6 +61,18 @@ pub fn run(args: TrainArgs) -> Result<()> {
     })
 }
 
+/// The folder itself if it is a checkpoint, else the newest one of the run that it is.
+fn checkpoint_of(folder: &Path) -> Result<PathBuf> {
+    if folder.join(lora::ADAPTER_FILE).exists() {
+        return Ok(folder.to_owned());
+    }
+    newest_checkpoint([folder.to_owned()]).ok_or_else(|| {
+        Error::file(folder, "is no checkpoint, and as a run's folder holds none").with_hint(
+            "name a folder that holds checkpoint-{step}; a run that was stopped before its first save starts anew",
+        )
+    })
+}
+
 fn run_on<B: Kernels>(
     args: &TrainArgs,
     open: &OpenModel,
@@ -69,11 +85,7 @@ fn run_on<B: Kernels>(
     device::self_test::<B>(device, choice)?;
     let settings = settings(args, data)?;
     let mut model = open.load::<B>(device, choice.shard_bytes())?;
-    let checkpoint = args.resume_from_checkpoint.as_deref().map(|folder| {
-        // A whole run goes on from where it got to.
-        newest_checkpoint(folder).unwrap_or_else(|| folder.to_owned())
-    });
-    let adapter = checkpoint.as_ref().or(args.adapters.as_ref());
+    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
         Some(folder) => lora::load(&mut model, folder)?,
         None => {
@@ -82,7 +94,7 @@ fn run_on<B: Kernels>(
             config
         }
     };
-    let resume = match &checkpoint {
+    let resume = match &args.resume_from_checkpoint {
         Some(folder) => Some(TrainerState::read(folder, &model, &settings.plan)?),
         None => None,
     };
@@ -121,7 +133,7 @@ fn run_on<B: Kernels>(
     let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
     let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
     let kinds = tune::kinds(&model, tokens);
-    if let Some(checkpoint) = &checkpoint {
+    if let Some(checkpoint) = &args.resume_from_checkpoint {
         eprintln!("resume   after step {first_step} of {max_steps}, from {}", checkpoint.display());
     }
     tune::tune(choice, &kinds, max_steps - first_step, |note| eprintln!("device   {note}"));
@@ -141,6 +153,8 @@ fn run_on<B: Kernels>(
     let trained = train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress);
     progress.finish();
     let summary = trained.inspect_err(|_| {
+        // The error is what there is to report; that its picture cannot be drawn either tells nothing new.
+        let _ = run.plot(true);
         if let Some(checkpoint) = run.last_checkpoint() {
             eprintln!("the last checkpoint stays: {}", checkpoint.display());
         }
@@ -392,9 +406,10 @@ fn print_answers(questions: &[&str], before: &[String], after: &[String]) {
     println!("{table}");
     let chinese = |answers: &[String]| answers.iter().filter(|answer| demo::is_chinese(answer)).count();
     let n = questions.len();
+    let shown =
+        if n > SHOWN_ANSWERS { format!("{SHOWN_ANSWERS} of {n} questions shown; a") } else { "a".to_owned() };
     println!(
-        "the first {} of {n}; answers in Chinese: {} of {n} before, {} of {n} after\n",
-        SHOWN_ANSWERS.min(n),
+        "{shown}nswers in Chinese: {} of {n} before, {} of {n} after\n",
         chinese(before),
         chinese(after)
     );

@@ -50,8 +50,8 @@ pub enum Shader {
         /// The rank's quads, rounded up.
         rank_quads: u32,
         /// Whether the gradient's rows are whole quads.
-        is_out_vec4: bool,
-        /// Whether the rank is.
+        is_dy_vec4: bool,
+        /// Whether the rank is a multiple of four, so that the rows of the other operands are.
         is_rank_vec4: bool,
     },
     /// `orpo_loss.wgsl`
@@ -104,8 +104,8 @@ impl Shader {
             }
         }
         for rank_quads in RANK_QUADS {
-            for (is_out_vec4, is_rank_vec4) in [(true, true), (true, false), (false, true), (false, false)] {
-                let variant = |dy| Self::LoraBackward { dy, rank_quads, is_out_vec4, is_rank_vec4 };
+            for (is_dy_vec4, is_rank_vec4) in [(true, true), (true, false), (false, true), (false, false)] {
+                let variant = |dy| Self::LoraBackward { dy, rank_quads, is_dy_vec4, is_rank_vec4 };
                 all.extend(Element::ALL.map(variant));
             }
         }
@@ -144,8 +144,8 @@ impl Shader {
                 match cut {
                     Cut::Registers(tile) => {
                         // The largest tiles fill the 16 KiB that every device has, and go without.
-                        let quads = block_k * (block_m + block_n) / 4;
-                        let padding = u32::from((quads + 2 * block_k) * 16 <= 16_384);
+                        let staged = block_k * (block_m + block_n) / 4;
+                        let padding = u32::from((staged + 2 * block_k) * 16 <= 16_384);
                         values.extend([
                             ("tile_m", tile.tile_m().to_string()),
                             ("tile_n", tile.tile_n().to_string()),
@@ -175,16 +175,16 @@ impl Shader {
                     }
                 }
             }
-            Self::LoraBackward { dy, rank_quads, is_out_vec4, is_rank_vec4 } => {
+            Self::LoraBackward { dy, rank_quads, is_dy_vec4, is_rank_vec4 } => {
                 values.extend([
                     ("panel", PANEL.to_string()),
                     ("rank_quads", rank_quads.to_string()),
-                    ("dy", dy.wgsl(is_out_vec4)),
+                    ("dy", dy.wgsl(is_dy_vec4)),
                     ("adapter", Element::F32.wgsl(is_rank_vec4)),
                     ("matrices", "dy b s".to_owned()),
                 ]);
                 flags.extend((dy == Element::F16).then_some("f16"));
-                flags.extend(is_out_vec4.then_some("dy_vec4"));
+                flags.extend(is_dy_vec4.then_some("dy_vec4"));
                 flags.extend(is_rank_vec4.then_some("b_vec4"));
                 flags.extend(is_rank_vec4.then_some("s_vec4"));
                 concat!(

@@ -292,7 +292,7 @@ pub(super) fn lora_backward(
             Shader::LoraBackward {
                 dy: dy.dtype.into(),
                 rank_quads,
-                is_out_vec4: n_out % 4 == 0,
+                is_dy_vec4: n_out % 4 == 0,
                 is_rank_vec4: r % 4 == 0,
             },
             [panels, splits, 1],

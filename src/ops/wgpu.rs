@@ -197,7 +197,7 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         let stats = output(&logps, [pairs.len(), 5], DType::F32);
         let spans = logps.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
         let moved = cube::bytes(&[&logps, &stats]);
-        profile::kernel("orpo_loss forward", 0, moved, &logps.client, || {
+        profile::kernel("orpo_loss forward", logps.meta.num_elements(), moved, &logps.client, || {
             launch(
                 &logps.client,
                 Shader::OrpoLoss,
@@ -221,7 +221,7 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         let dlogps = output(&stats, [n_entries], DType::F32);
         let spans = stats.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
         let moved = cube::bytes(&[&stats, &dlogps]);
-        profile::kernel("orpo_loss backward", 0, moved, &stats.client, || {
+        profile::kernel("orpo_loss backward", n_entries, moved, &stats.client, || {
             launch(
                 &stats.client,
                 Shader::OrpoLossBackward,

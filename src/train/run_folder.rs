@@ -5,7 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use burn::tensor::{Tensor, backend::Backend};
 use serde_json::{Map, Value, json};
@@ -45,12 +45,18 @@ pub enum Tracker {
     None,
 }
 
-/// The checkpoint of a run folder that has the most steps behind it.
-pub fn newest_checkpoint(run: &Path) -> Option<PathBuf> {
+/// A run folder's checkpoints: when the adapter was written, which tells the newest where an older run had come further in the same
+/// folder, and how many steps are behind it.
+fn dated_checkpoints(run: &Path) -> Vec<(SystemTime, usize, PathBuf)> {
     let folders = fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path());
     let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse::<usize>().ok();
-    let numbered = folders.filter_map(|path| Some((step(&path)?, path)));
-    numbered.max().map(|(_, path)| path)
+    let written = |path: &Path| path.join(lora::ADAPTER_FILE).metadata().and_then(|m| m.modified()).ok();
+    folders.filter_map(|path| Some((written(&path)?, step(&path)?, path))).collect()
+}
+
+/// The newest checkpoint among those of some run folders; one without an adapter is none.
+pub fn newest_checkpoint(runs: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
+    runs.into_iter().flat_map(|run| dated_checkpoints(&run)).max().map(|(_, _, path)| path)
 }
 
 /// An open run folder.
@@ -130,7 +136,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Draws the log so far into `images/`, unless that was done a moment ago and `is_last` is not set.
+    /// Draws the log so far into `images/`; unless it `is_last`, not again within [`BETWEEN_PLOTS`].
     ///
     /// # Errors
     /// If a picture cannot be written.
@@ -306,5 +312,32 @@ impl<B: Backend> TrainerState<B> {
     pub fn restore(self, optimizer: &mut AdamW<B>) {
         optimizer.n_updates = self.global_step;
         (optimizer.exp_avg, optimizer.exp_avg_sq) = (self.exp_avg, self.exp_avg_sq);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_checkpoint_is_the_one_written_last() {
+        let run = tempfile::tempdir().unwrap();
+        let newest = || newest_checkpoint([run.path().to_owned()]).map(|p| p.file_name().unwrap().to_owned());
+        let write = |name: &str, seconds: u64| {
+            let folder = run.path().join(name);
+            fs::create_dir_all(&folder).unwrap();
+            let file = File::create(folder.join(lora::ADAPTER_FILE)).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).unwrap();
+        };
+        assert_eq!(newest(), None);
+        fs::create_dir(run.path().join("checkpoint-300")).unwrap();
+        File::create(run.path().join("checkpoint-400")).unwrap();
+        write(".checkpoint-11.partial", 9);
+        assert_eq!(newest(), None, "neither a folder without an adapter nor one half-written");
+        write("checkpoint-9", 5);
+        write("checkpoint-10", 5);
+        assert_eq!(newest().unwrap(), "checkpoint-10", "by steps where the clock is too coarse");
+        write("checkpoint-2", 6);
+        assert_eq!(newest().unwrap(), "checkpoint-2", "of the later run in the same folder");
     }
 }

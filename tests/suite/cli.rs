@@ -424,6 +424,8 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
     let output = workplace.train(&resumed);
     assert!(output.status.success(), "{}", stderr(&output));
     let says = "resume   after step 3 of 6, from out/checkpoint-3";
+    let resolved = fs::read_to_string(workplace.path("resumed/args.json")).unwrap();
+    assert!(resolved.contains("out/checkpoint-3"), "{resolved}");
     assert!(stderr(&output).contains(says), "{}", stderr(&output));
     let read = |file: &str| fs::read(workplace.path(file)).unwrap();
     assert_eq!(

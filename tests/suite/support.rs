@@ -37,7 +37,7 @@ pub(crate) fn assert_close(got: &[f32], want: &[f32], atol: f32, rtol: f32, what
     }
 }
 
-/// Gives the device to test on: the first adapter, software or not. It is one for all tests, so that a kernel is compiled once.
+/// Gives the device to test on: the first adapter, software or not. It is looked up once, as listing the adapters loads every driver.
 ///
 /// `None` leaves the test out, which happens only where there is no adapter and `ORPO_WGPU_SKIP_GPU=1` allows it.
 ///

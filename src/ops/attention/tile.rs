@@ -133,7 +133,6 @@ pub(super) fn products<F: Float>(
     stage: &mut SharedMemory<Quad<f32>>,
     #[comptime] tile: Tile,
 ) -> Array<f32> {
-    let column_n = thread_n(tile);
     let mut sums = Array::<f32>::new(comptime!(tile.lines * tile.columns));
     #[unroll]
     for i in 0..comptime!(tile.lines * tile.columns) {
@@ -149,7 +148,7 @@ pub(super) fn products<F: Float>(
         let mut at_b = Array::<usize>::new(comptime!(tile.columns));
         #[unroll]
         for j in 0..tile.columns {
-            at_b[j] = b_lines.start(first_b + column(column_n, j, tile));
+            at_b[j] = b_lines.start(first_b + column(thread_n(tile), j, tile));
         }
         for quad in 0..quads {
             let mut right = Array::<Quad<f32>>::new(comptime!(tile.columns));
@@ -175,7 +174,7 @@ pub(super) fn products<F: Float>(
                 let mut right = Array::<Quad<f32>>::new(comptime!(tile.columns));
                 #[unroll]
                 for j in 0..tile.columns {
-                    right[j] = stage[column(column_n, j, tile) * pitch + quad];
+                    right[j] = stage[column(thread_n(tile), j, tile) * pitch + quad];
                 }
                 multiply::<F>(a, &at_a, first + quad, &right, &mut sums, tile);
             }

@@ -35,7 +35,8 @@ pub struct Quads {
 }
 
 impl Quads {
-    /// Those of a product of these extents. Without a prologue, a rank of 0, the output stands in its operands' place.
+    /// Those of a product of these extents. Without a prologue, a rank of 0, its operands go by the output, which stands in their
+    /// place: products with and without one then share a variant.
     pub fn new(layout: Layout, [m, n, depth, rank]: [u32; 4]) -> Self {
         let [m, n, depth, r] = [m, n, depth, rank].map(|length| length % 4 == 0);
         let lengths = |depth: bool| match layout {
@@ -52,7 +53,9 @@ impl Quads {
     pub fn all(layout: Layout) -> Vec<Self> {
         let mut all = Vec::new();
         for [m, n, depth] in (0..8u32).map(|i| [i & 1, i >> 1 & 1, i >> 2].map(|bit| 4 + bit)) {
-            for rank in [0, 4, 5] {
+            // No product of this layout has a prologue.
+            let ranks = if layout == Layout::ColumnsColumns { &[0][..] } else { &[0, 4, 5] };
+            for &rank in ranks {
                 let quads = Self::new(layout, [m, n, depth, rank]);
                 if !all.contains(&quads) {
                     all.push(quads);

@@ -246,11 +246,12 @@ fn from_halves() {
     let Some(device) = adapter() else { return };
     compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21], [9, 12, 30]])), true, None, &device);
     compare(&Case::new(4, 2, 32, causal(70, 3)), true, None, &device);
+    compare(&Case::new(2, 1, 128, causal(0, 40)), true, None, &device);
 }
 
 /// A software adapter would never see the tiles that are meant for GPUs.
 #[test]
-fn tiles_of_every_device() {
+fn tiles_of_gpus() {
     let Some(device) = adapter() else { return };
     let tile = Some(Tile::GPU);
     compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), false, tile, &device);

@@ -250,7 +250,12 @@ fn on_matrices() {
         return;
     }
     for types in [F16, Types { out: DType::F32, ..F16 }, Types { dy: DType::F32, ..F16 }] {
-        for (shape, input) in [([65, 64, 256, 8], Input::AddTo), ([7, 107, 331, 5], Input::New)] {
+        for (shape, input) in [
+            ([65, 64, 256, 8], Input::AddTo),
+            ([7, 107, 331, 5], Input::New),
+            ([65, 64, 107, 8], Input::New),
+            ([65, 64, 256, 5], Input::New),
+        ] {
             compare(Case { shape, has_adapter: true, has_residual: true, input, types }, &device);
         }
     }
