@@ -280,6 +280,7 @@ fn bench_adamw(device: &WgpuDevice) {
             weight_decay: 0.0,
             max_grad_norm: 1.0,
             t: 10,
+            loss_scale: 1.0,
         };
         // Both sides own what they update, as training does.
         let state = || parameters.iter().map(|p| (p.clone() + 0.0, [p.clone() * 0.0, p.clone().abs()]));

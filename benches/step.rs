@@ -33,6 +33,7 @@ const STEP: AdamWStep = AdamWStep {
     weight_decay: 0.1,
     max_grad_norm: 1.0,
     t: 1,
+    loss_scale: 1.0,
 };
 
 /// Tokens of each of the pair's two sequences, the first half of which they share.

@@ -12,7 +12,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::train::loss_scale::{LossScaleConfig, MAX_SCALE, MIN_SCALE};
 use crate::train::schedule::LrSchedulerType;
+
+/// What `--dtype` takes, whatever the case.
+const DTYPES: [&str; 3] = ["auto", "fp16", "fp32"];
 
 /// What `orpo-wgpu train` is told. Names are ms-swift's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
@@ -42,9 +46,21 @@ pub struct TrainArgs {
     /// Must be 0: ORPO disables dropout, as TRL does
     #[arg(long, default_value_t = Self::default().lora_dropout, help_heading = "Model")]
     pub lora_dropout: f64,
-    /// Data type of the computation: AUTO or fp32
+    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
     #[arg(long, default_value = "AUTO", help_heading = "Model")]
     pub dtype: String,
+    /// What fp16 multiplies the loss with at first, so that small gradients do not vanish; it falls when gradients overflow
+    #[arg(long, default_value_t = Self::default().fp16_init_scale, help_heading = "Optimizer")]
+    pub fp16_init_scale: f64,
+    /// How much the scale grows after fp16_growth_interval steps without an overflow
+    #[arg(long, default_value_t = Self::default().fp16_growth_factor, help_heading = "Optimizer")]
+    pub fp16_growth_factor: f64,
+    /// What is left of the scale after an overflow, whose step is skipped
+    #[arg(long, default_value_t = Self::default().fp16_backoff_factor, help_heading = "Optimizer")]
+    pub fp16_backoff_factor: f64,
+    /// Steps in a row without an overflow before the scale grows
+    #[arg(long, default_value_t = Self::default().fp16_growth_interval, help_heading = "Optimizer")]
+    pub fp16_growth_interval: usize,
     /// Bits of the frozen weights: 0 (as stored)
     #[arg(long, default_value_t = Self::default().quantization_bit, help_heading = "Model")]
     pub quantization_bit: u32,
@@ -184,6 +200,10 @@ impl Default for TrainArgs {
             lora_alpha: 32.0,
             lora_dropout: 0.0,
             dtype: "AUTO".to_owned(),
+            fp16_init_scale: LossScaleConfig::default().init_scale,
+            fp16_growth_factor: LossScaleConfig::default().growth_factor,
+            fp16_backoff_factor: LossScaleConfig::default().backoff_factor,
+            fp16_growth_interval: LossScaleConfig::default().growth_interval,
             quantization_bit: 0,
             dataset: Vec::new(),
             val_dataset: Vec::new(),
@@ -303,6 +323,18 @@ impl TrainArgs {
             ("max_grad_norm", self.max_grad_norm),
             ("adam_epsilon", self.adam_epsilon),
         ];
+        let scales = [
+            ("fp16_init_scale", self.fp16_init_scale, MIN_SCALE..=MAX_SCALE),
+            ("fp16_growth_factor", self.fp16_growth_factor, 1.0..=1024.0),
+            ("fp16_backoff_factor", self.fp16_backoff_factor, 1e-3..=0.999),
+        ];
+        for (name, value, range) in scales {
+            require(
+                range.contains(&value),
+                format!("--{name} is {value}, expected {} to {}", range.start(), range.end()),
+            );
+        }
+        require(self.fp16_growth_interval > 0, "--fp16_growth_interval is 0, expected at least 1".to_owned());
         for (name, value) in not_negative {
             require(
                 value >= 0.0 && value.is_finite(),
@@ -327,8 +359,8 @@ impl TrainArgs {
             format!("--sft_type is `{}`: this build trains `lora`", self.sft_type),
         );
         require(
-            ["AUTO", "auto", "fp32"].contains(&self.dtype.as_str()),
-            format!("--dtype is `{}`: this build computes in `fp32`", self.dtype),
+            DTYPES.contains(&self.dtype.to_ascii_lowercase().as_str()),
+            format!("--dtype is `{}`: this build computes in AUTO, fp16 or fp32", self.dtype),
         );
         require(
             self.quantization_bit == 0,

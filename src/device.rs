@@ -9,7 +9,7 @@ mod guard;
 use std::fmt;
 use std::str::FromStr;
 
-use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 pub use adapter::{Adapter, DeviceType, adapters, api};
@@ -80,6 +80,29 @@ impl DeviceChoice {
         match self {
             Self::Cpu => "the CPU".to_owned(),
             Self::Wgpu { adapter, .. } => format!("{}, {}", adapter.name, adapter.api),
+        }
+    }
+
+    /// The type that `--dtype` names on this device: that of frozen matrices and activations.
+    ///
+    /// `AUTO` takes `f16` on a GPU that computes in it. A software adapter converts every value, and is faster in `f32`.
+    ///
+    /// # Errors
+    /// If there is no such type, or the device does not compute in it.
+    pub fn dtype(&self, name: &str) -> Result<DType> {
+        let (has_f16, is_software) = match self {
+            Self::Cpu => (false, true),
+            Self::Wgpu { adapter, .. } => (adapter.f16, adapter.device_type == DeviceType::Software),
+        };
+        let can = if has_f16 { "fp16 and fp32" } else { "fp32" };
+        match name.to_ascii_lowercase().as_str() {
+            "auto" if has_f16 && !is_software => Ok(DType::F16),
+            "auto" | "fp32" => Ok(DType::F32),
+            "fp16" if has_f16 => Ok(DType::F16),
+            "fp16" => Err(Error::config(format!("--dtype {name}: {self} computes in {can}")).with_hint(
+                format!("--dtype AUTO takes what suits the device; {} can do {can}", self.describe()),
+            )),
+            other => Err(Error::config(format!("--dtype `{other}`: expected AUTO, fp16 or fp32"))),
         }
     }
 

@@ -4,6 +4,7 @@
 //! checkpoint takes the same rows at the same rates as one that was never interrupted.
 
 pub mod cost;
+pub mod loss_scale;
 pub mod metrics;
 pub mod optim;
 pub mod plan;
@@ -26,10 +27,11 @@ use crate::model::Llama;
 use crate::model::llama::Keep;
 use crate::ops::Kernels;
 use crate::ops::adamw::grad_norm;
+use loss_scale::{LossScale, LossScaleConfig, MIN_SCALE};
 use metrics::{StepMetrics, StepTrace};
 use optim::{AdamW, AdamWConfig};
 use plan::Plan;
-use run_folder::{RunFolder, TrainerState};
+use run_folder::{Position, RunFolder, TrainerState};
 use schedule::Schedule;
 use step::{evaluate, forward_backward};
 
@@ -46,6 +48,8 @@ pub struct TrainSettings {
     pub schedule: Schedule,
     /// The optimizer.
     pub adamw: AdamWConfig,
+    /// How the loss is scaled, in fp16.
+    pub loss_scale: Option<LossScaleConfig>,
     /// What of each layer is kept for backward.
     pub keep: Keep,
     /// Steps between lines of the log.
@@ -71,6 +75,8 @@ pub trait Observer {
     fn before_step(&mut self, step: usize);
     /// An optimizer step is done.
     fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize);
+    /// A step's gradient overflowed at this scale of the loss, and nothing was updated.
+    fn on_skip(&mut self, step: usize, scale: f64);
     /// A line was written to the log.
     fn on_log(&mut self, line: &Map<String, Value>);
     /// Memory in use in bytes, asked where the device does not tell what its tensors take.
@@ -82,6 +88,8 @@ pub trait Observer {
 pub struct Summary {
     /// Optimizer steps made by this process.
     pub n_steps: usize,
+    /// Steps of the run that were skipped, as their gradients overflowed in fp16.
+    pub n_skipped: usize,
     /// Metrics before the first step and after the last: of the validation rows, or of the first and last logged steps.
     pub before: StepMetrics,
     /// See `before`.
@@ -113,8 +121,12 @@ pub fn train<B: Kernels>(
     let initial = lora::parameters(model);
     let mut optimizer = AdamW::new(settings.adamw, &initial);
     let mut first_step = 0;
+    let mut loss_scale = settings.loss_scale.map(|config| (config, LossScale::new(&config)));
     if let Some(state) = resume {
         first_step = state.global_step;
+        if let (Some((_, scale)), Some(saved)) = (&mut loss_scale, state.loss_scale) {
+            *scale = saved;
+        }
         state.restore(&mut optimizer);
     }
     let mut before = match data.val {
@@ -125,14 +137,29 @@ pub fn train<B: Kernels>(
     for step in first_step..max_steps {
         observer.before_step(step + 1);
         let micro_batches = settings.plan.micro_batches(step);
-        let (grads, stats) = accumulate(model, data.train, &micro_batches, settings, &mut window);
+        let scale = loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
+        let (grads, stats) = accumulate(model, data.train, &micro_batches, settings, scale, &mut window);
         let norm = grad_norm(&grads);
         let learning_rate = settings.schedule.at(step);
-        optimizer.update(learning_rate, lora::tensors_mut(model), grads, &norm);
-        let (metrics, grad_norm) = read_step(stats, norm, settings.beta, &mut window)?;
+        optimizer.update(learning_rate, lora::tensors_mut(model), grads, &norm, scale);
+        let (metrics, scaled_norm) = read_step(stats, norm, settings.beta, &mut window)?;
+        let grad_norm = scaled_norm / scale;
         let indices = micro_batches.concat();
         check_finite(step + 1, "loss", metrics.loss, data.train, &indices)?;
-        check_finite(step + 1, "grad_norm", grad_norm, data.train, &indices)?;
+        match &mut loss_scale {
+            None => check_finite(step + 1, "grad_norm", grad_norm, data.train, &indices)?,
+            Some((config, loss_scale)) => {
+                loss_scale.update(config, grad_norm.is_finite());
+                if !grad_norm.is_finite() {
+                    // The device has left everything as it was.
+                    optimizer.n_updates -= 1;
+                    observer.on_skip(step + 1, scale);
+                }
+                if loss_scale.scale < MIN_SCALE {
+                    return Err(fallen_to_nothing(step + 1, loss_scale));
+                }
+            }
+        }
 
         let done = step + 1;
         let is_last = done == max_steps;
@@ -145,6 +172,8 @@ pub fn train<B: Kernels>(
                 learning_rate,
                 tokens_per_second: window.tokens_per_second(),
                 memory_bytes: window.peak_bytes.unwrap_or_else(|| observer.memory_bytes()),
+                loss_scale: loss_scale.map(|_| scale),
+                skipped_steps: loss_scale.map(|(_, loss_scale)| loss_scale.n_skipped),
             };
             let line = log_line(done, settings.plan.epoch(done), &mean.to_json(""), Some(&trace));
             run.log(done, &line)?;
@@ -161,11 +190,14 @@ pub fn train<B: Kernels>(
             window.paused_s += paused.elapsed().as_secs_f64();
         }
         if is_last {
-            check_moved(step, &initial, &lora::parameters(model))?;
+            let n_skipped = loss_scale.map_or(0, |(_, loss_scale)| loss_scale.n_skipped);
+            check_moved(step, n_skipped, &initial, &lora::parameters(model))?;
         }
         if done.is_multiple_of(settings.save_steps) || is_last {
             let paused = Instant::now();
-            run.save(model, lora_config, &optimizer, done, &settings.plan)?;
+            let loss_scale = loss_scale.map(|(_, loss_scale)| loss_scale);
+            let position = Position { step: done, plan: &settings.plan, loss_scale };
+            run.save(model, lora_config, &optimizer, position)?;
             run.plot(is_last)?;
             window.paused_s += paused.elapsed().as_secs_f64();
         }
@@ -178,6 +210,7 @@ pub fn train<B: Kernels>(
     };
     Ok(Summary {
         n_steps: max_steps - first_step,
+        n_skipped: loss_scale.map_or(0, |(_, loss_scale)| loss_scale.n_skipped),
         before,
         after,
         is_validation: !data.val.is_empty(),
@@ -215,16 +248,17 @@ impl Window {
     }
 }
 
-/// Forward and backward of a step's micro-batches: their mean gradient and each one's statistics.
+/// Forward and backward of a step's micro-batches: their mean gradient, times the loss scale, and each one's statistics.
 fn accumulate<B: Kernels>(
     model: &Llama<B>,
     rows: &[TokenizedPair],
     micro_batches: &[Vec<usize>],
     settings: &TrainSettings,
+    loss_scale: f64,
     window: &mut Window,
 ) -> (Vec<Tensor<B, 2>>, Vec<Tensor<B, 2>>) {
     window.started.get_or_insert_with(Instant::now);
-    let grad_scale = 1.0 / micro_batches.len() as f32;
+    let grad_scale = (loss_scale / micro_batches.len() as f64) as f32;
     let mut total: Option<Vec<Tensor<B, 2>>> = None;
     let mut stats = Vec::with_capacity(micro_batches.len());
     for indices in micro_batches {
@@ -241,7 +275,7 @@ fn accumulate<B: Kernels>(
     (total.unwrap_or_default(), stats)
 }
 
-/// Reads what a step came to, once for all of it: the mean metrics of its micro-batches and the norm of its gradient.
+/// Reads what a step came to, once for all of it: the mean metrics of its micro-batches and the norm of its gradient as it came.
 fn read_step<B: Kernels>(
     stats: Vec<Tensor<B, 2>>,
     norm: Tensor<B, 1>,
@@ -301,8 +335,22 @@ fn check_finite(
     Err(Error::NonFinite { step: n_steps, quantity, value, rows: locations.join(", ") })
 }
 
+/// What a run in fp16 ends with whose gradients overflow at any scale.
+fn fallen_to_nothing(step: usize, loss_scale: &LossScale) -> Error {
+    Error::config(format!(
+        "step {step}: the loss scale has fallen to {:e}, after {} skipped steps: gradients overflow fp16 (65504) at any scale",
+        loss_scale.scale, loss_scale.n_skipped
+    ))
+    .with_hint("--dtype fp32; or a lower --learning_rate, if the run had been going well before")
+}
+
 /// A run that moved nothing has trained nothing, whatever its log says.
-fn check_moved<B: Kernels>(step: usize, before: &[Tensor<B, 2>], after: &[Tensor<B, 2>]) -> Result<()> {
+fn check_moved<B: Kernels>(
+    step: usize,
+    n_skipped: usize,
+    before: &[Tensor<B, 2>],
+    after: &[Tensor<B, 2>],
+) -> Result<()> {
     let moved = before.iter().zip(after).map(|(b, a)| (a.clone() - b.clone()).abs().max());
     let moved = optim::read(Tensor::cat(moved.collect(), 0).max())?[0];
     if !moved.is_finite() {
@@ -311,6 +359,12 @@ fn check_moved<B: Kernels>(step: usize, before: &[Tensor<B, 2>], after: &[Tensor
     }
     if moved > 0.0 {
         return Ok(());
+    }
+    if n_skipped == step + 1 {
+        return Err(Error::config(format!(
+            "all {n_skipped} steps were skipped: their gradients overflowed fp16"
+        ))
+        .with_hint("a lower --fp16_init_scale, more steps for the scale to fall, or --dtype fp32"));
     }
     Err(Error::config(format!("the adapter did not change in the whole run (largest change {moved})"))
         .with_hint(

@@ -41,7 +41,7 @@ pub struct BenchArgs {
     /// Pairs of a step
     #[arg(long, default_value_t = 1)]
     batch_size: usize,
-    /// Data type of weights and activations: fp32 or fp16; AUTO is fp16 where the device computes in it, but for the CPU
+    /// Data type of weights and activations: fp16, fp32, or AUTO for fp16 where a GPU computes in it
     #[arg(long, default_value = "AUTO")]
     dtype: String,
     /// Rank of the adapters
@@ -75,7 +75,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         println!("device   {note}");
     }
     let choice = &selected.choice;
-    let dtype = args.dtype(choice)?;
+    let dtype = choice.dtype(&args.dtype)?;
     device::guard("the bench", choice, || match choice {
         DeviceChoice::Cpu => run_on::<Flex>(args, &config, dtype, &Default::default(), choice),
         DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &config, dtype, device, choice),
@@ -106,18 +106,6 @@ impl BenchArgs {
         }
         let num_hidden_layers = self.num_hidden_layers.unwrap_or(config.num_hidden_layers);
         Ok(LlamaConfig { num_hidden_layers, ..config })
-    }
-
-    fn dtype(&self, choice: &DeviceChoice) -> Result<DType> {
-        let f16 = matches!(choice, DeviceChoice::Wgpu { adapter, .. } if adapter.f16);
-        match self.dtype.to_ascii_lowercase().as_str() {
-            "auto" if f16 => Ok(DType::F16),
-            "auto" | "fp32" => Ok(DType::F32),
-            "fp16" if f16 => Ok(DType::F16),
-            "fp16" => Err(Error::config(format!("--dtype fp16: {choice} does not compute in 16-bit floats"))
-                .with_hint("--dtype fp32 runs everywhere")),
-            other => Err(Error::config(format!("--dtype `{other}`: expected AUTO, fp16 or fp32"))),
-        }
     }
 
     fn keep(&self) -> Keep {
@@ -277,7 +265,7 @@ impl<B: Kernels> Bench<B> {
         let started = Instant::now();
         let grads = forward_backward(&self.model, &self.batch, BETA, 1.0, self.keep);
         let norm = grad_norm(&grads.lora);
-        self.optimizer.update(1e-5, lora::tensors_mut(&mut self.model), grads.lora, &norm);
+        self.optimizer.update(1e-5, lora::tensors_mut(&mut self.model), grads.lora, &norm, 1.0);
         let stats = read(grads.stats)?;
         let norm = read(norm)?;
         wait::<B>(&self.model.device())?;

@@ -62,6 +62,9 @@ pub struct InferArgs {
     /// Where to compute: auto, cpu, wgpu or wgpu:1
     #[arg(long, default_value = "auto")]
     device: String,
+    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
+    #[arg(long, default_value = "AUTO")]
+    dtype: String,
     /// Say how fast every answer was
     #[arg(long)]
     verbose: bool,
@@ -122,7 +125,7 @@ fn run_on<B: Kernels>(
 ) -> Result<()> {
     device::self_test::<B>(device, choice)?;
     device::guard("answering", choice, || {
-        let mut model = open.load::<B>(device, choice.shard_bytes())?;
+        let mut model = open.load::<B>(choice.dtype(&args.dtype)?, device, choice.shard_bytes())?;
         let adapter = args.adapter();
         if let Some(folder) = &adapter {
             lora::load(&mut model, folder)?;

@@ -65,16 +65,17 @@ impl OpenModel {
         matches!(self.source, Source::Demo)
     }
 
-    /// Loads the weights onto a device. Matrices of the vocabulary's size come in shards of at most `shard_bytes`.
+    /// Loads the weights onto a device, frozen matrices and activations in `dtype`. Matrices of the vocabulary's size come in shards
+    /// of at most `shard_bytes`.
     ///
     /// # Errors
     /// If the weights are missing, damaged or do not fit `config.json`.
-    pub fn load<B: Kernels>(&self, device: &B::Device, shard_bytes: usize) -> Result<Llama<B>> {
+    pub fn load<B: Kernels>(&self, dtype: DType, device: &B::Device, shard_bytes: usize) -> Result<Llama<B>> {
         let checkpoint = match &self.source {
             Source::Demo => demo::checkpoint()?,
             Source::Folder(folder) => Checkpoint::open_folder(folder)?,
         };
-        load_llama(&checkpoint, &self.config, DType::F32, shard_bytes, device)
+        load_llama(&checkpoint, &self.config, dtype, shard_bytes, device)
     }
 
     /// Checks that the model has a row for every token of these ids.

@@ -84,6 +84,14 @@ impl Observer for Progress<'_> {
             .set_message(format!("loss {:.4}  {tokens_per_second:.0} tokens/s  {left} left", metrics.loss));
     }
 
+    fn on_skip(&mut self, step: usize, scale: f64) {
+        self.bar.suspend(|| {
+            eprintln!(
+                "step {step} skipped: its gradient overflows fp16 at loss scale {scale}, which is lowered"
+            );
+        });
+    }
+
     fn on_log(&mut self, line: &Map<String, Value>) {
         self.window_started = Instant::now();
         if std::io::stderr().is_terminal() {

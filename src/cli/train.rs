@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use burn::tensor::DType;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 use comfy_table::{ContentArrangement, Table, presets};
@@ -23,6 +24,7 @@ use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
 use crate::model::llama::Keep;
 use crate::ops::Kernels;
+use crate::train::loss_scale::LossScaleConfig;
 use crate::train::optim::AdamWConfig;
 use crate::train::plan::Plan;
 use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState, newest_checkpoint};
@@ -83,8 +85,15 @@ fn run_on<B: Kernels>(
 ) -> Result<()> {
     let loading = Instant::now();
     device::self_test::<B>(device, choice)?;
-    let settings = settings(args, data)?;
-    let mut model = open.load::<B>(device, choice.shard_bytes())?;
+    let dtype = choice.dtype(&args.dtype)?;
+    let loss_scale = (dtype == DType::F16).then_some(LossScaleConfig {
+        init_scale: args.fp16_init_scale,
+        growth_factor: args.fp16_growth_factor,
+        backoff_factor: args.fp16_backoff_factor,
+        growth_interval: args.fp16_growth_interval,
+    });
+    let settings = TrainSettings { loss_scale, ..settings(args, data)? };
+    let mut model = open.load::<B>(dtype, device, choice.shard_bytes())?;
     let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
         Some(folder) => lora::load(&mut model, folder)?,
@@ -274,6 +283,7 @@ fn settings(args: &TrainArgs, data: &Data) -> Result<TrainSettings> {
             weight_decay: args.weight_decay,
             max_grad_norm: args.max_grad_norm,
         },
+        loss_scale: None,
         keep: Keep::Input,
         logging_steps: args.logging_steps,
         eval_steps: args.eval_steps,
@@ -295,8 +305,9 @@ fn describe<B: Kernels>(
         data.train.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     eprintln!(
-        "model    {} on {choice}, loaded in {:.1} s, {trainable} trainable weights",
+        "model    {} in {} on {choice}, loaded in {:.1} s, {trainable} trainable weights",
         open.name,
+        if settings.loss_scale.is_some() { "fp16" } else { "fp32" },
         loading.elapsed().as_secs_f64()
     );
     eprintln!(
@@ -433,6 +444,9 @@ fn print_summary(summary: &Summary, args: &TrainArgs) {
         table.add_row([name.to_owned(), format!("{before:.4}"), format!("{after:.4}")]);
     }
     println!("{table}");
+    if summary.n_skipped > 0 {
+        println!("{} steps of the run were skipped, as their gradients overflowed fp16", summary.n_skipped);
+    }
     println!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
     println!("adapter: {}", summary.checkpoint.display());
     let model = args.model_id_or_path.as_ref();

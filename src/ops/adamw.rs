@@ -6,6 +6,8 @@
 //! p ← p (1 − lr · decay) − lr · (m / (1 − β1ᵗ)) / (sqrt(v / (1 − β2ᵗ)) + ε)                          torch.optim.AdamW
 //! ```
 //!
+//! Gradients of a loss that was scaled are divided by its scale first, and so is their norm.
+//!
 //! The norm stays on the device, so that a step waits for it only once, at its end. A norm that is not finite leaves everything as
 //! it is.
 
@@ -36,6 +38,8 @@ pub struct AdamWStep {
     pub max_grad_norm: f64,
     /// The update's number, from 1: `t` of the bias corrections.
     pub t: usize,
+    /// What the loss was multiplied with before backward, a power of two; 1 for nothing.
+    pub loss_scale: f64,
 }
 
 /// Computes the global norm of the gradients, `[1]`.
@@ -80,9 +84,11 @@ pub fn adamw_reference<B: Backend>(
     norm: Tensor<B, 1>,
     step: &AdamWStep,
 ) -> (Tensor<B, 2>, [Tensor<B, 2>; 2]) {
-    let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t } = step;
+    let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t, loss_scale } =
+        step;
     let shape = parameter.dims();
     let is_finite: Tensor<B, 2, Bool> = norm.clone().is_finite().unsqueeze::<2>().expand(shape);
+    let (grad, norm) = (grad / loss_scale, norm / loss_scale);
     let grad = match max_grad_norm > 0.0 {
         true => grad * ((norm + 1e-6).recip() * max_grad_norm).clamp_max(1.0).unsqueeze::<2>(),
         false => grad,
@@ -154,6 +160,7 @@ fn update_kernel<N: Size>(
     v: &mut Array<Vector<f32, N>>,
     vectors: usize,
     max_grad_norm: f32,
+    inverse_scale: f32,
     betas: (f32, f32),
     remainders: (f32, f32),
     decay: f32,
@@ -165,9 +172,9 @@ fn update_kernel<N: Size>(
     // An exponent of ones is infinity or NaN. A comparison of floats is no test: compilers may take them for finite.
     let is_finite = u32::reinterpret(norm[0]) & 0x7f80_0000 != 0x7f80_0000;
     if is_finite && ABSOLUTE_POS < vectors {
-        let mut g = grad[ABSOLUTE_POS];
+        let mut g = grad[ABSOLUTE_POS] * Vector::new(inverse_scale);
         if comptime!(clips) {
-            g *= Vector::new(min(max_grad_norm / (norm[0] + 1e-6), 1.0f32));
+            g *= Vector::new(min(max_grad_norm / (norm[0] * inverse_scale + 1e-6), 1.0f32));
         }
         let new_m = m[ABSOLUTE_POS] * Vector::new(betas.0) + g * Vector::new(remainders.0);
         let new_v = v[ABSOLUTE_POS] * Vector::new(betas.1) + g * g * Vector::new(remainders.1);
@@ -247,7 +254,8 @@ pub(super) fn launch_update<R: CubeRuntime>(
 ) -> (CubeTensor<R>, [CubeTensor<R>; 2]) {
     let own = |tensor: CubeTensor<R>| if tensor.can_mut() { tensor } else { tensor.copy() };
     let (parameter, m, v) = (own(parameter), own(m), own(v));
-    let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t } = step;
+    let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t, loss_scale } =
+        step;
     let [correction1, correction2] = [beta1, beta2].map(|beta| 1.0 - beta.powi(t as i32));
     let client = parameter.client.clone();
     let width = vector_width(parameter.meta.num_elements());
@@ -270,6 +278,7 @@ pub(super) fn launch_update<R: CubeRuntime>(
                 v.clone().into_array_arg(),
                 vectors,
                 max_grad_norm as f32,
+                (1.0 / loss_scale) as f32,
                 (beta1 as f32, beta2 as f32),
                 ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
                 (1.0 - learning_rate * weight_decay) as f32,

@@ -98,4 +98,10 @@ pub struct StepTrace {
     pub tokens_per_second: f64,
     /// The most that tensors took on the device since the last line, or the process's resident memory on the CPU.
     pub memory_bytes: u64,
+    /// In fp16: what the last step's loss was multiplied with before backward.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// In fp16: steps of the run so far whose gradients overflowed, and which were skipped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped_steps: Option<usize>,
 }

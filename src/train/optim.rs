@@ -40,7 +40,8 @@ impl<B: Backend> AdamW<B> {
         Self { config, n_updates: 0, exp_avg: zeros(), exp_avg_sq: zeros() }
     }
 
-    /// Updates every tensor with gradients of this global norm, clipped to `max_grad_norm`; see [`adamw`].
+    /// Updates every tensor with gradients of this global norm, those of `loss_scale` times the loss, clipped to `max_grad_norm`;
+    /// see [`adamw`].
     ///
     /// # Panics
     /// If the number of tensors differs from that at the start.
@@ -50,6 +51,7 @@ impl<B: Backend> AdamW<B> {
         parameters: Vec<&mut Tensor<B, 2>>,
         grads: Vec<Tensor<B, 2>>,
         norm: &Tensor<B, 1>,
+        loss_scale: f64,
     ) where
         B: Kernels,
     {
@@ -65,6 +67,7 @@ impl<B: Backend> AdamW<B> {
             weight_decay,
             max_grad_norm,
             t: self.n_updates,
+            loss_scale,
         };
         let moments = std::mem::take(&mut self.exp_avg).into_iter().zip(std::mem::take(&mut self.exp_avg_sq));
         for ((slot, grad), (m, v)) in parameters.into_iter().zip(grads).zip(moments) {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use burn::tensor::{Tensor, backend::Backend};
 use serde_json::{Map, Value, json};
 
+use super::loss_scale::LossScale;
 use super::optim::AdamW;
 use super::plan::Plan;
 use super::plots;
@@ -34,6 +35,17 @@ pub struct CheckpointTexts {
     pub args: String,
     /// The adapter's card, `README.md`.
     pub card: String,
+}
+
+/// Where a run stands when it saves.
+#[derive(Debug, Clone, Copy)]
+pub struct Position<'a> {
+    /// Optimizer steps done.
+    pub step: usize,
+    /// The run's rows by step.
+    pub plan: &'a Plan,
+    /// The loss scale of the next step, in fp16.
+    pub loss_scale: Option<LossScale>,
 }
 
 /// Where the log goes besides `logging.jsonl`.
@@ -158,15 +170,15 @@ impl RunFolder {
         model: &Llama<B>,
         lora_config: &LoraConfig,
         optimizer: &AdamW<B>,
-        step: usize,
-        plan: &Plan,
+        position: Position<'_>,
     ) -> Result<()> {
+        let step = position.step;
         let place = self.folder.join(format!("checkpoint-{step}"));
         if self.checkpoints.contains(&place) {
             return Ok(());
         }
         let partial = self.folder.join(format!(".checkpoint-{step}.partial"));
-        let written = self.write_checkpoint(&partial, model, lora_config, optimizer, step, plan);
+        let written = self.write_checkpoint(&partial, model, lora_config, optimizer, position);
         if let Err(error) = written.and_then(|()| put_in_place(&partial, &place)) {
             // The first error is the one to report; a folder that cannot be removed either tells nothing new.
             let _ = fs::remove_dir_all(&partial);
@@ -186,8 +198,7 @@ impl RunFolder {
         model: &Llama<B>,
         lora_config: &LoraConfig,
         optimizer: &AdamW<B>,
-        step: usize,
-        plan: &Plan,
+        position: Position<'_>,
     ) -> Result<()> {
         if folder.exists() {
             fs::remove_dir_all(folder).map_err(Error::io("remove", folder))?;
@@ -201,6 +212,7 @@ impl RunFolder {
         let mut state = moments("exp_avg", &optimizer.exp_avg);
         state.extend(moments("exp_avg_sq", &optimizer.exp_avg_sq));
         lora::write_safetensors(&folder.join(OPTIMIZER_FILE), &state)?;
+        let Position { step, plan, loss_scale } = position;
         let state = json!({
             "global_step": step,
             "epoch": plan.epoch(step),
@@ -208,6 +220,7 @@ impl RunFolder {
             "batch_size": plan.batch_size,
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
             "shuffle_seed": shuffle_seed(plan),
+            "loss_scale": loss_scale,
             "log_history": self.log_history,
         });
         let texts = [
@@ -256,6 +269,8 @@ pub struct TrainerState<B: Backend> {
     pub global_step: usize,
     /// The log up to there.
     pub log_history: Vec<Value>,
+    /// The loss scale to go on with, of a run in fp16.
+    pub loss_scale: Option<LossScale>,
     exp_avg: Vec<Tensor<B, 2>>,
     exp_avg_sq: Vec<Tensor<B, 2>>,
 }
@@ -302,6 +317,8 @@ impl<B: Backend> TrainerState<B> {
         let log_history = state["log_history"].as_array().cloned().unwrap_or_default();
         Ok(Self {
             global_step: global_step as usize,
+            loss_scale: serde_json::from_value(state["loss_scale"].clone())
+                .map_err(|e| Error::file(&path, format!("has a damaged loss_scale: {e}")))?,
             log_history,
             exp_avg: load(first),
             exp_avg_sq: load(second),
@@ -310,7 +327,8 @@ impl<B: Backend> TrainerState<B> {
 
     /// Puts the optimizer where it was.
     pub fn restore(self, optimizer: &mut AdamW<B>) {
-        optimizer.n_updates = self.global_step;
+        optimizer.n_updates =
+            self.global_step.saturating_sub(self.loss_scale.map_or(0, |scale| scale.n_skipped));
         (optimizer.exp_avg, optimizer.exp_avg_sq) = (self.exp_avg, self.exp_avg_sq);
     }
 }

@@ -76,7 +76,17 @@ fn train_profiles_a_step_when_asked() {
     let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa");
     let (model, pairs) = (case.join("model"), case.join("pairs.jsonl"));
     let output = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"))
-        .args(["train", "--profile", "--device", "wgpu", "--max_steps", "2", "--output_dir"])
+        .args([
+            "train",
+            "--profile",
+            "--device",
+            "wgpu",
+            "--dtype",
+            "fp16",
+            "--max_steps",
+            "2",
+            "--output_dir",
+        ])
         .arg(folder.path())
         .arg("--model_id_or_path")
         .arg(model)
@@ -87,4 +97,6 @@ fn train_profiles_a_step_when_asked() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let printed = text(&output.stdout);
     assert!(printed.contains("kernels of step 2") && printed.contains("lora_linear forward"), "{printed}");
+    let said = text(&output.stderr);
+    assert!(said.contains(" in fp16 on wgpu"), "{said}");
 }

@@ -265,6 +265,20 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
         },
         Case { name: "dtype", spoil: |_| {}, flags: &["--dtype", "fp8"], code: 2, says: &["fp8", "fp32"] },
         Case {
+            name: "dtype of the device",
+            spoil: |_| {},
+            flags: &["--dtype", "fp16", "--device", "cpu"],
+            code: 2,
+            says: &["--dtype fp16: cpu computes in fp32"],
+        },
+        Case {
+            name: "loss scale",
+            spoil: |_| {},
+            flags: &["--fp16_init_scale", "0"],
+            code: 2,
+            says: &["--fp16_init_scale is 0"],
+        },
+        Case {
             name: "a typo in a configuration file",
             spoil: |w| fs::write(w.path("run.toml"), "betta = 0.1\n").unwrap(),
             flags: &["--config", "run.toml"],

@@ -75,6 +75,7 @@ fn settings(t: usize) -> AdamWStep {
         weight_decay: 0.1,
         max_grad_norm: 1.0,
         t,
+        loss_scale: 1.0,
     }
 }
 

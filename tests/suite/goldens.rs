@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
-use burn_wgpu::Wgpu;
+use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::data::batch::{LossCompat, pack};
 use orpo_wgpu::data::dataset::{self, Shuffle, Strictness};
 use orpo_wgpu::data::template::Template;
@@ -18,13 +18,14 @@ use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig};
 use orpo_wgpu::ops::Kernels;
+use orpo_wgpu::train::loss_scale::LossScaleConfig;
 use orpo_wgpu::train::metrics::StepMetrics;
 use orpo_wgpu::train::optim::AdamWConfig;
 use orpo_wgpu::train::plan::Plan;
 use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
 use orpo_wgpu::train::schedule::{LrSchedulerType, Schedule};
 use orpo_wgpu::train::step::forward_backward;
-use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
+use orpo_wgpu::train::{Observer, Summary, TrainData, TrainSettings, train};
 use serde_json::{Map, Value};
 
 use crate::support::{adapter, assert_close};
@@ -69,14 +70,18 @@ impl Case {
     }
 
     /// The model without adapter. Small shards, so that the head is cut into several.
-    fn model<B: Kernels>(&self, device: &B::Device) -> Llama<B> {
+    fn model<B: Kernels>(&self, dtype: DType, device: &B::Device) -> Llama<B> {
         let config = LlamaConfig::read(&self.folder.join("model/config.json")).unwrap();
         let checkpoint = Checkpoint::open_folder(&self.folder.join("model")).unwrap();
-        load_llama(&checkpoint, &config, DType::F32, 200 * config.hidden_size * 4, device).unwrap()
+        load_llama(&checkpoint, &config, dtype, 200 * config.hidden_size * 4, device).unwrap()
     }
 
     pub(crate) fn adapted<B: Kernels>(&self, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {
-        let mut model = self.model(device);
+        self.adapted_in(DType::F32, device)
+    }
+
+    fn adapted_in<B: Kernels>(&self, dtype: DType, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {
+        let mut model = self.model(dtype, device);
         let config = lora::load(&mut model, &self.folder.join("adapter")).unwrap();
         (model, config)
     }
@@ -110,6 +115,7 @@ impl Case {
                 weight_decay: self.flag("weight_decay"),
                 max_grad_norm: self.flag("max_grad_norm"),
             },
+            loss_scale: None,
             keep: Keep::Input,
             logging_steps: 1,
             eval_steps: 1000,
@@ -153,7 +159,9 @@ fn check_forward<B: Kernels>(device: &B::Device) {
         let case = Case::open(name);
         let forward = &case.golden["forward"];
         let ids: Vec<u32> = floats(&forward["ids"]).iter().map(|&id| id as u32).collect();
-        for (kind, model) in [("base", case.model::<B>(device)), ("adapter", case.adapted::<B>(device).0)] {
+        for (kind, model) in
+            [("base", case.model::<B>(DType::F32, device)), ("adapter", case.adapted::<B>(device).0)]
+        {
             let layout = AttentionLayout::causal(&model.config, 0, ids.len(), device);
             let logits = model.lm_head.logits(model.forward(&ids, &layout));
             let [n_rows, vocab] = logits.dims();
@@ -235,6 +243,7 @@ struct Recorder(Vec<Map<String, Value>>);
 impl Observer for Recorder {
     fn before_step(&mut self, _step: usize) {}
     fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _n_tokens: usize) {}
+    fn on_skip(&mut self, _step: usize, _scale: f64) {}
     fn on_log(&mut self, line: &Map<String, Value>) {
         self.0.push(line.clone());
     }
@@ -322,4 +331,91 @@ fn gpu_trajectories_are_those_of_trl() {
     if let Some(device) = adapter() {
         check_trajectories::<Wgpu>(&device);
     }
+}
+
+/// A run of one case in fp16, its log and what it came to.
+fn train_in_fp16(
+    case: &Case,
+    config: LossScaleConfig,
+    max_steps: Option<usize>,
+    device: &WgpuDevice,
+) -> (orpo_wgpu::error::Result<Summary>, Vec<Map<String, Value>>) {
+    let (mut model, lora_config) = case.adapted_in::<Wgpu>(DType::F16, device);
+    let folder = tempfile::tempdir().unwrap();
+    let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+    let mut run = RunFolder::create(folder.path(), texts, 2, Vec::new(), Tracker::None).unwrap();
+    let mut recorder = Recorder::default();
+    // The same rows before and after say whether anything was learnt.
+    let data = TrainData { train: &case.pairs, val: &case.pairs };
+    let mut settings = TrainSettings { loss_scale: Some(config), ..case.settings(LossCompat::Swift) };
+    settings.schedule.max_steps = max_steps.unwrap_or(settings.schedule.max_steps);
+    let summary = train(&mut model, &lora_config, data, &settings, &mut run, None, &mut recorder);
+    recorder.0.retain(|line| line.contains_key("loss"));
+    (summary, recorder.0)
+}
+
+/// Ten steps in fp16 against TRL's in f32. Two cases: a software adapter's driver takes its time over every width of a head.
+#[test]
+fn gpu_trajectories_in_fp16_are_near_those_of_trl() {
+    let Some(device) = adapter() else { return };
+    for name in ["gqa", "odd"] {
+        let case = Case::open(name);
+        let (summary, log) = train_in_fp16(&case, LossScaleConfig::default(), None, &device);
+        assert_eq!(summary.unwrap().n_skipped, 0, "{name}: skipped steps");
+        let golden = case.golden["trajectories"]["swift"].as_array().unwrap();
+        for (line, golden) in log.iter().zip(golden) {
+            for key in ["loss", "nll_loss", "grad_norm"] {
+                let (got, want) = (line[key].as_f64().unwrap(), golden[key].as_f64().unwrap());
+                let step = &line["step"];
+                assert!(
+                    (got - want).abs() <= 1e-2 * want.abs(),
+                    "{name} step {step} {key}: {got} against {want}"
+                );
+            }
+            assert_eq!(line["loss_scale"], 65_536.0, "{name}");
+        }
+    }
+}
+
+/// A scale that overflows costs steps, each of which halves it, and updates nothing meanwhile.
+#[test]
+fn a_loss_scale_that_overflows_falls_until_it_fits() {
+    let Some(device) = adapter() else { return };
+    let case = Case::open(CASES[0]);
+    let config =
+        LossScaleConfig { init_scale: 1e9, backoff_factor: 1.0 / 64.0, ..LossScaleConfig::default() };
+    let (summary, log) = train_in_fp16(&case, config, None, &device);
+    let summary = summary.unwrap();
+    assert!((1..10).contains(&summary.n_skipped), "{summary:?}");
+    assert!(log.iter().any(|line| line["grad_norm"].is_null()), "a skipped step has no norm: {log:?}");
+    let scales: Vec<f64> = log.iter().map(|line| line["loss_scale"].as_f64().unwrap()).collect();
+    assert!(scales.is_sorted_by(|a, b| a >= b) && scales[0] > scales[9], "{scales:?}");
+    assert!(summary.after.loss < summary.before.loss, "it trains all the same: {summary:?}");
+
+    // One that only falls by a little has skipped every step by the end, and nothing was trained.
+    let config = LossScaleConfig { init_scale: 1e30, ..config };
+    let error = train_in_fp16(&case, config, Some(2), &device).0.unwrap_err().to_string();
+    assert!(error.contains("all 2 steps were skipped"), "{error}");
+}
+
+/// Gradients below what f16 holds vanish without a scale, and do not with one.
+#[test]
+fn a_loss_scale_keeps_small_gradients() {
+    let Some(device) = adapter() else { return };
+    let case = Case::open(CASES[0]);
+    let rows: Vec<_> = case.pairs.iter().take(2).collect();
+    let batch = pack(&rows, LossCompat::Swift);
+    let beta = case.settings(LossCompat::Swift).beta;
+    let (exact, _) = case.adapted::<Wgpu>(&device);
+    let (model, _) = case.adapted_in::<Wgpu>(DType::F16, &device);
+    let small = 1e-6;
+    let grads = |model: &Llama<Wgpu>, scale: f32| -> Vec<Vec<f32>> {
+        let grads = forward_backward(model, &batch, beta, small * scale, Keep::Input).lora;
+        grads.into_iter().map(|grad| values(grad / (small * scale))).collect()
+    };
+    let want = grads(&exact, 1.0);
+    let with = relative_distance(&grads(&model, 65_536.0), &want);
+    let without = relative_distance(&grads(&model, 1.0), &want);
+    assert!(with < 1e-2, "with a scale they are off by {with:e} of their norm");
+    assert!(without > 0.1, "without one they are off by {without:e}, so that this shows nothing");
 }

@@ -21,6 +21,7 @@ fn step(max_grad_norm: f64, t: usize) -> AdamWStep {
         weight_decay: 0.1,
         max_grad_norm,
         t,
+        loss_scale: f64::from(1u32 << (t % 3 * 5)),
     }
 }
 
@@ -33,10 +34,12 @@ struct Loop {
 
 impl Loop {
     fn update(&mut self, grad: &[f32], norm: f64, step: &AdamWStep) {
-        let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t } = step;
+        let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t, loss_scale } =
+            step;
+        let norm = norm / loss_scale;
         let factor = if max_grad_norm > 0.0 { (max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
         for (i, &g) in grad.iter().enumerate() {
-            let g = f64::from(g) * factor;
+            let g = f64::from(g) / loss_scale * factor;
             self.p[i] -= learning_rate * weight_decay * self.p[i];
             self.m[i] = beta1 * self.m[i] + (1.0 - beta1) * g;
             self.v[i] = beta2 * self.v[i] + (1.0 - beta2) * g * g;
