@@ -75,7 +75,15 @@ impl OpenModel {
             Source::Demo => demo::checkpoint()?,
             Source::Folder(folder) => Checkpoint::open_folder(folder)?,
         };
-        load_llama(&checkpoint, &self.config, dtype, shard_bytes, device)
+        let model = load_llama(&checkpoint, &self.config, dtype, shard_bytes, device)?;
+        let n_flushed = checkpoint.to_f16().n_flushed;
+        if n_flushed > 0 {
+            eprintln!(
+                "note: {n_flushed} weights of {} are too small for fp16 and count as 0",
+                self.config.n_weights()
+            );
+        }
+        Ok(model)
     }
 
     /// Checks that the model has a row for every token of these ids.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use half::{bf16, f16};
@@ -25,6 +25,16 @@ pub struct Checkpoint {
     /// The folder or file, for messages.
     path: PathBuf,
     tensors: BTreeMap<String, StoredTensor>,
+    to_f16: Mutex<ToF16>,
+}
+
+/// What conversions to `f16` have cost. What is stored as bf16 has f32's range, of which f16 has the middle.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ToF16 {
+    /// Values beyond 65,504, which became infinite, by tensor.
+    pub overflowed: BTreeMap<String, usize>,
+    /// Values other than 0 that became 0: those up to 2⁻²⁵, 3e-8.
+    pub n_flushed: usize,
 }
 
 /// Where a tensor's values are.
@@ -127,7 +137,7 @@ impl Checkpoint {
         if !missing.is_empty() {
             return Err(Error::Tensors { path: index_path, problems: missing });
         }
-        Ok(Self { path: folder.to_owned(), tensors })
+        Ok(Self { path: folder.to_owned(), tensors, to_f16: Mutex::default() })
     }
 
     /// Opens one safetensors file.
@@ -161,7 +171,7 @@ impl Checkpoint {
             let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
             (name, StoredTensor { bytes: bytes.clone(), range, dtype: info.dtype, shape: info.shape.clone() })
         });
-        Ok(Self { path: path.to_owned(), tensors: tensors.collect() })
+        Ok(Self { path: path.to_owned(), tensors: tensors.collect(), to_f16: Mutex::default() })
     }
 
     /// The tensors' names, sorted.
@@ -220,7 +230,40 @@ impl Checkpoint {
     ) -> Tensor<B, D> {
         let stored = &self.tensors[name];
         let values = stored.values(0..stored.shape.iter().product());
-        upload(values, stored.shape.clone(), dtype, device)
+        self.upload(name, values, stored.shape.clone(), dtype, device)
+    }
+
+    /// What the conversions to `f16` so far have cost.
+    pub fn to_f16(&self) -> ToF16 {
+        self.lock_to_f16().clone()
+    }
+
+    fn lock_to_f16(&self) -> MutexGuard<'_, ToF16> {
+        // The counts are right whenever the lock is free, also after a panic.
+        self.to_f16.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Values of a tensor of this name as one of `dtype`.
+    fn upload<B: Backend, const D: usize>(
+        &self,
+        name: &str,
+        values: Vec<f32>,
+        shape: Vec<usize>,
+        dtype: DType,
+        device: &B::Device,
+    ) -> Tensor<B, D> {
+        if dtype == DType::F16 {
+            let is_flushed = |v: &&f32| **v != 0.0 && f16::from_f32(**v) == f16::ZERO;
+            let is_overflowed = |v: &&f32| v.is_finite() && f16::from_f32(**v).is_infinite();
+            let n_overflowed = values.iter().filter(is_overflowed).count();
+            let mut to_f16 = self.lock_to_f16();
+            to_f16.n_flushed += values.iter().filter(is_flushed).count();
+            if n_overflowed > 0 {
+                *to_f16.overflowed.entry(name.to_owned()).or_default() += n_overflowed;
+            }
+        }
+        // Converted here: the transfer is half of what it would be, and so is the memory on the device.
+        Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
     }
 
     /// A matrix left in host memory.
@@ -239,21 +282,10 @@ impl Checkpoint {
         let stored = &self.tensors[name];
         let shard = |rows: Range<usize>, n_columns| {
             let values = stored.values(rows.start * n_columns..rows.end * n_columns);
-            upload(values, vec![rows.len(), n_columns], dtype, device)
+            self.upload(name, values, vec![rows.len(), n_columns], dtype, device)
         };
         in_shards([stored.shape[0], stored.shape[1]], dtype, shard_bytes, shard)
     }
-}
-
-/// Values as a tensor of `dtype`.
-fn upload<B: Backend, const D: usize>(
-    values: Vec<f32>,
-    shape: Vec<usize>,
-    dtype: DType,
-    device: &B::Device,
-) -> Tensor<B, D> {
-    // Converted here: the transfer is half of what it would be, and so is the memory on the device.
-    Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
 }
 
 fn damaged(path: &Path, content: &[u8], error: &SafeTensorError) -> Error {
@@ -302,7 +334,7 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
 /// A tied model may come with `embed_tokens`, with `lm_head` or with both; the embedding counts.
 ///
 /// # Errors
-/// If tensors are missing, extra or misshapen: all of them in one error.
+/// If tensors are missing, extra or misshapen: all of them in one error. If a weight is too large for `f16`.
 pub fn load_llama<B: Backend>(
     checkpoint: &Checkpoint,
     config: &LlamaConfig,
@@ -333,5 +365,12 @@ pub fn load_llama<B: Backend>(
         embed_tokens: checkpoint.host_matrix(embed),
         head_shards: checkpoint.sharded(head, dtype, shard_bytes, device),
     };
-    Ok(assemble(config, dtype, shard_bytes, parts))
+    let model = assemble(config, dtype, shard_bytes, parts);
+    let overflowed = checkpoint.to_f16().overflowed;
+    let Some((name, n)) = overflowed.first_key_value() else { return Ok(model) };
+    let (total, n_tensors) = (overflowed.values().sum::<usize>(), overflowed.len());
+    let what = format!(
+        "{total} weights in {n_tensors} tensors are beyond 65504, the largest number of fp16; {n} of them in `{name}`"
+    );
+    Err(Error::file(&checkpoint.path, what).with_hint("--dtype fp32 holds them"))
 }

@@ -11,7 +11,7 @@ use orpo_wgpu::demo;
 use orpo_wgpu::lora::{self, LoraConfig};
 use orpo_wgpu::model::attention::AttentionLayout;
 use orpo_wgpu::model::llama::Keep;
-use orpo_wgpu::model::load::load_llama;
+use orpo_wgpu::model::load::{Checkpoint, ToF16, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::train::optim::read;
@@ -57,6 +57,48 @@ fn a_loaded_model_keeps_its_matrices_in_the_dtype_that_was_asked_for() {
     });
     let largest = full.iter().fold(0f32, |max, v| max.max(v.abs()));
     assert_close(&half, &full, 1e-2 * largest, 0.0, "logits in halves");
+}
+
+/// A checkpoint of the demo's shapes with some weights of bf16's range.
+fn wide_checkpoint(wide: &[(&str, &[f32])]) -> Checkpoint {
+    let demo = demo::checkpoint().unwrap();
+    let tensors = demo.names().map(|name| {
+        let shape = demo.shape(name).unwrap().to_vec();
+        let mut values = vec![0.01f32; shape.iter().product()];
+        let special = wide.iter().filter(|(tensor, _)| *tensor == name).flat_map(|(_, values)| *values);
+        values.iter_mut().zip(special).for_each(|(value, &special)| *value = special);
+        let bytes: Vec<u8> = values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
+        (name.to_owned(), shape, bytes)
+    });
+    let tensors: Vec<_> = tensors.collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, shape.clone(), bytes).unwrap())
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    Checkpoint::from_bytes(std::sync::Arc::new(bytes), std::path::Path::new("wide.safetensors")).unwrap()
+}
+
+#[test]
+fn what_halves_do_not_hold_is_counted_and_refused() {
+    const UP: &str = "model.layers.0.mlp.up_proj.weight";
+    const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
+    let config = demo::config().unwrap();
+    let load = |checkpoint: &Checkpoint, dtype| {
+        load_llama::<Flex>(checkpoint, &config, dtype, 1 << 20, &Default::default()).map(drop)
+    };
+    // 2⁻²⁵ is halfway between 0 and the least number above it, and rounds to the even one; 0 was 0 before.
+    let tiny: &[f32] = &[1e-8, -1e-30, 2f32.powi(-25), 2f32.powi(-24), 0.0];
+    let small = wide_checkpoint(&[(UP, tiny)]);
+    load(&small, DType::F16).unwrap();
+    assert_eq!(small.to_f16(), ToF16 { n_flushed: 3, ..ToF16::default() });
+
+    let large = wide_checkpoint(&[(UP, &[65_280.0, -65_536.0]), (DOWN, &[1e6, -3e38])]);
+    let error = load(&large, DType::F16).unwrap_err().to_string();
+    assert!(
+        error.contains("3 weights in 2 tensors") && error.contains(&format!("1 of them in `{UP}`")),
+        "{error}"
+    );
+    load(&wide_checkpoint(&[(DOWN, &[1e6])]), DType::F32).unwrap();
 }
 
 fn check_random<B: Kernels>(dtype: DType, device: &B::Device) {
