@@ -61,7 +61,7 @@ pub struct TrainArgs {
     /// Steps in a row without an overflow before the scale grows
     #[arg(long, default_value_t = Self::default().fp16_growth_interval, help_heading = "Optimizer")]
     pub fp16_growth_interval: usize,
-    /// Bits of the frozen weights: 0 (as stored)
+    /// Bits of the frozen weights: 0, those of --dtype
     #[arg(long, default_value_t = Self::default().quantization_bit, help_heading = "Model")]
     pub quantization_bit: u32,
 
@@ -360,12 +360,15 @@ impl TrainArgs {
         );
         require(
             DTYPES.contains(&self.dtype.to_ascii_lowercase().as_str()),
-            format!("--dtype is `{}`: this build computes in AUTO, fp16 or fp32", self.dtype),
+            format!(
+                "--dtype is `{}`, expected AUTO, fp16 or fp32; bf16 weights are read in either",
+                self.dtype
+            ),
         );
         require(
             self.quantization_bit == 0,
             format!(
-                "--quantization_bit is {}: this build keeps the weights in fp32 (0)",
+                "--quantization_bit is {}: this build does not quantize, expected 0",
                 self.quantization_bit
             ),
         );

@@ -90,10 +90,9 @@ impl DeviceChoice {
     /// # Errors
     /// If there is no such type, or the device does not compute in it.
     pub fn dtype(&self, name: &str) -> Result<DType> {
-        let (has_f16, is_software) = match self {
-            Self::Cpu => (false, true),
-            Self::Wgpu { adapter, .. } => (adapter.f16, adapter.device_type == DeviceType::Software),
-        };
+        let has_f16 = matches!(self, Self::Wgpu { adapter, .. } if adapter.f16);
+        let is_software =
+            matches!(self, Self::Wgpu { adapter, .. } if adapter.device_type == DeviceType::Software);
         let can = if has_f16 { "fp16 and fp32" } else { "fp32" };
         match name.to_ascii_lowercase().as_str() {
             "auto" if has_f16 && !is_software => Ok(DType::F16),
@@ -208,6 +207,11 @@ fn missing(device: &str, adapters: &[Adapter]) -> Error {
     Error::Device { device: device.to_owned(), problem, hint: Some(hint.to_owned()) }
 }
 
+/// A type as `--dtype` names it.
+pub fn dtype_name(dtype: DType) -> &'static str {
+    if dtype == DType::F16 { "fp16" } else { "fp32" }
+}
+
 /// A number of bytes for people: `139.8 GiB`.
 pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -225,11 +229,11 @@ pub const NO_ADAPTER: &str = "install the GPU's driver, with its Vulkan part; on
 
 /// Runs one small kernel of a known result, so that a driver that does not work is an error before any work is done.
 ///
-/// The product of two matrices of small whole numbers, which every device computes without rounding.
+/// The product in `dtype` of two matrices of small whole numbers, which every device computes without rounding.
 ///
 /// # Errors
 /// [`Error::Device`] if the device does not start, fails or computes something else.
-pub fn self_test<B: Backend>(device: &B::Device, choice: &DeviceChoice) -> Result<()> {
+pub fn self_test<B: Backend>(device: &B::Device, choice: &DeviceChoice, dtype: DType) -> Result<()> {
     const ROWS: usize = 24;
     const INNER: usize = 40;
     let number = |i: usize| (i * 7 % 11) as f32 - 5.0;
@@ -243,8 +247,10 @@ pub fn self_test<B: Backend>(device: &B::Device, choice: &DeviceChoice) -> Resul
         hint: Some("update the GPU's driver, or pass --device cpu".to_owned()),
     };
     let data = guard("self-test", choice, || {
-        let tensor =
-            |values: Vec<f32>, shape| Tensor::<B, 2>::from_data(TensorData::new(values, shape), device);
+        let tensor = |values: Vec<f32>, shape| {
+            let data = TensorData::new(values, shape).convert_dtype(dtype);
+            Tensor::<B, 2>::from_data(data, (device, dtype))
+        };
         let product = tensor(a.clone(), [ROWS, INNER]).matmul(tensor(b.clone(), [INNER, ROWS]));
         product.try_into_data().map_err(|e| fails(guard::first_cause(&e.to_string())))
     })?;
@@ -321,7 +327,7 @@ mod tests {
 
     #[test]
     fn the_cpu_passes_its_self_test_and_knows_its_memory() {
-        self_test::<burn_flex::Flex>(&Default::default(), &DeviceChoice::Cpu).unwrap();
+        self_test::<burn_flex::Flex>(&Default::default(), &DeviceChoice::Cpu, DType::F32).unwrap();
         assert!(DeviceChoice::Cpu.memory_bytes() > 1 << 20, "a test needs more than a MiB");
     }
 

@@ -123,9 +123,10 @@ impl Error {
             Self::Tensors { .. } => Some(
                 "these are tensors of another model: compare config.json, or the adapter's base_model_name_or_path",
             ),
-            Self::NonFinite { .. } => {
-                Some("lower --learning_rate or --beta, or take the rows named above out of the data")
-            }
+            Self::NonFinite { .. } => Some(
+                "lower --learning_rate or --beta, or take the rows named above out of the data; in fp16, which ends at \
+                     65504, --dtype fp32 may do",
+            ),
             Self::Io { .. } => None,
         }
     }

@@ -88,7 +88,7 @@ pub trait Observer {
 pub struct Summary {
     /// Optimizer steps made by this process.
     pub n_steps: usize,
-    /// Steps of the run that were skipped, as their gradients overflowed in fp16.
+    /// Those of them that were skipped, as their gradients overflowed in fp16.
     pub n_skipped: usize,
     /// Metrics before the first step and after the last: of the validation rows, or of the first and last logged steps.
     pub before: StepMetrics,
@@ -129,6 +129,9 @@ pub fn train<B: Kernels>(
         }
         state.restore(&mut optimizer);
     }
+    let n_skipped =
+        |scale: &Option<(LossScaleConfig, LossScale)>| scale.map_or(0, |(_, scale)| scale.n_skipped);
+    let skipped_before = n_skipped(&loss_scale);
     let mut before = match data.val {
         [] => None,
         val => Some(evaluate_all(model, val, settings, first_step)?),
@@ -156,7 +159,9 @@ pub fn train<B: Kernels>(
                     observer.on_skip(step + 1, scale);
                 }
                 if loss_scale.scale < MIN_SCALE {
-                    return Err(fallen_to_nothing(step + 1, loss_scale));
+                    // No matter of scale: its rows are what there is to look at.
+                    let quantity = "grad_norm, at this loss scale as at larger ones,";
+                    check_finite(step + 1, quantity, grad_norm, data.train, &indices)?;
                 }
             }
         }
@@ -173,7 +178,7 @@ pub fn train<B: Kernels>(
                 tokens_per_second: window.tokens_per_second(),
                 memory_bytes: window.peak_bytes.unwrap_or_else(|| observer.memory_bytes()),
                 loss_scale: loss_scale.map(|_| scale),
-                skipped_steps: loss_scale.map(|(_, loss_scale)| loss_scale.n_skipped),
+                skipped_steps: loss_scale.map(|_| n_skipped(&loss_scale)),
             };
             let line = log_line(done, settings.plan.epoch(done), &mean.to_json(""), Some(&trace));
             run.log(done, &line)?;
@@ -190,8 +195,7 @@ pub fn train<B: Kernels>(
             window.paused_s += paused.elapsed().as_secs_f64();
         }
         if is_last {
-            let n_skipped = loss_scale.map_or(0, |(_, loss_scale)| loss_scale.n_skipped);
-            check_moved(step, n_skipped, &initial, &lora::parameters(model))?;
+            check_moved(step, n_skipped(&loss_scale) - skipped_before, &initial, &lora::parameters(model))?;
         }
         if done.is_multiple_of(settings.save_steps) || is_last {
             let paused = Instant::now();
@@ -210,7 +214,7 @@ pub fn train<B: Kernels>(
     };
     Ok(Summary {
         n_steps: max_steps - first_step,
-        n_skipped: loss_scale.map_or(0, |(_, loss_scale)| loss_scale.n_skipped),
+        n_skipped: n_skipped(&loss_scale) - skipped_before,
         before,
         after,
         is_validation: !data.val.is_empty(),
@@ -335,15 +339,6 @@ fn check_finite(
     Err(Error::NonFinite { step: n_steps, quantity, value, rows: locations.join(", ") })
 }
 
-/// What a run in fp16 ends with whose gradients overflow at any scale.
-fn fallen_to_nothing(step: usize, loss_scale: &LossScale) -> Error {
-    Error::config(format!(
-        "step {step}: the loss scale has fallen to {:e}, after {} skipped steps: gradients overflow fp16 (65504) at any scale",
-        loss_scale.scale, loss_scale.n_skipped
-    ))
-    .with_hint("--dtype fp32; or a lower --learning_rate, if the run had been going well before")
-}
-
 /// A run that moved nothing has trained nothing, whatever its log says.
 fn check_moved<B: Kernels>(
     step: usize,
@@ -360,9 +355,9 @@ fn check_moved<B: Kernels>(
     if moved > 0.0 {
         return Ok(());
     }
-    if n_skipped == step + 1 {
+    if n_skipped > 0 {
         return Err(Error::config(format!(
-            "all {n_skipped} steps were skipped: their gradients overflowed fp16"
+            "the adapter did not change: {n_skipped} steps were skipped, as their gradients overflowed fp16, and the others had a learning rate of 0"
         ))
         .with_hint("a lower --fp16_init_scale, more steps for the scale to fall, or --dtype fp32"));
     }

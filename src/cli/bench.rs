@@ -137,9 +137,9 @@ fn run_on<B: Kernels>(
     device: &B::Device,
     choice: &DeviceChoice,
 ) -> Result<()> {
-    device::self_test::<B>(device, choice)?;
+    device::self_test::<B>(device, choice, dtype)?;
     let batch = args.batch(config);
-    let name = if dtype == DType::F16 { "fp16" } else { "fp32" };
+    let name = device::dtype_name(dtype);
     let place = match choice {
         DeviceChoice::Cpu => choice.describe(),
         DeviceChoice::Wgpu { .. } => format!("{choice} ({})", choice.describe()),

@@ -84,15 +84,15 @@ fn run_on<B: Kernels>(
     choice: &DeviceChoice,
 ) -> Result<()> {
     let loading = Instant::now();
-    device::self_test::<B>(device, choice)?;
     let dtype = choice.dtype(&args.dtype)?;
+    device::self_test::<B>(device, choice, dtype)?;
     let loss_scale = (dtype == DType::F16).then_some(LossScaleConfig {
         init_scale: args.fp16_init_scale,
         growth_factor: args.fp16_growth_factor,
         backoff_factor: args.fp16_backoff_factor,
         growth_interval: args.fp16_growth_interval,
     });
-    let settings = TrainSettings { loss_scale, ..settings(args, data)? };
+    let settings = settings(args, loss_scale, data)?;
     let mut model = open.load::<B>(dtype, device, choice.shard_bytes())?;
     let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
@@ -118,8 +118,9 @@ fn run_on<B: Kernels>(
     let rank = lora_config.r;
     let budget = Budget::new(&model, rank, &data.train, &settings.plan, args.gradient_checkpointing, choice);
     let settings = TrainSettings { keep: budget.keep, ..settings };
-    // What the adapter brought along goes over the flags, and into the run's own record.
+    // What the device and the adapter brought along goes over the flags, and into the run's own record.
     let args = &TrainArgs {
+        dtype: device::dtype_name(dtype).to_owned(),
         lora_rank: lora_config.r,
         lora_alpha: lora_config.lora_alpha,
         lora_target_modules: lora_config.target_modules.clone(),
@@ -143,7 +144,9 @@ fn run_on<B: Kernels>(
     let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
     let kinds = tune::kinds(&model, tokens);
     if let Some(checkpoint) = &args.resume_from_checkpoint {
-        eprintln!("resume   after step {first_step} of {max_steps}, from {}", checkpoint.display());
+        let scale = resume.as_ref().and_then(|state| state.loss_scale).filter(|_| dtype == DType::F16);
+        let scale = scale.map_or_else(String::new, |s| format!(", with its loss scale of {}", s.scale));
+        eprintln!("resume   after step {first_step} of {max_steps}, from {}{scale}", checkpoint.display());
     }
     tune::tune(choice, &kinds, max_steps - first_step, |note| eprintln!("device   {note}"));
 
@@ -251,7 +254,7 @@ fn shuffle(args: &TrainArgs) -> Shuffle {
     if args.dataset_shuffle { Shuffle::Seeded(args.seed) } else { Shuffle::Off }
 }
 
-fn settings(args: &TrainArgs, data: &Data) -> Result<TrainSettings> {
+fn settings(args: &TrainArgs, loss_scale: Option<LossScaleConfig>, data: &Data) -> Result<TrainSettings> {
     let plan = Plan {
         n_rows: data.train.len(),
         batch_size: args.batch_size,
@@ -283,7 +286,7 @@ fn settings(args: &TrainArgs, data: &Data) -> Result<TrainSettings> {
             weight_decay: args.weight_decay,
             max_grad_norm: args.max_grad_norm,
         },
-        loss_scale: None,
+        loss_scale,
         keep: Keep::Input,
         logging_steps: args.logging_steps,
         eval_steps: args.eval_steps,
@@ -307,7 +310,7 @@ fn describe<B: Kernels>(
     eprintln!(
         "model    {} in {} on {choice}, loaded in {:.1} s, {trainable} trainable weights",
         open.name,
-        if settings.loss_scale.is_some() { "fp16" } else { "fp32" },
+        args.dtype,
         loading.elapsed().as_secs_f64()
     );
     eprintln!(
@@ -445,7 +448,7 @@ fn print_summary(summary: &Summary, args: &TrainArgs) {
     }
     println!("{table}");
     if summary.n_skipped > 0 {
-        println!("{} steps of the run were skipped, as their gradients overflowed fp16", summary.n_skipped);
+        println!("skipped steps, whose gradients overflowed fp16: {}", summary.n_skipped);
     }
     println!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
     println!("adapter: {}", summary.checkpoint.display());

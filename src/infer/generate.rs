@@ -249,7 +249,10 @@ impl<'m, B: Kernels> Session<'m, B> {
 
     fn broken(&self, n_tokens: usize) -> Error {
         self.failed(format!("the logits of token {} of the answer are not finite", n_tokens + 1))
-            .with_hint("an adapter whose training diverged does this: try another checkpoint, or none")
+            .with_hint(
+                "an adapter whose training diverged does this: try another checkpoint, or none; so does an activation beyond \
+                 65504 in fp16: --dtype fp32",
+            )
     }
 
     fn failed(&self, problem: String) -> Error {

@@ -38,7 +38,7 @@ pub struct AdamWStep {
     pub max_grad_norm: f64,
     /// The update's number, from 1: `t` of the bias corrections.
     pub t: usize,
-    /// What the loss was multiplied with before backward, a power of two; 1 for nothing.
+    /// What the loss was multiplied with before backward; 1 for nothing.
     pub loss_scale: f64,
 }
 

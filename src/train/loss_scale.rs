@@ -1,8 +1,8 @@
 //! Dynamic loss scaling for training in fp16 (arXiv:1710.03740, section 3.2), as `torch.amp.GradScaler` does it.
 //!
 //! The smallest gradients of a model are below what `f16` holds, 6e-8. The loss is multiplied with a scale before backward, so that
-//! they are not, and the adapter's gradients, which are `f32`, are divided by it afterwards. A step whose gradient has overflowed is
-//! skipped and the scale lowered; after many that have not, it is raised.
+//! they are not, and the adapter's gradients, which are `f32`, are divided by it before they are clipped. A step whose gradient has overflowed is
+//! skipped and the scale lowered; after many that have not, it is raised. Torch's scale knows neither a floor nor a ceiling.
 
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +27,7 @@ impl Default for LossScaleConfig {
 
 /// A scale below this has fallen to nothing: gradients that overflow even so are no matter of scale.
 pub const MIN_SCALE: f64 = 1.0 / 1024.0;
-/// A scale above this would itself overflow what it is to save.
+/// The scale grows no further than this.
 pub const MAX_SCALE: f64 = 16_777_216.0;
 
 /// The scale of a run, and what a checkpoint keeps of it.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use burn::tensor::{Tensor, backend::Backend};
 use serde_json::{Map, Value, json};
 
-use super::loss_scale::LossScale;
+use super::loss_scale::{LossScale, MAX_SCALE, MIN_SCALE};
 use super::optim::AdamW;
 use super::plan::Plan;
 use super::plots;
@@ -148,7 +148,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Draws the log so far into `images/`; unless it `is_last`, not again within [`BETWEEN_PLOTS`].
+    /// Draws the log so far into `images/`; unless it `is_last`, not again within half a minute.
     ///
     /// # Errors
     /// If a picture cannot be written.
@@ -220,6 +220,7 @@ impl RunFolder {
             "batch_size": plan.batch_size,
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
             "shuffle_seed": shuffle_seed(plan),
+            "n_updates": optimizer.n_updates,
             "loss_scale": loss_scale,
             "log_history": self.log_history,
         });
@@ -271,6 +272,8 @@ pub struct TrainerState<B: Backend> {
     pub log_history: Vec<Value>,
     /// The loss scale to go on with, of a run in fp16.
     pub loss_scale: Option<LossScale>,
+    /// Steps that were not skipped.
+    n_updates: usize,
     exp_avg: Vec<Tensor<B, 2>>,
     exp_avg_sq: Vec<Tensor<B, 2>>,
 }
@@ -314,11 +317,19 @@ impl<B: Backend> TrainerState<B> {
         let load = |names: Vec<(String, Vec<usize>)>| {
             names.iter().map(|(name, _)| file.tensor(name, &device)).collect()
         };
+        let loss_scale: Option<LossScale> = serde_json::from_value(state["loss_scale"].clone())
+            .map_err(|e| Error::file(&path, format!("has a damaged loss_scale: {e}")))?;
+        if let Some(LossScale { scale, .. }) = loss_scale
+            && !(MIN_SCALE..=MAX_SCALE).contains(&scale)
+        {
+            let what = format!("has a loss scale of {scale}, expected {MIN_SCALE} to {MAX_SCALE}");
+            return Err(Error::file(&path, what).with_hint("resume from another checkpoint"));
+        }
         let log_history = state["log_history"].as_array().cloned().unwrap_or_default();
         Ok(Self {
             global_step: global_step as usize,
-            loss_scale: serde_json::from_value(state["loss_scale"].clone())
-                .map_err(|e| Error::file(&path, format!("has a damaged loss_scale: {e}")))?,
+            loss_scale,
+            n_updates: state["n_updates"].as_u64().unwrap_or(global_step) as usize,
             log_history,
             exp_avg: load(first),
             exp_avg_sq: load(second),
@@ -327,8 +338,7 @@ impl<B: Backend> TrainerState<B> {
 
     /// Puts the optimizer where it was.
     pub fn restore(self, optimizer: &mut AdamW<B>) {
-        optimizer.n_updates =
-            self.global_step.saturating_sub(self.loss_scale.map_or(0, |scale| scale.n_skipped));
+        optimizer.n_updates = self.n_updates;
         (optimizer.exp_avg, optimizer.exp_avg_sq) = (self.exp_avg, self.exp_avg_sq);
     }
 }

@@ -1,6 +1,6 @@
 //! Devices on the adapter at hand, and what a driver's failure turns into.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::device::{self, DeviceChoice};
 
@@ -19,14 +19,16 @@ fn the_adapter_works_and_its_failures_are_errors() {
     // What WebGPU promises of every device.
     assert!(choice.shard_bytes() >= 128 << 20, "{adapter:?}");
 
-    device::self_test::<Wgpu>(device, &choice).unwrap();
+    for dtype in [DType::F32, DType::F16] {
+        device::self_test::<Wgpu>(device, &choice, dtype).unwrap();
+    }
     assert!(choice.memory_bytes() > 0, "the self-test's tensors were somewhere");
 
     does_not_fit(&choice, device, adapter.shard_bytes() as usize);
     // burn starts a device on a thread of its own, which is where it panics.
     let absent = WgpuDevice::DiscreteGpu(77);
     let choice = DeviceChoice::Wgpu { device: absent.clone(), adapter: adapter.clone() };
-    let error = device::self_test::<Wgpu>(&absent, &choice).unwrap_err().to_string();
+    let error = device::self_test::<Wgpu>(&absent, &choice, DType::F32).unwrap_err().to_string();
     assert!(error.contains("self-test failed: No Discrete GPU device found"), "{error}");
 }
 

@@ -22,7 +22,7 @@ use orpo_wgpu::train::loss_scale::LossScaleConfig;
 use orpo_wgpu::train::metrics::StepMetrics;
 use orpo_wgpu::train::optim::AdamWConfig;
 use orpo_wgpu::train::plan::Plan;
-use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
+use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
 use orpo_wgpu::train::schedule::{LrSchedulerType, Schedule};
 use orpo_wgpu::train::step::forward_backward;
 use orpo_wgpu::train::{Observer, Summary, TrainData, TrainSettings, train};
@@ -363,6 +363,7 @@ fn gpu_trajectories_in_fp16_are_near_those_of_trl() {
         let (summary, log) = train_in_fp16(&case, LossScaleConfig::default(), None, &device);
         assert_eq!(summary.unwrap().n_skipped, 0, "{name}: skipped steps");
         let golden = case.golden["trajectories"]["swift"].as_array().unwrap();
+        assert_eq!(log.len(), golden.len(), "{name}: lines of the log");
         for (line, golden) in log.iter().zip(golden) {
             for key in ["loss", "nll_loss", "grad_norm"] {
                 let (got, want) = (line[key].as_f64().unwrap(), golden[key].as_f64().unwrap());
@@ -377,7 +378,8 @@ fn gpu_trajectories_in_fp16_are_near_those_of_trl() {
     }
 }
 
-/// A scale that overflows costs steps, each of which halves it, and updates nothing meanwhile.
+/// A scale that overflows costs steps, each of which lowers it, and updates nothing meanwhile. These scales are larger than the command
+/// line takes, so that the small model overflows.
 #[test]
 fn a_loss_scale_that_overflows_falls_until_it_fits() {
     let Some(device) = adapter() else { return };
@@ -392,10 +394,19 @@ fn a_loss_scale_that_overflows_falls_until_it_fits() {
     assert!(scales.is_sorted_by(|a, b| a >= b) && scales[0] > scales[9], "{scales:?}");
     assert!(summary.after.loss < summary.before.loss, "it trains all the same: {summary:?}");
 
-    // One that only falls by a little has skipped every step by the end, and nothing was trained.
+    // One that has not fallen enough by the end has skipped every step, and nothing was trained.
     let config = LossScaleConfig { init_scale: 1e30, ..config };
     let error = train_in_fp16(&case, config, Some(2), &device).0.unwrap_err().to_string();
-    assert!(error.contains("all 2 steps were skipped"), "{error}");
+    assert!(error.contains("the adapter did not change: 2 steps were skipped"), "{error}");
+    // One that has fallen to nothing ends the run and names the rows.
+    let config = LossScaleConfig { backoff_factor: 1e-34, ..config };
+    let error = train_in_fp16(&case, config, None, &device).0.unwrap_err();
+    assert_eq!(error.exit_code(), 1);
+    let error = error.to_string();
+    assert!(
+        error.contains("step 1: grad_norm, at this loss scale") && error.contains("pairs.jsonl:"),
+        "{error}"
+    );
 }
 
 /// Gradients below what f16 holds vanish without a scale, and do not with one.
@@ -418,4 +429,47 @@ fn a_loss_scale_keeps_small_gradients() {
     let without = relative_distance(&grads(&model, 1.0), &want);
     assert!(with < 1e-2, "with a scale they are off by {with:e} of their norm");
     assert!(without > 0.1, "without one they are off by {without:e}, so that this shows nothing");
+}
+
+/// Scale, count of skipped steps and bias corrections go on where the checkpoint left them.
+#[test]
+fn a_resumed_run_in_fp16_equals_one_that_was_not_interrupted() {
+    let Some(device) = adapter() else { return };
+    let case = Case::open(CASES[0]);
+    // Overflows in the first steps, and grows again soon after.
+    let loss_scale =
+        LossScaleConfig { init_scale: 1e7, backoff_factor: 1e-2, growth_factor: 4.0, growth_interval: 2 };
+    let settings =
+        TrainSettings { loss_scale: Some(loss_scale), save_steps: 3, ..case.settings(LossCompat::Swift) };
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, from: Option<&Path>| {
+        let (mut model, lora_config) = case.adapted_in::<Wgpu>(DType::F16, &device);
+        let state = from.map(|checkpoint| {
+            lora::load(&mut model, checkpoint).unwrap();
+            TrainerState::read(checkpoint, &model, &settings.plan).unwrap()
+        });
+        let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+        let mut run =
+            RunFolder::create(&folder.path().join(name), texts, 9, Vec::new(), Tracker::None).unwrap();
+        let mut recorder = Recorder::default();
+        let data = TrainData { train: &case.pairs, val: &[] };
+        train(&mut model, &lora_config, data, &settings, &mut run, state, &mut recorder).unwrap();
+        let weights: Vec<_> = lora::parameters(&model).into_iter().map(values).collect();
+        let figures =
+            |line: &Map<String, Value>| ["loss", "loss_scale", "skipped_steps"].map(|k| line[k].clone());
+        (weights, recorder.0.iter().map(figures).collect::<Vec<_>>())
+    };
+    let (weights, log) = run("whole", None);
+    let (resumed_weights, resumed_log) = run("resumed", Some(&folder.path().join("whole/checkpoint-3")));
+    let skipped = |i: usize| log[i][2].as_u64().unwrap();
+    assert!(
+        skipped(2) > 0 && skipped(2) < 3,
+        "steps were skipped before the checkpoint, and not all: {log:?}"
+    );
+    assert!((3..log.len()).any(|i| log[i][1].as_f64() > log[i - 1][1].as_f64()), "the scale grew: {log:?}");
+    let state = std::fs::read_to_string(folder.path().join("whole/checkpoint-3/trainer_state.json")).unwrap();
+    let n_updates = serde_json::from_str::<Value>(&state).unwrap()["n_updates"].as_u64().unwrap();
+    assert_eq!(n_updates, 3 - skipped(2), "a skipped step is no update");
+    assert_eq!(resumed_log, log[3..], "loss, scale and skipped steps");
+    assert_eq!(resumed_weights, weights, "the adapter");
 }
