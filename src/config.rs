@@ -360,10 +360,7 @@ impl TrainArgs {
         );
         require(
             DTYPES.contains(&self.dtype.to_ascii_lowercase().as_str()),
-            format!(
-                "--dtype is `{}`, expected AUTO, fp16 or fp32; bf16 weights are read in either",
-                self.dtype
-            ),
+            format!("--dtype is `{}`, expected AUTO, fp16 or fp32", self.dtype),
         );
         require(
             self.quantization_bit == 0,

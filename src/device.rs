@@ -101,7 +101,7 @@ impl DeviceChoice {
             "fp16" => Err(Error::config(format!("--dtype {name}: {self} computes in {can}")).with_hint(
                 format!("--dtype AUTO takes what suits the device; {} can do {can}", self.describe()),
             )),
-            other => Err(Error::config(format!("--dtype `{other}`: expected AUTO, fp16 or fp32"))),
+            other => Err(Error::config(format!("--dtype is `{other}`, expected AUTO, fp16 or fp32"))),
         }
     }
 

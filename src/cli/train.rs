@@ -68,9 +68,13 @@ fn checkpoint_of(folder: &Path) -> Result<PathBuf> {
     if folder.join(lora::ADAPTER_FILE).exists() {
         return Ok(folder.to_owned());
     }
+    if !folder.is_dir() {
+        return Err(Error::file(folder, "there is no such folder")
+            .with_hint("--resume_from_checkpoint takes a run's folder, or one of the checkpoints in it"));
+    }
     newest_checkpoint([folder.to_owned()]).ok_or_else(|| {
-        Error::file(folder, "is no checkpoint, and as a run's folder holds none").with_hint(
-            "name a folder that holds checkpoint-{step}; a run that was stopped before its first save starts anew",
+        Error::file(folder, "holds no checkpoint to resume from").with_hint(
+            "--save_steps says how often one is saved; the same command without --resume_from_checkpoint begins the run again",
         )
     })
 }
@@ -153,7 +157,8 @@ fn run_on<B: Kernels>(
     let is_demo = open.is_demo() && is_demo_data(args);
     let held_out = if is_demo { demo::held_out()?.rows } else { Vec::new() };
     let questions: Vec<&str> = held_out.iter().map(|row| row.query.as_str()).collect();
-    let before = answers(&model, open, &questions, "before")?;
+    let start = if first_step == 0 { "before training" } else { "at the resume" };
+    let before = answers(&model, open, &questions, start)?;
     let folder = run_folder(args, open);
     let history = resume.as_ref().map(|state| state.log_history.clone()).unwrap_or_default();
     let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
@@ -171,8 +176,8 @@ fn run_on<B: Kernels>(
             eprintln!("the last checkpoint stays: {}", checkpoint.display());
         }
     })?;
-    let after = answers(&model, open, &questions, "after")?;
-    print_answers(&questions, &before, &after);
+    let after = answers(&model, open, &questions, "after training")?;
+    print_answers(&questions, start, &before, &after);
     print_summary(&summary, args);
     Ok(())
 }
@@ -272,7 +277,7 @@ fn settings(args: &TrainArgs, loss_scale: Option<LossScaleConfig>, data: &Data) 
     };
     if (0..max_steps).all(|step| schedule.at(step) == 0.0) {
         return Err(Error::config(format!("the learning rate is 0 in each of the {max_steps} steps"))
-            .with_hint("the first step of a warm-up uses 0: pass --warmup_ratio 0, or more steps, or a --learning_rate"));
+            .with_hint("the first step of a warm-up uses 0: pass --warmup_ratio 0 or more steps, where --learning_rate is not 0 itself"));
     }
     Ok(TrainSettings {
         plan,
@@ -343,7 +348,7 @@ fn answers<B: Kernels>(
     when: &str,
 ) -> Result<Vec<String>> {
     if !questions.is_empty() {
-        eprintln!("demo     answering {} held-out questions {when} training", questions.len());
+        eprintln!("demo     answering {} held-out questions {when}", questions.len());
     }
     let config = GenerationConfig::greedy(48);
     questions
@@ -409,11 +414,11 @@ fn table(header: [&str; 3]) -> Table {
     table
 }
 
-fn print_answers(questions: &[&str], before: &[String], after: &[String]) {
+fn print_answers(questions: &[&str], start: &str, before: &[String], after: &[String]) {
     if questions.is_empty() {
         return;
     }
-    let mut table = table(["question (not in the training data)", "before", "after"]);
+    let mut table = table(["question (not in the training data)", start, "after"]);
     for ((question, before), after) in questions.iter().zip(before).zip(after).take(SHOWN_ANSWERS) {
         table.add_row([question, before.as_str(), after.as_str()]);
     }
@@ -423,7 +428,7 @@ fn print_answers(questions: &[&str], before: &[String], after: &[String]) {
     let shown =
         if n > SHOWN_ANSWERS { format!("{SHOWN_ANSWERS} of {n} questions shown; a") } else { "a".to_owned() };
     println!(
-        "{shown}nswers in Chinese: {} of {n} before, {} of {n} after\n",
+        "{shown}nswers in Chinese: {} of {n} {start}, {} of {n} after\n",
         chinese(before),
         chinese(after)
     );

@@ -81,7 +81,8 @@ pub struct RunFolder {
     texts: CheckpointTexts,
     save_total_limit: usize,
     checkpoints: Vec<PathBuf>,
-    plotted: Option<Instant>,
+    /// When the pictures were drawn last, or the run began.
+    plotted: Instant,
 }
 
 impl RunFolder {
@@ -119,7 +120,7 @@ impl RunFolder {
             texts,
             save_total_limit,
             checkpoints: Vec::new(),
-            plotted: None,
+            plotted: Instant::now(),
         })
     }
 
@@ -153,11 +154,11 @@ impl RunFolder {
     /// # Errors
     /// If a picture cannot be written.
     pub fn plot(&mut self, is_last: bool) -> Result<()> {
-        if !is_last && self.plotted.is_some_and(|at| at.elapsed() < BETWEEN_PLOTS) {
+        if !is_last && self.plotted.elapsed() < BETWEEN_PLOTS {
             return Ok(());
         }
         plots::write(&self.folder, &self.log_history)?;
-        self.plotted = Some(Instant::now());
+        self.plotted = Instant::now();
         Ok(())
     }
 

@@ -57,7 +57,7 @@ fn the_adapter_is_measured_kernel_by_kernel_and_its_memory_predicted() {
 fn a_bad_setting_is_an_error() {
     for (flags, says) in [
         (["--model_type", "llama9"], "--model_type `llama9`"),
-        (["--dtype", "fp13"], "--dtype `fp13`"),
+        (["--dtype", "fp13"], "--dtype is `fp13`"),
         (["--max_length", "2"], "--max_length is 2, expected at least 4"),
         (["--device", "wgpu:99"], "wgpu:99"),
     ] {

@@ -464,6 +464,14 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
     let output = workplace.train(&other);
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains("batch_size was 2 and is 1"), "{}", stderr(&output));
+    fs::create_dir(workplace.path("unsaved")).unwrap();
+    for (folder, says) in
+        [("unsaved", "unsaved: holds no checkpoint"), ("nowhere", "nowhere: there is no such folder")]
+    {
+        let output = workplace.train(&["--resume_from_checkpoint", folder]);
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        assert!(stderr(&output).contains(says), "{}", stderr(&output));
+    }
     let done = [&flags[..], &["--resume_from_checkpoint", "out", "--output_dir", "done"]].concat();
     let output = workplace.train(&done);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
