@@ -5,6 +5,7 @@ pub mod budget;
 pub mod devices;
 pub mod infer;
 pub mod open;
+pub mod outcome;
 pub mod profile_table;
 pub mod progress;
 pub mod train;

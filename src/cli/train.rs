@@ -6,10 +6,10 @@ use std::time::Instant;
 use burn::tensor::DType;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
-use comfy_table::{ContentArrangement, Table, presets};
 
 use super::budget::Budget;
 use super::open::OpenModel;
+use super::outcome::{answers, print_answers, print_summary};
 use super::progress::Progress;
 use super::tune;
 use crate::config::TrainArgs;
@@ -19,7 +19,6 @@ use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
-use crate::infer::generate::{GenerationConfig, answer};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
 use crate::model::llama::Keep;
@@ -29,10 +28,7 @@ use crate::train::optim::AdamWConfig;
 use crate::train::plan::Plan;
 use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState, newest_checkpoint};
 use crate::train::schedule::Schedule;
-use crate::train::{Summary, TrainData, TrainSettings, train};
-
-/// Answers of the demo that are shown; all are counted.
-const SHOWN_ANSWERS: usize = 6;
+use crate::train::{TrainData, TrainSettings, train};
 
 /// Runs the subcommand.
 ///
@@ -341,25 +337,6 @@ fn describe<B: Kernels>(
     }
 }
 
-fn answers<B: Kernels>(
-    model: &Llama<B>,
-    open: &OpenModel,
-    questions: &[&str],
-    when: &str,
-) -> Result<Vec<String>> {
-    if !questions.is_empty() {
-        eprintln!("demo     answering {} held-out questions {when}", questions.len());
-    }
-    let config = GenerationConfig::greedy(48);
-    questions
-        .iter()
-        .map(|question| {
-            let prompt = open.tokenizer.encode_prompt(open.template, None, &[], question)?;
-            answer(model, &open.tokenizer, &prompt, &config)
-        })
-        .collect()
-}
-
 /// The run's folder: `{output_dir}/{model_type}/v{N}-{time}`, or the output folder itself.
 fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
     if !args.add_output_dir_suffix {
@@ -405,59 +382,4 @@ fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> Checkp
         args.loss_compat,
     );
     CheckpointTexts { base_model, args: args.to_json(), card }
-}
-
-fn table(header: [&str; 3]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(header);
-    table
-}
-
-fn print_answers(questions: &[&str], start: &str, before: &[String], after: &[String]) {
-    if questions.is_empty() {
-        return;
-    }
-    let mut table = table(["question (not in the training data)", start, "after"]);
-    for ((question, before), after) in questions.iter().zip(before).zip(after).take(SHOWN_ANSWERS) {
-        table.add_row([question, before.as_str(), after.as_str()]);
-    }
-    println!("{table}");
-    let chinese = |answers: &[String]| answers.iter().filter(|answer| demo::is_chinese(answer)).count();
-    let n = questions.len();
-    let shown =
-        if n > SHOWN_ANSWERS { format!("{SHOWN_ANSWERS} of {n} questions shown; a") } else { "a".to_owned() };
-    println!(
-        "{shown}nswers in Chinese: {} of {n} {start}, {} of {n} after\n",
-        chinese(before),
-        chinese(after)
-    );
-}
-
-fn print_summary(summary: &Summary, args: &TrainArgs) {
-    let (b, a) = (&summary.before, &summary.after);
-    let mut table = table(match summary.is_validation {
-        true => ["validation rows", "before", "after"],
-        false => ["training rows", "first logged steps", "last logged steps"],
-    });
-    let figures = [
-        ("loss", b.loss, a.loss),
-        ("nll_loss", b.nll_loss, a.nll_loss),
-        ("log_odds_chosen", b.log_odds_chosen, a.log_odds_chosen),
-        ("rewards/accuracies", b.rewards_accuracies, a.rewards_accuracies),
-        ("logps/chosen", b.logps_chosen, a.logps_chosen),
-        ("logps/rejected", b.logps_rejected, a.logps_rejected),
-    ];
-    for (name, before, after) in figures {
-        table.add_row([name.to_owned(), format!("{before:.4}"), format!("{after:.4}")]);
-    }
-    println!("{table}");
-    if summary.n_skipped > 0 {
-        println!("skipped steps, whose gradients overflowed fp16: {}", summary.n_skipped);
-    }
-    println!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
-    println!("adapter: {}", summary.checkpoint.display());
-    let model = args.model_id_or_path.as_ref();
-    let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();
-    println!("talk to it: orpo-wgpu infer {model}--adapters {}", summary.checkpoint.display());
 }

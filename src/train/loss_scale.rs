@@ -1,8 +1,9 @@
 //! Dynamic loss scaling for training in fp16 (arXiv:1710.03740, section 3.2), as `torch.amp.GradScaler` does it.
 //!
 //! The smallest gradients of a model are below what `f16` holds, 6e-8. The loss is multiplied with a scale before backward, so that
-//! they are not, and the adapter's gradients, which are `f32`, are divided by it before they are clipped. A step whose gradient has overflowed is
-//! skipped and the scale lowered; after many that have not, it is raised. Torch's scale knows neither a floor nor a ceiling.
+//! they are not, and the adapter's gradients, which are `f32`, are divided by it before they are clipped. A step whose gradient has
+//! overflowed is skipped and the scale lowered; after many that have not, it is raised. Torch's scale knows neither a floor nor a
+//! ceiling.
 
 use serde::{Deserialize, Serialize};
 

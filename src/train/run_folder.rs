@@ -23,7 +23,7 @@ use crate::model::load::Checkpoint;
 
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "trainer_state.json";
-/// Drawing takes about as long as a step of a small model, and a small model is saved often.
+/// Drawing takes time from training, and a small model may save every few seconds.
 const BETWEEN_PLOTS: Duration = Duration::from_secs(30);
 
 /// What every checkpoint carries besides the adapter.

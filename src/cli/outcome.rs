@@ -1,0 +1,95 @@
+//! What `train` prints when it is done: the demo's answers before and after, and what the run came to.
+
+use comfy_table::{ContentArrangement, Table, presets};
+
+use super::open::OpenModel;
+use crate::config::TrainArgs;
+use crate::demo;
+use crate::error::Result;
+use crate::infer::generate::{GenerationConfig, answer};
+use crate::model::Llama;
+use crate::ops::Kernels;
+use crate::train::Summary;
+
+/// Answers of the demo that are shown; all are counted.
+const SHOWN_ANSWERS: usize = 6;
+
+/// Answers the demo's questions, and says `when`.
+///
+/// # Errors
+/// If the device fails.
+pub fn answers<B: Kernels>(
+    model: &Llama<B>,
+    open: &OpenModel,
+    questions: &[&str],
+    when: &str,
+) -> Result<Vec<String>> {
+    if !questions.is_empty() {
+        eprintln!("demo     answering {} held-out questions {when}", questions.len());
+    }
+    let config = GenerationConfig::greedy(48);
+    questions
+        .iter()
+        .map(|question| {
+            let prompt = open.tokenizer.encode_prompt(open.template, None, &[], question)?;
+            answer(model, &open.tokenizer, &prompt, &config)
+        })
+        .collect()
+}
+
+fn table(header: [&str; 3]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(header);
+    table
+}
+
+/// Shows the first answers side by side and counts all; `start` heads those from before.
+pub fn print_answers(questions: &[&str], start: &str, before: &[String], after: &[String]) {
+    if questions.is_empty() {
+        return;
+    }
+    let mut table = table(["question (not in the training data)", start, "after"]);
+    for ((question, before), after) in questions.iter().zip(before).zip(after).take(SHOWN_ANSWERS) {
+        table.add_row([question, before.as_str(), after.as_str()]);
+    }
+    println!("{table}");
+    let chinese = |answers: &[String]| answers.iter().filter(|answer| demo::is_chinese(answer)).count();
+    let n = questions.len();
+    let shown =
+        if n > SHOWN_ANSWERS { format!("{SHOWN_ANSWERS} of {n} questions shown; a") } else { "a".to_owned() };
+    println!(
+        "{shown}nswers in Chinese: {} of {n} {start}, {} of {n} after\n",
+        chinese(before),
+        chinese(after)
+    );
+}
+
+/// Shows the metrics before and after, where the adapter is, and how to talk to it.
+pub fn print_summary(summary: &Summary, args: &TrainArgs) {
+    let (b, a) = (&summary.before, &summary.after);
+    let mut table = table(match summary.is_validation {
+        true => ["validation rows", "before", "after"],
+        false => ["training rows", "first logged steps", "last logged steps"],
+    });
+    let figures = [
+        ("loss", b.loss, a.loss),
+        ("nll_loss", b.nll_loss, a.nll_loss),
+        ("log_odds_chosen", b.log_odds_chosen, a.log_odds_chosen),
+        ("rewards/accuracies", b.rewards_accuracies, a.rewards_accuracies),
+        ("logps/chosen", b.logps_chosen, a.logps_chosen),
+        ("logps/rejected", b.logps_rejected, a.logps_rejected),
+    ];
+    for (name, before, after) in figures {
+        table.add_row([name.to_owned(), format!("{before:.4}"), format!("{after:.4}")]);
+    }
+    println!("{table}");
+    if summary.n_skipped > 0 {
+        println!("skipped steps, whose gradients overflowed fp16: {}", summary.n_skipped);
+    }
+    println!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
+    println!("adapter: {}", summary.checkpoint.display());
+    let model = args.model_id_or_path.as_ref();
+    let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();
+    println!("talk to it: orpo-wgpu infer {model}--adapters {}", summary.checkpoint.display());
+}
