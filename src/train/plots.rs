@@ -29,6 +29,8 @@ const OVERSAMPLING: u32 = 3;
 const RAW: RGBColor = RGBColor(0xff, 0xe2, 0xd9);
 const SMOOTHED: RGBColor = RGBColor(0xff, 0x70, 0x43);
 const SMOOTHING: f64 = 0.9;
+/// What the smoothing averages over, 1 / (1 − 0.9) points: a shorter series would be drawn far from its own end.
+const SMOOTHED_FROM: usize = 10;
 
 const TEXT: RGBColor = RGBColor(0x26, 0x26, 0x26);
 const GRID: RGBColor = RGBColor(0xec, 0xec, 0xec);
@@ -52,7 +54,7 @@ type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Writes a PNG for each scalar of the log into the folder `images` of the run folder: `train_loss.png`, `eval_rewards_margins.png`, …
 ///
-/// `log` are the lines of `logging.jsonl`. Training scalars are drawn as logged and smoothed; evaluations, and what is set rather than
+/// `log` are the lines of `logging.jsonl`. Training scalars are drawn as logged and, beyond ten points, smoothed; evaluations, and what is set rather than
 /// measured, only as logged. Values that are not finite are left out, and so is a scalar with no other.
 ///
 /// # Errors
@@ -180,7 +182,7 @@ fn draw(tag: &str, points: &[(f64, f64)]) -> Drawn<Vec<u8>> {
     let text = |size: u32| (FONT, px(size)).into_font().color(&TEXT);
     let (unit, factor) = quantity(tag);
     let points: Points = points.iter().map(|&(step, value)| (step, value * factor)).collect();
-    let is_smoothed = tag.starts_with("train/") && !EXACT.contains(&tag) && points.len() > 1;
+    let is_smoothed = tag.starts_with("train/") && !EXACT.contains(&tag) && points.len() > SMOOTHED_FROM;
     let main = if is_smoothed { smooth(&points, SMOOTHING) } else { points.clone() };
     let x = Axis::of(points.iter().map(|p| p.0), 9.0, 1.0);
     let y = Axis::of(points.iter().map(|p| p.1), 8.0, 0.0);
@@ -348,6 +350,18 @@ mod tests {
         assert!(both.has(RAW, (on_axis(0.9), on_axis(1.0))) && both.has(RAW, (on_axis(0.4), on_axis(0.0))));
         assert!(both.has(SMOOTHED, (on_axis(0.1), on_axis(1.0 / 1.9))));
         assert!(!both.has(SMOOTHED, (on_axis(0.9), on_axis(1.0))));
+    }
+
+    #[test]
+    fn a_short_series_is_drawn_as_logged() {
+        let log: Vec<Value> = (0..4).map(|i| json!({"step": i, "loss": 3 - i})).collect();
+        let (run, _) = pictures(&log);
+        let picture = Picture::read(&run.path().join("images/train_loss.png"));
+        let end = (1.05 / 1.1, 0.05 / 1.1);
+        assert!(
+            picture.has(SMOOTHED, end) && picture.count(RAW) < 50,
+            "the last value is where it was logged"
+        );
     }
 
     #[test]
