@@ -54,8 +54,8 @@ type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Writes a PNG for each scalar of the log into the folder `images` of the run folder: `train_loss.png`, `eval_rewards_margins.png`, …
 ///
-/// `log` are the lines of `logging.jsonl`. Training scalars are drawn as logged and, beyond ten points, smoothed; evaluations, and what is set rather than
-/// measured, only as logged. Values that are not finite are left out, and so is a scalar with no other.
+/// `log` are the lines of `logging.jsonl`. Training scalars are drawn as logged and, beyond ten points, smoothed; evaluations, and what
+/// is set rather than measured, only as logged. Values that are not finite are left out, and so is a scalar with no other.
 ///
 /// # Errors
 /// If a file cannot be drawn or written.
