@@ -19,6 +19,7 @@ use orpo_wgpu::ops::orpo_loss::{
     PairSpan, orpo_loss, orpo_loss_backward, orpo_loss_backward_reference, orpo_loss_reference,
 };
 
+use orpo_wgpu::ops::quantize::Weight;
 use orpo_wgpu::ops::rms_norm::{rms_norm, rms_norm_backward, rms_norm_reference};
 use orpo_wgpu::ops::rope::{RopeTable, rope, rope_backward, rope_reference};
 use orpo_wgpu::ops::swiglu::{swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference};
@@ -314,7 +315,9 @@ fn bench_token_logps(device: &WgpuDevice) {
     for [n_rows, n_hidden, vocab] in TOKEN_LOGPS {
         let random =
             |rows| Tensor::<Wgpu, 2>::random([rows, n_hidden], Distribution::Uniform(-0.1, 0.1), device);
-        let shards = (0..vocab).step_by(SHARD_ROWS).map(|first_id| random(SHARD_ROWS.min(vocab - first_id)));
+        let shards = (0..vocab)
+            .step_by(SHARD_ROWS)
+            .map(|first_id| Weight::Dense(random(SHARD_ROWS.min(vocab - first_id))));
         let head = Head { shards: shards.collect(), chunk_bytes: 64 << 20 };
         let hidden = random(n_rows);
         let token = |row: usize| ScoredToken { row_idx: row as u32, target: (row * 7919 % vocab) as u32 };

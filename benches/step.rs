@@ -13,9 +13,9 @@ use orpo_wgpu::data::batch::{Batch, LossCompat, pack};
 use orpo_wgpu::data::dataset::Location;
 use orpo_wgpu::data::tokenize::TokenizedPair;
 use orpo_wgpu::lora::{self, LoraConfig};
-use orpo_wgpu::model::Llama;
 use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::presets::preset;
+use orpo_wgpu::model::{Llama, Precision};
 use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
 use orpo_wgpu::train::step::forward_backward;
 
@@ -88,7 +88,8 @@ fn median(mut times: Vec<f64>) -> f64 {
 fn main() {
     let device = WgpuDevice::DefaultDevice;
     let config = preset("small").expect("the preset is there");
-    let mut model = Llama::<Wgpu>::random(&config, burn::tensor::DType::F32, 64 << 20, &device);
+    let mut model =
+        Llama::<Wgpu>::random(&config, Precision::dense(burn::tensor::DType::F32), 64 << 20, &device);
     let modules = lora::target_modules(&["ALL".to_owned()]).expect("ALL is known");
     lora::attach(&mut model, &LoraConfig { r: 8, lora_alpha: 32.0, target_modules: modules }, 42);
     println!("backend: {}; preset small in f32; median of {RUNS} steps", <Wgpu as Backend>::name(&device));

@@ -6,6 +6,7 @@ pub mod devices;
 pub mod infer;
 pub mod open;
 pub mod outcome;
+mod precision;
 pub mod profile_table;
 pub mod progress;
 pub mod train;

@@ -16,7 +16,7 @@ use crate::train::loss_scale::{LossScaleConfig, MAX_SCALE, MIN_SCALE};
 use crate::train::schedule::LrSchedulerType;
 
 /// What `--dtype` takes, whatever the case.
-const DTYPES: [&str; 3] = ["auto", "fp16", "fp32"];
+const DTYPES: [&str; 4] = ["auto", "bf16", "fp16", "fp32"];
 
 /// What `orpo-wgpu train` is told. Names are ms-swift's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
@@ -46,7 +46,7 @@ pub struct TrainArgs {
     /// Must be 0: ORPO disables dropout, as TRL does
     #[arg(long, default_value_t = Self::default().lora_dropout, help_heading = "Model")]
     pub lora_dropout: f64,
-    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
+    /// Data type of the computation: fp16, fp32, bf16 where the device has it, or AUTO for fp16 where a GPU computes in it
     #[arg(long, default_value = "AUTO", help_heading = "Model")]
     pub dtype: String,
     /// What fp16 multiplies the loss with at first, so that small gradients do not vanish; it falls when gradients overflow
@@ -61,9 +61,12 @@ pub struct TrainArgs {
     /// Steps in a row without an overflow before the scale grows
     #[arg(long, default_value_t = Self::default().fp16_growth_interval, help_heading = "Optimizer")]
     pub fp16_growth_interval: usize,
-    /// Bits of the frozen weights: 0, those of --dtype
+    /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
     #[arg(long, default_value_t = Self::default().quantization_bit, help_heading = "Model")]
     pub quantization_bit: u32,
+    /// Store lm_head in int8 as well, where the linear layers are quantised
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().quantize_lm_head, help_heading = "Model")]
+    pub quantize_lm_head: bool,
 
     /// Data sets: files, folders or registry names, separated by commas; NAME#500 samples 500 rows [default: the demo's pairs]
     #[arg(long, value_delimiter = ',', help_heading = "Data")]
@@ -205,6 +208,7 @@ impl Default for TrainArgs {
             fp16_backoff_factor: LossScaleConfig::default().backoff_factor,
             fp16_growth_interval: LossScaleConfig::default().growth_interval,
             quantization_bit: 0,
+            quantize_lm_head: false,
             dataset: Vec::new(),
             val_dataset: Vec::new(),
             dataset_test_ratio: 0.01,
@@ -360,14 +364,11 @@ impl TrainArgs {
         );
         require(
             DTYPES.contains(&self.dtype.to_ascii_lowercase().as_str()),
-            format!("--dtype is `{}`, expected AUTO, fp16 or fp32", self.dtype),
+            format!("--dtype is `{}`, expected AUTO, bf16, fp16 or fp32", self.dtype),
         );
         require(
-            self.quantization_bit == 0,
-            format!(
-                "--quantization_bit is {}: this build does not quantize, expected 0",
-                self.quantization_bit
-            ),
+            [0, 4, 8].contains(&self.quantization_bit),
+            format!("--quantization_bit is {}, expected 0, 4 or 8", self.quantization_bit),
         );
         require(
             ["tensorboard", "none"].contains(&self.report_to.as_str()),

@@ -83,26 +83,14 @@ impl DeviceChoice {
         }
     }
 
-    /// The type that `--dtype` names on this device: that of frozen matrices and activations.
-    ///
-    /// `AUTO` takes `f16` on a GPU that computes in it. A software adapter converts every value, and is faster in `f32`.
-    ///
-    /// # Errors
-    /// If there is no such type, or the device does not compute in it.
-    pub fn dtype(&self, name: &str) -> Result<DType> {
-        let has_f16 = matches!(self, Self::Wgpu { adapter, .. } if adapter.f16);
-        let is_software =
-            matches!(self, Self::Wgpu { adapter, .. } if adapter.device_type == DeviceType::Software);
-        let can = if has_f16 { "fp16 and fp32" } else { "fp32" };
-        match name.to_ascii_lowercase().as_str() {
-            "auto" if has_f16 && !is_software => Ok(DType::F16),
-            "auto" | "fp32" => Ok(DType::F32),
-            "fp16" if has_f16 => Ok(DType::F16),
-            "fp16" => Err(Error::config(format!("--dtype {name}: {self} computes in {can}")).with_hint(
-                format!("--dtype AUTO takes what suits the device; {} can do {can}", self.describe()),
-            )),
-            other => Err(Error::config(format!("--dtype is `{other}`, expected AUTO, fp16 or fp32"))),
-        }
+    /// Whether it computes in `f16`.
+    pub fn computes_f16(&self) -> bool {
+        matches!(self, Self::Wgpu { adapter, .. } if adapter.f16)
+    }
+
+    /// Whether it is a processor behind a GPU's interface.
+    pub fn is_software(&self) -> bool {
+        matches!(self, Self::Wgpu { adapter, .. } if adapter.device_type == DeviceType::Software)
     }
 
     /// The largest tensor that the device takes, in bytes; burn never splits one.
@@ -205,11 +193,6 @@ fn missing(device: &str, adapters: &[Adapter]) -> Error {
     };
     let hint = if found.is_empty() { NO_ADAPTER } else { "`orpo-wgpu devices` lists what is there" };
     Error::Device { device: device.to_owned(), problem, hint: Some(hint.to_owned()) }
-}
-
-/// A type as `--dtype` names it.
-pub fn dtype_name(dtype: DType) -> &'static str {
-    if dtype == DType::F16 { "fp16" } else { "fp32" }
 }
 
 /// A number of bytes for people: `139.8 GiB`.

@@ -12,6 +12,7 @@ pub mod adamw;
 pub mod attention;
 pub mod lora_linear;
 pub mod orpo_loss;
+pub mod quantize;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
@@ -25,7 +26,7 @@ pub mod tune;
 mod wgpu;
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{DType, FloatDType, Int, Tensor};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 
@@ -33,6 +34,7 @@ use adamw::AdamWStep;
 use attention::{AttentionMask, AttentionOutput};
 use lora_linear::{Lora, LoraGrads};
 use orpo_loss::PairSpan;
+use quantize::{Packed, Storage};
 use rope::RopeTable;
 use token_logps::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps};
 
@@ -78,6 +80,17 @@ pub trait Kernels: Backend {
         dtype: DType,
     ) -> Tensor<Self, 2> {
         lora_linear::backward_input_reference(dy, weight, ds_a, sum, dtype)
+    }
+
+    /// Codes of `f32` values and a scale for each block of them, by the first line of [`quantize`](mod@quantize)'s formulas: `(codes,
+    /// scales)`, `[words]` and `[blocks]`.
+    fn quantize_blocks(values: Tensor<Self, 1>, storage: Storage) -> (Tensor<Self, 1, Int>, Tensor<Self, 1>) {
+        quantize::quantize_reference(values, storage)
+    }
+
+    /// The dense matrix of one in codes.
+    fn dequantize_blocks(packed: &Packed<Self>) -> Tensor<Self, 2> {
+        quantize::dequantize_reference(packed)
     }
 
     /// See [`rms_norm`](rms_norm::rms_norm).

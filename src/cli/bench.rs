@@ -7,6 +7,7 @@ use burn::tensor::{DType, Distribution, FloatDType, Tensor};
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
+use super::precision::PrecisionArgs;
 use super::profile_table::{self, Limits};
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
 use crate::model::llama::Keep;
 use crate::model::presets::{PRESETS, preset};
-use crate::model::{Llama, LlamaConfig};
+use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::adamw::grad_norm;
 use crate::ops::lora_linear::lora_linear;
 use crate::ops::{Kernels, profile};
@@ -41,9 +42,8 @@ pub struct BenchArgs {
     /// Pairs of a step
     #[arg(long, default_value_t = 1)]
     batch_size: usize,
-    /// Data type of weights and activations: fp16, fp32, or AUTO for fp16 where a GPU computes in it
-    #[arg(long, default_value = "AUTO")]
-    dtype: String,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Rank of the adapters
     #[arg(long, default_value_t = 8)]
     lora_rank: usize,
@@ -75,10 +75,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         println!("device   {note}");
     }
     let choice = &selected.choice;
-    let dtype = choice.dtype(&args.dtype)?;
+    let precision = args.precision.resolve(choice)?;
     device::guard("the bench", choice, || match choice {
-        DeviceChoice::Cpu => run_on::<Flex>(args, &config, dtype, &Default::default(), choice),
-        DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &config, dtype, device, choice),
+        DeviceChoice::Cpu => run_on::<Flex>(args, &config, precision, &Default::default(), choice),
+        DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &config, precision, device, choice),
     })
 }
 
@@ -133,19 +133,19 @@ impl BenchArgs {
 fn run_on<B: Kernels>(
     args: &BenchArgs,
     config: &LlamaConfig,
-    dtype: DType,
+    precision: Precision,
     device: &B::Device,
     choice: &DeviceChoice,
 ) -> Result<()> {
+    let dtype = precision.dtype;
     device::self_test::<B>(device, choice, dtype)?;
     let batch = args.batch(config);
-    let name = device::dtype_name(dtype);
     let place = match choice {
         DeviceChoice::Cpu => choice.describe(),
         DeviceChoice::Wgpu { .. } => format!("{choice} ({})", choice.describe()),
     };
     println!(
-        "model    {}, {} layer{}, {:.2} billion weights, random, {name}, on {place}",
+        "model    {}, {} layer{}, {:.2} billion weights, random, {precision}, on {place}",
         args.model_type,
         config.num_hidden_layers,
         if config.num_hidden_layers == 1 { "" } else { "s" },
@@ -159,11 +159,12 @@ fn run_on<B: Kernels>(
     );
     let limits = measure_limits::<B>(dtype, choice, device)?;
     println!(
-        "limits   {:.3} TFLOP/s in the best {name} product found, {:.1} GB/s in an addition",
+        "limits   {:.3} TFLOP/s in the best {} product found, {:.1} GB/s in an addition",
+        Precision::dense(dtype),
         limits.flops / 1e12,
         limits.bytes / 1e9
     );
-    let mut model = Llama::<B>::random(config, dtype, choice.shard_bytes(), device);
+    let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);
     let target_modules = lora::target_modules(&["ALL".to_owned()])?;
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
     let mut bench = Bench::new(model, batch, args.keep());
@@ -180,9 +181,8 @@ fn run_on<B: Kernels>(
     }
     times.sort_by(f64::total_cmp);
     let step_s = times[times.len() / 2];
-    let element_bytes = if dtype == DType::F16 { 2 } else { 4 };
     let logits_bytes = bench.model.lm_head.logits_bytes(bench.batch.rows.len());
-    let shape = StepShape::of(&bench.batch, args.lora_rank, element_bytes, args.keep(), false, logits_bytes);
+    let shape = StepShape::of(&bench.batch, args.lora_rank, precision, args.keep(), false, logits_bytes);
     let flops = StepFlops::of(config, &shape).total();
     let tokens = bench.batch.n_tokens() as f64;
     println!(
@@ -229,12 +229,13 @@ fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choi
         ),
     }
     println!(
-        "  weights {}, adapters {}, gradients {}, kept for backward {}, one layer {}, head {}",
+        "  weights {}, adapters {}, gradients {}, kept for backward {}, one layer {}, scratch {}, head {}",
         bytes(memory.weights),
         bytes(memory.adapters),
         bytes(memory.gradients),
         bytes(memory.kept),
         bytes(memory.layer),
+        bytes(memory.scratch),
         bytes(memory.head)
     );
 }
@@ -284,10 +285,7 @@ impl<B: Kernels> Bench<B> {
 
 /// The device's limits as this program can reach them: the best of its own products and burn's, and an addition of two long vectors.
 fn measure_limits<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B::Device) -> Result<Limits> {
-    let is_slow = match choice {
-        DeviceChoice::Cpu => true,
-        DeviceChoice::Wgpu { adapter, .. } => adapter.device_type == device::DeviceType::Software,
-    };
+    let is_slow = *choice == DeviceChoice::Cpu || choice.is_software();
     let (n, length) = if is_slow { (1024, 1 << 23) } else { (4096, 1 << 26) };
     let random = |rows: usize| {
         let tensor = Tensor::<B, 2>::random([rows, n], Distribution::Normal(0.0, 1.0), device);

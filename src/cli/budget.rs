@@ -33,12 +33,10 @@ impl Budget {
         choice: &DeviceChoice,
     ) -> Self {
         let batch = longest_batch(rows, plan.batch_size);
-        let element_bytes =
-            model.layers.first().map_or(size_of::<f32>(), |layer| layer.mlp.up_proj.weight.dtype().size());
         let logits_bytes = model.lm_head.logits_bytes(batch.rows.len());
         let accumulates = plan.gradient_accumulation_steps > 1;
         let predict = |keep| {
-            let shape = StepShape::of(&batch, rank, element_bytes, keep, accumulates, logits_bytes);
+            let shape = StepShape::of(&batch, rank, model.precision, keep, accumulates, logits_bytes);
             Self { keep, memory: StepMemory::of(&model.config, &shape) }
         };
         if !gradient_checkpointing {

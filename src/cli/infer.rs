@@ -7,6 +7,7 @@ use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
 use super::open::OpenModel;
+use super::precision::PrecisionArgs;
 use crate::demo;
 use crate::device::{self, DeviceChoice};
 use crate::error::Result;
@@ -62,9 +63,8 @@ pub struct InferArgs {
     /// Where to compute: auto, cpu, wgpu or wgpu:1
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
-    #[arg(long, default_value = "AUTO")]
-    dtype: String,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Say how fast every answer was
     #[arg(long)]
     verbose: bool,
@@ -123,16 +123,16 @@ fn run_on<B: Kernels>(
     device: &B::Device,
     choice: &DeviceChoice,
 ) -> Result<()> {
-    let dtype = choice.dtype(&args.dtype)?;
-    device::self_test::<B>(device, choice, dtype)?;
+    let precision = args.precision.resolve(choice)?;
+    device::self_test::<B>(device, choice, precision.dtype)?;
     device::guard("answering", choice, || {
-        let mut model = open.load::<B>(dtype, device, choice.shard_bytes())?;
+        let mut model = open.load::<B>(precision, device, choice.shard_bytes())?;
         let adapter = args.adapter();
         if let Some(folder) = &adapter {
             lora::load(&mut model, folder)?;
         }
         let name = adapter.map_or("no adapter".to_owned(), |folder| folder.display().to_string());
-        eprintln!("{} with {name}, in {} on {choice}", open.name, device::dtype_name(dtype));
+        eprintln!("{} with {name}, in {precision} on {choice}", open.name);
         let mut chat =
             Chat::new(&model, &open.tokenizer, open.template, args.system.clone(), &args.generation())?;
         let (output, notes) = (&mut stdout(), &mut stderr());

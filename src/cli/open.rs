@@ -4,15 +4,13 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use burn::tensor::DType;
-
 use crate::data::template::Template;
 use crate::data::tokenize::TextTokenizer;
 use crate::demo;
 use crate::error::{Error, Result};
 use crate::model::config::TokenIds;
 use crate::model::load::{Checkpoint, load_llama};
-use crate::model::{Llama, LlamaConfig};
+use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::Kernels;
 
 /// A model whose folder has been looked at and whose weights are not loaded.
@@ -65,17 +63,21 @@ impl OpenModel {
         matches!(self.source, Source::Demo)
     }
 
-    /// Loads the weights onto a device, frozen matrices and activations in `dtype`. Matrices of the vocabulary's size come in shards
-    /// of at most `shard_bytes`.
+    /// Loads the weights onto a device. Matrices of the vocabulary's size come in shards of at most `shard_bytes`.
     ///
     /// # Errors
     /// If the weights are missing, damaged or do not fit `config.json`.
-    pub fn load<B: Kernels>(&self, dtype: DType, device: &B::Device, shard_bytes: usize) -> Result<Llama<B>> {
+    pub fn load<B: Kernels>(
+        &self,
+        precision: Precision,
+        device: &B::Device,
+        shard_bytes: usize,
+    ) -> Result<Llama<B>> {
         let checkpoint = match &self.source {
             Source::Demo => demo::checkpoint()?,
             Source::Folder(folder) => Checkpoint::open_folder(folder)?,
         };
-        let model = load_llama(&checkpoint, &self.config, dtype, shard_bytes, device)?;
+        let model = load_llama(&checkpoint, &self.config, precision, shard_bytes, device)?;
         let n_flushed = checkpoint.to_f16().n_flushed;
         if n_flushed > 0 {
             eprintln!(

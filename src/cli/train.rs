@@ -10,6 +10,7 @@ use burn_wgpu::Wgpu;
 use super::budget::Budget;
 use super::open::OpenModel;
 use super::outcome::{answers, print_answers, print_summary};
+use super::precision;
 use super::progress::Progress;
 use super::tune;
 use crate::config::TrainArgs;
@@ -84,7 +85,8 @@ fn run_on<B: Kernels>(
     choice: &DeviceChoice,
 ) -> Result<()> {
     let loading = Instant::now();
-    let dtype = choice.dtype(&args.dtype)?;
+    let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
+    let dtype = precision.dtype;
     device::self_test::<B>(device, choice, dtype)?;
     let loss_scale = (dtype == DType::F16).then_some(LossScaleConfig {
         init_scale: args.fp16_init_scale,
@@ -93,7 +95,7 @@ fn run_on<B: Kernels>(
         growth_interval: args.fp16_growth_interval,
     });
     let settings = settings(args, loss_scale, data)?;
-    let mut model = open.load::<B>(dtype, device, choice.shard_bytes())?;
+    let mut model = open.load::<B>(precision, device, choice.shard_bytes())?;
     let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
         Some(folder) => lora::load(&mut model, folder)?,
@@ -120,7 +122,7 @@ fn run_on<B: Kernels>(
     let settings = TrainSettings { keep: budget.keep, ..settings };
     // What the device and the adapter brought along goes over the flags, and into the run's own record.
     let args = &TrainArgs {
-        dtype: device::dtype_name(dtype).to_owned(),
+        dtype: precision.dtype_name().to_owned(),
         lora_rank: lora_config.r,
         lora_alpha: lora_config.lora_alpha,
         lora_target_modules: lora_config.target_modules.clone(),
@@ -311,7 +313,7 @@ fn describe<B: Kernels>(
     eprintln!(
         "model    {} in {} on {choice}, loaded in {:.1} s, {trainable} trainable weights",
         open.name,
-        args.dtype,
+        model.precision,
         loading.elapsed().as_secs_f64()
     );
     eprintln!(

@@ -6,12 +6,13 @@ use crate::ops::Kernels;
 use crate::ops::lora_linear::{
     InputGrad, Lora, LoraLinearGrads, lora_linear, lora_linear_backward, lora_rank_r,
 };
+use crate::ops::quantize::Weight;
 
 /// A linear layer without bias: a frozen weight and, where one is attached, a LoRA adapter.
 #[derive(Debug, Clone)]
 pub struct Linear<B: Backend> {
     /// `[out, in]`, as the checkpoint stores it.
-    pub weight: Tensor<B, 2>,
+    pub weight: Weight<B>,
     /// The trainable part.
     pub lora: Option<Lora<B>>,
 }
@@ -27,7 +28,7 @@ pub struct LinearOutput<B: Backend> {
 
 impl<B: Backend> Linear<B> {
     /// A layer without adapter.
-    pub fn frozen(weight: Tensor<B, 2>) -> Self {
+    pub fn frozen(weight: Weight<B>) -> Self {
         Self { weight, lora: None }
     }
 }
@@ -35,13 +36,13 @@ impl<B: Backend> Linear<B> {
 impl<B: Kernels> Linear<B> {
     /// Applies the layer: `[tokens, in] -> [tokens, out]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> LinearOutput<B> {
-        let (y, s) = lora_linear(x, self.weight.clone(), self.lora.as_ref(), None);
+        let (y, s) = lora_linear(x, self.weight.to_dense(), self.lora.as_ref(), None);
         LinearOutput { y, s }
     }
 
     /// Applies the layer and adds the residual, `[tokens, out]`.
     pub fn forward_onto(&self, x: Tensor<B, 2>, residual: Tensor<B, 2>) -> LinearOutput<B> {
-        let (y, s) = lora_linear(x, self.weight.clone(), self.lora.as_ref(), Some(residual));
+        let (y, s) = lora_linear(x, self.weight.to_dense(), self.lora.as_ref(), Some(residual));
         LinearOutput { y, s }
     }
 
@@ -58,6 +59,6 @@ impl<B: Kernels> Linear<B> {
         s: Option<Tensor<B, 2>>,
         input: InputGrad<B>,
     ) -> LoraLinearGrads<B> {
-        lora_linear_backward(dy, x, self.weight.clone(), self.lora.as_ref(), s, input)
+        lora_linear_backward(dy, x, self.weight.to_dense(), self.lora.as_ref(), s, input)
     }
 }

@@ -2,12 +2,12 @@
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 
-use super::LlamaConfig;
 use super::attention::{Attention, AttentionActivations, AttentionLayout, LayerCache};
 use super::linear::Linear;
 use super::load::HostMatrix;
 use super::mlp::{Mlp, MlpActivations};
 use super::norm::RmsNorm;
+use super::{LlamaConfig, Precision};
 use crate::ops::Kernels;
 use crate::ops::attention::AttentionOutput;
 use crate::ops::token_logps::Head;
@@ -194,6 +194,8 @@ pub const LINEAR_NAMES: [&str; 7] = [
 pub struct Llama<B: Backend> {
     /// The shape.
     pub config: LlamaConfig,
+    /// The types.
+    pub precision: Precision,
     /// `[vocab, hidden]`, as stored in the file.
     pub embed_tokens: HostMatrix,
     /// The decoder layers.

@@ -12,10 +12,12 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
-use super::LlamaConfig;
 use super::llama::{LINEAR_NAMES, Llama};
 use super::parts::{Parts, assemble, in_shards};
+use super::{LlamaConfig, Precision};
 use crate::error::{Error, Result};
+use crate::ops::Kernels;
+use crate::ops::quantize::{Storage, Weight};
 
 /// The bytes of a file: mapped, or part of the executable.
 type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
@@ -215,22 +217,9 @@ impl Checkpoint {
     /// # Panics
     /// If the tensor is not there or has another number of dimensions.
     pub fn tensor<B: Backend, const D: usize>(&self, name: &str, device: &B::Device) -> Tensor<B, D> {
-        self.tensor_as(name, DType::F32, device)
-    }
-
-    /// [`tensor`](Self::tensor), converted to `dtype`.
-    ///
-    /// # Panics
-    /// As [`tensor`](Self::tensor) does.
-    pub fn tensor_as<B: Backend, const D: usize>(
-        &self,
-        name: &str,
-        dtype: DType,
-        device: &B::Device,
-    ) -> Tensor<B, D> {
         let stored = &self.tensors[name];
         let values = stored.values(0..stored.shape.iter().product());
-        self.upload(name, values, stored.shape.clone(), dtype, device)
+        self.upload(name, values, stored.shape.clone(), DType::F32, device)
     }
 
     /// What the conversions to `f16` so far have cost.
@@ -243,6 +232,18 @@ impl Checkpoint {
         self.to_f16.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts what the conversion of these values to `f16` costs.
+    fn count_f16(&self, name: &str, values: &[f32]) {
+        let is_flushed = |v: &&f32| **v != 0.0 && f16::from_f32(**v) == f16::ZERO;
+        let is_overflowed = |v: &&f32| v.is_finite() && f16::from_f32(**v).is_infinite();
+        let n_overflowed = values.iter().filter(is_overflowed).count();
+        let mut to_f16 = self.lock_to_f16();
+        to_f16.n_flushed += values.iter().filter(is_flushed).count();
+        if n_overflowed > 0 {
+            *to_f16.overflowed.entry(name.to_owned()).or_default() += n_overflowed;
+        }
+    }
+
     /// Values of a tensor of this name as one of `dtype`.
     fn upload<B: Backend, const D: usize>(
         &self,
@@ -253,14 +254,7 @@ impl Checkpoint {
         device: &B::Device,
     ) -> Tensor<B, D> {
         if dtype == DType::F16 {
-            let is_flushed = |v: &&f32| **v != 0.0 && f16::from_f32(**v) == f16::ZERO;
-            let is_overflowed = |v: &&f32| v.is_finite() && f16::from_f32(**v).is_infinite();
-            let n_overflowed = values.iter().filter(is_overflowed).count();
-            let mut to_f16 = self.lock_to_f16();
-            to_f16.n_flushed += values.iter().filter(is_flushed).count();
-            if n_overflowed > 0 {
-                *to_f16.overflowed.entry(name.to_owned()).or_default() += n_overflowed;
-            }
+            self.count_f16(name, &values);
         }
         // Converted here: the transfer is half of what it would be, and so is the memory on the device.
         Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
@@ -271,20 +265,36 @@ impl Checkpoint {
         HostMatrix(self.tensors[name].clone())
     }
 
-    /// Reads a matrix in shards of rows of at most `shard_bytes` in `dtype`.
-    fn sharded<B: Backend>(
+    /// Reads rows of a matrix, stored as `storage` and multiplied in `dtype`.
+    fn weight<B: Kernels>(
         &self,
         name: &str,
+        rows: Range<usize>,
+        storage: Storage,
         dtype: DType,
-        shard_bytes: usize,
         device: &B::Device,
-    ) -> Vec<Tensor<B, 2>> {
+    ) -> Weight<B> {
         let stored = &self.tensors[name];
-        let shard = |rows: Range<usize>, n_columns| {
-            let values = stored.values(rows.start * n_columns..rows.end * n_columns);
-            self.upload(name, values, vec![rows.len(), n_columns], dtype, device)
-        };
-        in_shards([stored.shape[0], stored.shape[1]], dtype, shard_bytes, shard)
+        let n_columns = stored.shape[1];
+        let shape = [rows.len(), n_columns];
+        let start = rows.start * n_columns;
+        let values = || stored.values(start..rows.end * n_columns);
+        let dense = |dtype| Weight::Dense(self.upload(name, values(), shape.to_vec(), dtype, device));
+        match storage {
+            Storage::F32 => dense(DType::F32),
+            Storage::F16 => dense(DType::F16),
+            Storage::PackedF16 => {
+                let values = values();
+                self.count_f16(name, &values);
+                let halves: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
+                Weight::packed_f16(&halves, shape, device)
+            }
+            Storage::Int8 | Storage::Nf4 => Weight::quantize(shape, storage, dtype, |range| {
+                let values = stored.values(start + range.start..start + range.end);
+                let shape = vec![values.len()];
+                self.upload(name, values, shape, DType::F32, device)
+            }),
+        }
     }
 }
 
@@ -328,17 +338,17 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-/// Loads a Llama model, with frozen matrices and activations in `dtype`: `f32` or `f16`. Matrices of the vocabulary's size are split
-/// into shards of at most `shard_bytes`.
+/// Loads a Llama model. Matrices that are not to be stored dense are quantised on the device, a few MiB at a time. Those of the
+/// vocabulary's size are split into shards of at most `shard_bytes`.
 ///
 /// A tied model may come with `embed_tokens`, with `lm_head` or with both; the embedding counts.
 ///
 /// # Errors
 /// If tensors are missing, extra or misshapen: all of them in one error. If a weight is too large for `f16`.
-pub fn load_llama<B: Backend>(
+pub fn load_llama<B: Kernels>(
     checkpoint: &Checkpoint,
     config: &LlamaConfig,
-    dtype: DType,
+    precision: Precision,
     shard_bytes: usize,
     device: &B::Device,
 ) -> Result<Llama<B>> {
@@ -359,13 +369,17 @@ pub fn load_llama<B: Backend>(
     // Old conversions store the rotary frequencies, which follow from the configuration.
     checkpoint.check(&expected, |name| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD))?;
 
+    let Precision { dtype, linears, head: head_storage } = precision;
+    let shard = |rows, _| checkpoint.weight(head, rows, head_storage, dtype, device);
     let parts = Parts {
         norm: |name: &str| checkpoint.tensor(name, device),
-        linear: |name: &str, _| checkpoint.tensor_as(name, dtype, device),
+        linear: |name: &str, [n_out, _]: [usize; 2]| {
+            checkpoint.weight(name, 0..n_out, linears, dtype, device)
+        },
         embed_tokens: checkpoint.host_matrix(embed),
-        head_shards: checkpoint.sharded(head, dtype, shard_bytes, device),
+        head_shards: in_shards([config.vocab_size, config.hidden_size], dtype, shard_bytes, shard),
     };
-    let model = assemble(config, dtype, shard_bytes, parts);
+    let model = assemble(config, precision, shard_bytes, parts);
     let overflowed = checkpoint.to_f16().overflowed;
     let Some((name, n)) = overflowed.first_key_value() else { return Ok(model) };
     let (total, n_tensors) = (overflowed.values().sum::<usize>(), overflowed.len());

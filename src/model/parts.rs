@@ -4,36 +4,38 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Tensor, backend::Backend};
 
-use super::LlamaConfig;
 use super::attention::Attention;
 use super::linear::Linear;
 use super::llama::{DecoderLayer, LINEAR_NAMES, Llama};
 use super::load::HostMatrix;
 use super::mlp::Mlp;
 use super::norm::RmsNorm;
+use super::{LlamaConfig, Precision};
+use crate::ops::quantize::Weight;
 use crate::ops::token_logps::Head;
 
 /// The most rows of a shard of the head. Enough for a product to run at full speed; with few, a chunk of logits stays small while it
 /// covers all scored rows, so that the head is read once a batch.
-const MAX_SHARD_ROWS: usize = 8192;
+pub const MAX_SHARD_ROWS: usize = 8192;
 
 /// Where the parts of a model come from.
 pub(super) struct Parts<B: Backend, N, L> {
     /// `[hidden]` of a name.
     pub(super) norm: N,
-    /// `[out, in]` of a name and a shape, in the model's dtype.
+    /// `[out, in]` of a name and a shape.
     pub(super) linear: L,
     pub(super) embed_tokens: HostMatrix,
-    pub(super) head_shards: Vec<Tensor<B, 2>>,
+    pub(super) head_shards: Vec<Weight<B>>,
 }
 
-/// Puts a model together whose activations are `dtype`.
+/// Puts a model together of this precision.
 pub(super) fn assemble<B: Backend>(
     config: &LlamaConfig,
-    dtype: DType,
+    precision: Precision,
     shard_bytes: usize,
-    parts: Parts<B, impl Fn(&str) -> Tensor<B, 1>, impl Fn(&str, [usize; 2]) -> Tensor<B, 2>>,
+    parts: Parts<B, impl Fn(&str) -> Tensor<B, 1>, impl Fn(&str, [usize; 2]) -> Weight<B>>,
 ) -> Llama<B> {
+    let dtype = precision.dtype;
     let norm = |name: &str, dtype| RmsNorm { weight: (parts.norm)(name), eps: config.rms_norm_eps, dtype };
     let layers = (0..config.num_hidden_layers).map(|layer| {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
@@ -49,6 +51,7 @@ pub(super) fn assemble<B: Backend>(
     });
     Llama {
         config: config.clone(),
+        precision,
         layers: layers.collect(),
         // The head's logits and their softmax are f32, and few rows get there.
         norm: norm("model.norm.weight", DType::F32),
@@ -57,13 +60,14 @@ pub(super) fn assemble<B: Backend>(
     }
 }
 
-/// Makes a matrix in shards of rows, each at most `shard_bytes` in `dtype`, from what makes a range of rows of so many columns.
+/// Makes a matrix in shards of rows, each at most `shard_bytes` when it is multiplied in `dtype`, from what makes a range of rows of so
+/// many columns.
 pub(super) fn in_shards<B: Backend>(
     [n_rows, n_columns]: [usize; 2],
     dtype: DType,
     shard_bytes: usize,
-    shard: impl Fn(Range<usize>, usize) -> Tensor<B, 2>,
-) -> Vec<Tensor<B, 2>> {
+    shard: impl Fn(Range<usize>, usize) -> Weight<B>,
+) -> Vec<Weight<B>> {
     let shard_rows = (shard_bytes / (n_columns * dtype.size())).clamp(1, MAX_SHARD_ROWS);
     let starts = (0..n_rows).step_by(shard_rows);
     starts.map(|start| shard(start..(start + shard_rows).min(n_rows), n_columns)).collect()

@@ -2,38 +2,57 @@
 
 use std::ops::Range;
 
-use burn::tensor::{DType, Distribution, Tensor, backend::Backend};
+use burn::tensor::{DType, Distribution, Tensor};
 use half::f16;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::load::HostMatrix;
 use super::parts::{Parts, assemble, in_shards};
-use super::{Llama, LlamaConfig};
+use super::{Llama, LlamaConfig, Precision};
+use crate::ops::Kernels;
+use crate::ops::quantize::{Storage, Weight};
 
 /// transformers' `initializer_range`.
 const STANDARD_DEVIATION: f64 = 0.02;
 /// Prime, so that the rows of an embedding of the usual widths begin at different places of the values that they share.
 const EMBEDDING_VALUES: usize = 65_537;
 
-impl<B: Backend> Llama<B> {
-    /// A model of the shape that `config` tells, with frozen matrices and activations in `dtype`, `f32` or `f16`: norms are ones,
-    /// everything else is random about zero. Matrices of the vocabulary's size come in shards of at most `shard_bytes`.
+impl<B: Kernels> Llama<B> {
+    /// A model of the shape that `config` tells: norms are ones, everything else is random about zero. Matrices of the vocabulary's
+    /// size come in shards of at most `shard_bytes`.
     ///
     /// The head is its own, also where it is the embedding in `config`.
-    pub fn random(config: &LlamaConfig, dtype: DType, shard_bytes: usize, device: &B::Device) -> Self {
-        let matrix = |shape: [usize; 2]| {
-            Tensor::<B, 2>::random(shape, Distribution::Normal(0.0, STANDARD_DEVIATION), (device, dtype))
+    pub fn random(
+        config: &LlamaConfig,
+        precision: Precision,
+        shard_bytes: usize,
+        device: &B::Device,
+    ) -> Self {
+        let Precision { dtype, linears, head } = precision;
+        let normal = Distribution::Normal(0.0, STANDARD_DEVIATION);
+        let weight = |[n_out, n_in]: [usize; 2], storage: Storage| match storage {
+            Storage::F32 | Storage::F16 => {
+                Weight::Dense(Tensor::random([n_out, n_in], normal, (device, dtype)))
+            }
+            Storage::PackedF16 => {
+                let values = Tensor::<B, 1>::random([n_out * n_in], normal, (device, DType::F32));
+                let values = values.into_data().iter::<f32>().map(f16::from_f32).collect::<Vec<_>>();
+                Weight::packed_f16(&values, [n_out, n_in], device)
+            }
+            Storage::Int8 | Storage::Nf4 => Weight::quantize([n_out, n_in], storage, dtype, |range| {
+                Tensor::random([range.len()], normal, (device, DType::F32))
+            }),
         };
         let vocabulary = [config.vocab_size, config.hidden_size];
-        let shard = |rows: Range<usize>, n_columns: usize| matrix([rows.len(), n_columns]);
+        let shard = |rows: Range<usize>, n_columns: usize| weight([rows.len(), n_columns], head);
         let parts = Parts {
             norm: |_: &str| Tensor::ones([config.hidden_size], (device, DType::F32)),
-            linear: |_: &str, shape| matrix(shape),
+            linear: |_: &str, shape| weight(shape, linears),
             embed_tokens: random_embedding(vocabulary, dtype),
             head_shards: in_shards(vocabulary, dtype, shard_bytes, shard),
         };
-        assemble(config, dtype, shard_bytes, parts)
+        assemble(config, precision, shard_bytes, parts)
     }
 }
 

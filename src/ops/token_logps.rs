@@ -16,6 +16,7 @@ use burn::tensor::{DType, Tensor};
 
 use super::Kernels;
 use super::lora_linear::lora_linear;
+use super::quantize::Weight;
 
 pub(super) use fused::{backward as backward_fused, forward as forward_fused};
 pub use reference::{token_logps_backward_reference, token_logps_reference};
@@ -33,7 +34,7 @@ pub struct ScoredToken {
 #[derive(Debug, Clone)]
 pub struct Head<B: Backend> {
     /// Consecutive rows of the matrix, `[rows, hidden]` each, in one dtype.
-    pub shards: Vec<Tensor<B, 2>>,
+    pub shards: Vec<Weight<B>>,
     /// The most bytes that a chunk's logits may take.
     pub chunk_bytes: usize,
 }
@@ -78,7 +79,7 @@ impl<B: Backend> Head<B> {
     where
         B: Kernels,
     {
-        let logits = |shard: &Tensor<B, 2>| lora_linear(hidden.clone(), shard.clone(), None, None).0;
+        let logits = |shard: &Weight<B>| lora_linear(hidden.clone(), shard.to_dense(), None, None).0;
         Tensor::cat(self.shards.iter().map(logits).collect(), 1)
     }
 
@@ -93,7 +94,7 @@ impl<B: Backend> Head<B> {
     /// The most bytes that a chunk's logits of `n_rows` rows take, and their exponentials where they are stored in another type.
     pub fn logits_bytes(&self, n_rows: usize) -> usize {
         let longest = self.shards.iter().max_by_key(|shard| shard.dims()[0]);
-        let per_logit = |shard: &Tensor<B, 2>| {
+        let per_logit = |shard: &Weight<B>| {
             let is_in_place = shard.dtype() == DType::F32;
             size_of::<f32>() + if is_in_place { 0 } else { shard.dtype().size() }
         };
@@ -121,7 +122,7 @@ pub fn token_logps<B: Kernels>(
     expected: Expected,
 ) -> TokenLogps<B> {
     let n_hidden = hidden.dims()[1];
-    let fits = |shard: &Tensor<B, 2>| shard.dims()[1] == n_hidden && shard.dtype() == head.shards[0].dtype();
+    let fits = |shard: &Weight<B>| shard.dims()[1] == n_hidden && shard.dtype() == head.shards[0].dtype();
     assert!(
         head.shards.iter().all(fits),
         "token_logps: the head's shards fit neither {n_hidden} columns nor each other"

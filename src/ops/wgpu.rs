@@ -1,7 +1,7 @@
 //! The ops on wgpu: which shader is launched how often, on which buffers.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor, TensorPrimitive};
+use burn::tensor::{DType, Int, Tensor, TensorPrimitive};
 use burn_cubecl::element::BoolElement;
 use burn_cubecl::{CubeBackend, FloatElement, IntElement};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
@@ -12,9 +12,10 @@ use super::kernel::{Layout, RANK_QUADS, Shader, launch};
 use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan};
 use super::product::{Floats, Product, dims, lora_backward, output};
+use super::quantize::{KernelScales, Packed, Scales, Storage};
 use super::rope::RopeTable;
 use super::token_logps::{self, Expected, ExpectedRows, Head, ScoredToken, TokenLogps};
-use super::{Kernels, cube, profile, rms_norm, rope, swiglu};
+use super::{Kernels, cube, profile, quantize, rms_norm, rope, swiglu};
 
 impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<WgpuRuntime, F, I, BT> {
     fn bytes_in_use(device: &WgpuDevice) -> Option<u64> {
@@ -95,6 +96,29 @@ impl<F: FloatElement, I: IntElement, BT: BoolElement> Kernels for CubeBackend<Wg
         scored: &[ScoredToken],
     ) -> Tensor<Self, 2> {
         token_logps::backward_fused(dlogps, expected, head, scored)
+    }
+
+    fn quantize_blocks(values: Tensor<Self, 1>, storage: Storage) -> (Tensor<Self, 1, Int>, Tensor<Self, 1>) {
+        let (codes, scales) = quantize::launch_quantize(input(values), storage);
+        (Tensor::from_primitive(codes), tensor(scales))
+    }
+
+    fn dequantize_blocks(packed: &Packed<Self>) -> Tensor<Self, 2> {
+        let codes = |codes: &Tensor<Self, 1, Int>| codes.clone().into_primitive();
+        let numbers = |numbers: &Tensor<Self, 1>| Some(input(numbers.clone()));
+        let none = KernelScales { codes: None, scales: None, levels: None, mean: 0.0 };
+        let scales = match &packed.scales {
+            Scales::None => none,
+            Scales::Single(scales) => KernelScales { scales: numbers(scales), ..none },
+            Scales::Double { codes: scale_codes, scales, mean, levels } => KernelScales {
+                codes: Some(codes(scale_codes)),
+                scales: numbers(scales),
+                levels: numbers(levels),
+                mean: *mean,
+            },
+        };
+        let Packed { shape, storage, dtype, .. } = *packed;
+        tensor(quantize::launch_dequantize(codes(&packed.codes), scales, storage, shape, dtype))
     }
 
     fn rms_norm_forward(

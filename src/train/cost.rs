@@ -4,9 +4,11 @@
 //! of the packed batch, `R` scored rows, `e` bytes of an activation; sizes of the model as in its configuration.
 
 use crate::data::batch::Batch;
-use crate::model::LlamaConfig;
 use crate::model::llama::Keep;
+use crate::model::parts::MAX_SHARD_ROWS;
+use crate::model::{LlamaConfig, Precision};
 use crate::ops::attention::Visible;
+use crate::ops::quantize::Storage;
 
 /// What the costs depend on besides the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -19,8 +21,8 @@ pub struct StepShape {
     pub visible: usize,
     /// Rank of the adapters; 0 for none.
     pub rank: usize,
-    /// Bytes of an activation and of a frozen weight: 4 or 2.
-    pub element_bytes: usize,
+    /// Types of activations and weights.
+    pub precision: Precision,
     /// What of each layer is kept for backward.
     pub keep: Keep,
     /// Whether gradients of an earlier micro-batch wait for those of this one.
@@ -34,7 +36,7 @@ impl StepShape {
     pub fn of(
         batch: &Batch,
         rank: usize,
-        element_bytes: usize,
+        precision: Precision,
         keep: Keep,
         accumulates: bool,
         logits_bytes: usize,
@@ -45,7 +47,7 @@ impl StepShape {
             rows: batch.rows.len(),
             visible,
             rank,
-            element_bytes,
+            precision,
             keep,
             accumulates,
             logits_bytes,
@@ -112,7 +114,9 @@ pub struct StepMemory {
     pub kept: usize,
     /// The activations of the one layer that backward is in.
     pub layer: usize,
-    /// Logits and rows of the head, where they take more than a layer.
+    /// The largest matrix as it is multiplied, where it is stored otherwise.
+    pub scratch: usize,
+    /// Logits and rows of the head, where they take more than a layer and the scratch.
     pub head: usize,
 }
 
@@ -120,12 +124,17 @@ impl StepMemory {
     /// Predicts the memory of a run of such steps.
     pub fn of(config: &LlamaConfig, shape: &StepShape) -> Self {
         const F32: usize = size_of::<f32>();
-        let e = shape.element_bytes;
+        let Precision { dtype, linears, head } = shape.precision;
+        let e = dtype.size();
         let (tokens, rows, layers) = (shape.tokens, shape.rows, config.num_hidden_layers);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
-        let linears: usize = config.linear_shapes().iter().map(|[n_out, n_in]| n_out * n_in).sum();
+        let shapes = config.linear_shapes();
+        let matrices: usize = shapes.iter().map(|[n_out, n_in]| linears.bytes(n_out * n_in)).sum();
+        let dense = |storage: Storage, n_values: usize| if storage.is_dense() { 0 } else { e * n_values };
+        let scratch = shapes.iter().map(|[n_out, n_in]| dense(linears, n_out * n_in)).max().unwrap_or(0);
+        let shard = dense(head, config.vocab_size.min(MAX_SHARD_ROWS) * hidden);
         let thin: usize = config.linear_shapes().iter().map(|[n_out, n_in]| n_out + n_in).sum();
         let adapter = F32 * layers * thin * shape.rank;
 
@@ -141,59 +150,76 @@ impl StepMemory {
         };
         let rope = F32 * tokens * config.head_dim;
         // Rows into and out of the norm, the expected rows and a shard's part of them; the last layer's output was selected from.
-        let head = 4 * F32 * rows * hidden + shape.logits_bytes;
+        let head_rows = 4 * F32 * rows * hidden + shape.logits_bytes + shard;
         let layer = layer + stream;
         let gradients = if shape.accumulates { adapter } else { adapter / layers };
         Self {
-            weights: e * (layers * linears + config.vocab_size * hidden) + F32 * (2 * layers + 1) * hidden,
+            weights: layers * matrices
+                + head.bytes(config.vocab_size * hidden)
+                + F32 * (2 * layers + 1) * hidden,
             adapters: 4 * adapter,
             gradients,
             kept: layers * kept + rope,
             layer,
-            head: head.saturating_sub(layer),
+            scratch,
+            head: head_rows.saturating_sub(layer + scratch),
         }
     }
 
     /// All of it.
     pub fn total(&self) -> usize {
-        self.weights + self.adapters + self.gradients + self.kept + self.layer + self.head
+        self.weights + self.adapters + self.gradients + self.kept + self.layer + self.scratch + self.head
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::DType;
+
     use super::*;
     use crate::model::presets::preset;
 
     /// One pair of two sequences of `s` tokens that share half of them.
-    fn shape(s: usize, element_bytes: usize, keep: Keep) -> StepShape {
+    fn shape(s: usize, precision: Precision, keep: Keep) -> StepShape {
         let half = s / 2;
         StepShape {
             tokens: 3 * half,
             rows: 2 * half,
             visible: half * half / 2 + 2 * (half * half + half * half / 2),
             rank: 8,
-            element_bytes,
+            precision,
             keep,
             accumulates: true,
             logits_bytes: 64 << 20,
         }
     }
 
-    #[test]
-    fn llama_3_8b_in_f16_trains_on_a_pair_of_2048_tokens_in_less_than_24_gb() {
+    /// Gigabytes of one pair without anything shared: the most that two sequences of `s` tokens can be.
+    fn gigabytes(s: usize, linears: Storage, head: Storage) -> f64 {
         let config = preset("llama3-8b-instruct").unwrap();
-        // Without anything shared: the most that two sequences of 2048 tokens can be.
-        let unshared = StepShape { tokens: 4096, rows: 4096, ..shape(2048, 2, Keep::Input) };
-        let memory = StepMemory::of(&config, &unshared);
-        assert!(memory.total() < 24_000_000_000, "{memory:?}: {}", memory.total());
-        assert!(memory.total() > 16_000_000_000, "the weights alone are more: {memory:?}");
+        let precision = Precision { dtype: DType::F16, linears, head };
+        let unshared = StepShape { tokens: 2 * s, rows: 2 * s, ..shape(s, precision, Keep::Input) };
+        StepMemory::of(&config, &unshared).total() as f64 / 1e9
+    }
+
+    #[test]
+    fn llama_3_8b_trains_on_the_cards_that_people_have() {
+        let f16 = gigabytes(2048, Storage::F16, Storage::F16);
+        assert!(f16 < 24.0 && f16 > 16.0, "{f16}: the weights alone are 15 GB");
+        let int8 = gigabytes(2048, Storage::Int8, Storage::F16);
+        assert!(int8 < 16.0, "{int8}");
+        let nf4 = gigabytes(2048, Storage::Nf4, Storage::F16);
+        assert!(nf4 < 12.0, "{nf4}");
+        let short = gigabytes(1024, Storage::Nf4, Storage::F16);
+        assert!(short < 8.0, "{short}");
+        assert!(gigabytes(1024, Storage::Nf4, Storage::Int8) < short - 0.4, "the head is 1 GB in f16");
     }
 
     #[test]
     fn keeping_more_costs_memory_and_saves_operations() {
         let config = preset("llama3-8b-instruct").unwrap();
-        let all = [Keep::Input, Keep::Attention, Keep::All].map(|keep| shape(1024, 2, keep));
+        let all = [Keep::Input, Keep::Attention, Keep::All]
+            .map(|keep| shape(1024, Precision::dense(DType::F16), keep));
         let memory = all.map(|shape| StepMemory::of(&config, &shape).total());
         let flops = all.map(|shape| StepFlops::of(&config, &shape).total());
         assert!(memory.is_sorted() && memory[0] < memory[2], "{memory:?}");
@@ -204,7 +230,7 @@ mod tests {
     #[test]
     fn the_linears_of_llama_3_8b_cost_28_6_tflop_forward_at_2048_tokens() {
         let config = preset("llama3-8b-instruct").unwrap();
-        let shape = StepShape { tokens: 2048, ..shape(1024, 2, Keep::All) };
+        let shape = StepShape { tokens: 2048, ..shape(1024, Precision::dense(DType::F16), Keep::All) };
         let linears = StepFlops::of(&config, &shape).linears;
         assert!((linears / 2.0 / 28.6e12 - 1.0).abs() < 0.01, "{linears:e}");
     }

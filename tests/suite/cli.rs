@@ -267,9 +267,23 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
         Case {
             name: "dtype of the device",
             spoil: |_| {},
-            flags: &["--dtype", "fp16", "--device", "cpu"],
+            flags: &["--dtype", "bf16", "--device", "cpu"],
             code: 2,
-            says: &["--dtype fp16: cpu computes in fp32"],
+            says: &["--dtype bf16: cpu does not compute in bf16", "the CPU can do fp16 and fp32"],
+        },
+        Case {
+            name: "bits",
+            spoil: |_| {},
+            flags: &["--quantization_bit", "3"],
+            code: 2,
+            says: &["--quantization_bit is 3, expected 0, 4 or 8"],
+        },
+        Case {
+            name: "a head quantised alone",
+            spoil: |_| {},
+            flags: &["--quantize_lm_head", "true"],
+            code: 2,
+            says: &["--quantize_lm_head is true", "--quantization_bit 8 or 4"],
         },
         Case {
             name: "loss scale",

@@ -7,15 +7,15 @@ use std::time::Instant;
 use burn::tensor::DType;
 use burn_flex::Flex;
 use orpo_wgpu::infer::generate::{GenerationConfig, answer};
-use orpo_wgpu::model::Llama;
 use orpo_wgpu::model::load::load_llama;
+use orpo_wgpu::model::{Llama, Precision};
 use orpo_wgpu::{demo, lora};
 
 fn base() -> Llama<Flex> {
     load_llama(
         &demo::checkpoint().unwrap(),
         &demo::config().unwrap(),
-        DType::F32,
+        Precision::dense(DType::F32),
         1 << 30,
         &Default::default(),
     )

@@ -16,7 +16,7 @@ use orpo_wgpu::lora;
 use orpo_wgpu::model::attention::AttentionLayout;
 use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
-use orpo_wgpu::model::{Llama, LlamaConfig};
+use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::train::loss_scale::LossScaleConfig;
 use orpo_wgpu::train::metrics::StepMetrics;
@@ -73,7 +73,8 @@ impl Case {
     fn model<B: Kernels>(&self, dtype: DType, device: &B::Device) -> Llama<B> {
         let config = LlamaConfig::read(&self.folder.join("model/config.json")).unwrap();
         let checkpoint = Checkpoint::open_folder(&self.folder.join("model")).unwrap();
-        load_llama(&checkpoint, &config, dtype, 200 * config.hidden_size * 4, device).unwrap()
+        load_llama(&checkpoint, &config, Precision::dense(dtype), 200 * config.hidden_size * 4, device)
+            .unwrap()
     }
 
     pub(crate) fn adapted<B: Kernels>(&self, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {

@@ -5,7 +5,6 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
-use burn::tensor::backend::Backend;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 use orpo_wgpu::data::template::Template;
@@ -17,7 +16,7 @@ use orpo_wgpu::infer::sample::SamplingConfig;
 use orpo_wgpu::lora;
 use orpo_wgpu::model::attention::AttentionLayout;
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
-use orpo_wgpu::model::{Llama, LlamaConfig};
+use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::token_logps::{Expected, ScoredToken, token_logps};
 use serde_json::Value;
@@ -41,9 +40,16 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(name)
 }
 
-fn load<B: Backend>(folder: &Path, device: &B::Device) -> Llama<B> {
+fn load<B: Kernels>(folder: &Path, device: &B::Device) -> Llama<B> {
     let config = LlamaConfig::read(&folder.join("config.json")).unwrap();
-    load_llama(&Checkpoint::open_folder(folder).unwrap(), &config, DType::F32, 1 << 27, device).unwrap()
+    load_llama(
+        &Checkpoint::open_folder(folder).unwrap(),
+        &config,
+        Precision::dense(DType::F32),
+        1 << 27,
+        device,
+    )
+    .unwrap()
 }
 
 fn json(path: &Path) -> Value {

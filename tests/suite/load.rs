@@ -12,7 +12,7 @@ use orpo_wgpu::lora::{self, LoraConfig};
 use orpo_wgpu::model::attention::AttentionLayout;
 use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::load::{Checkpoint, ToF16, load_llama};
-use orpo_wgpu::model::{Llama, LlamaConfig};
+use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::train::optim::read;
 use orpo_wgpu::train::step::forward_backward;
@@ -47,8 +47,14 @@ fn a_loaded_model_keeps_its_matrices_in_the_dtype_that_was_asked_for() {
     let (checkpoint, config) = (demo::checkpoint().unwrap(), demo::config().unwrap());
     let shard_bytes = 100 * 4 * config.hidden_size;
     let [full, half] = [DType::F32, DType::F16].map(|dtype| {
-        let model =
-            load_llama::<Flex>(&checkpoint, &config, dtype, shard_bytes, &Default::default()).unwrap();
+        let model = load_llama::<Flex>(
+            &checkpoint,
+            &config,
+            Precision::dense(dtype),
+            shard_bytes,
+            &Default::default(),
+        )
+        .unwrap();
         check_dtypes(&model, dtype, shard_bytes);
         let tokens: Vec<u32> = (3..40).collect();
         let layout = AttentionLayout::causal(&config, 0, tokens.len(), &Default::default());
@@ -84,7 +90,8 @@ fn what_halves_do_not_hold_is_counted_and_refused() {
     const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
     let config = demo::config().unwrap();
     let load = |checkpoint: &Checkpoint, dtype| {
-        load_llama::<Flex>(checkpoint, &config, dtype, 1 << 20, &Default::default()).map(drop)
+        load_llama::<Flex>(checkpoint, &config, Precision::dense(dtype), 1 << 20, &Default::default())
+            .map(drop)
     };
     // 2⁻²⁵ is halfway between 0 and the least number above it, and rounds to the even one; 0 was 0 before.
     let tiny: &[f32] = &[1e-8, -1e-30, 2f32.powi(-25), 2f32.powi(-24), 0.0];
@@ -104,10 +111,10 @@ fn what_halves_do_not_hold_is_counted_and_refused() {
 fn check_random<B: Kernels>(dtype: DType, device: &B::Device) {
     let config = tiny();
     let shard_bytes = 100 * dtype.size() * config.hidden_size;
-    let mut model = Llama::<B>::random(&config, dtype, shard_bytes, device);
+    let mut model = Llama::<B>::random(&config, Precision::dense(dtype), shard_bytes, device);
     check_dtypes(&model, dtype, shard_bytes);
     let weights =
-        model.layers[0].mlp.up_proj.weight.clone().into_data().convert::<f32>().to_vec::<f32>().unwrap();
+        model.layers[0].mlp.up_proj.weight.to_dense().into_data().convert::<f32>().to_vec::<f32>().unwrap();
     let deviation = (weights.iter().map(|w| w * w).sum::<f32>() / weights.len() as f32).sqrt();
     assert!((0.018..0.022).contains(&deviation), "standard deviation {deviation}");
     assert_ne!(model.embed_tokens.gather(&[0]), model.embed_tokens.gather(&[1]));

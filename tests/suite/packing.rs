@@ -29,7 +29,7 @@ fn sequence_logps(model: &Llama<Flex>, layers: &[DecoderLayer<Tracked>], ids: &[
     let layout = AttentionLayout::<Flex>::causal(&model.config, 0, n, &model.device());
     let hidden = plain::forward(model, layers, ids, &layout);
     let logits = model.lm_head.shards.iter().map(|w| {
-        let w = Tensor::<Tracked, 2>::from_inner(w.clone());
+        let w = Tensor::<Tracked, 2>::from_inner(w.to_dense());
         hidden.clone().matmul(w.transpose())
     });
     let logps = log_softmax(Tensor::cat(logits.collect(), 1), 1).slice(0..n - 1);

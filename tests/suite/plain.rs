@@ -10,9 +10,11 @@ use orpo_wgpu::model::attention::{Attention, AttentionLayout};
 use orpo_wgpu::model::mlp::Mlp;
 use orpo_wgpu::model::norm::RmsNorm;
 use orpo_wgpu::model::{DecoderLayer, Linear, Llama};
+use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::attention::attention_reference;
 use orpo_wgpu::ops::lora_linear::{Lora, lora_linear_reference};
 use orpo_wgpu::ops::orpo_loss::orpo_loss_reference;
+use orpo_wgpu::ops::quantize::Weight;
 use orpo_wgpu::ops::rms_norm::rms_norm_reference;
 use orpo_wgpu::ops::rope::rope_reference;
 use orpo_wgpu::ops::swiglu::swiglu_reference;
@@ -20,12 +22,12 @@ use orpo_wgpu::ops::swiglu::swiglu_reference;
 type Tracked<B> = Autodiff<B>;
 
 /// A layer under autodiff: frozen weights, tracked adapters.
-pub(crate) fn track<B: Backend>(layer: &DecoderLayer<B>) -> DecoderLayer<Tracked<B>> {
+pub(crate) fn track<B: Kernels>(layer: &DecoderLayer<B>) -> DecoderLayer<Tracked<B>> {
     let frozen = |linear: &Linear<B>| {
         let track = |t: &Tensor<B, 2>| Tensor::from_inner(t.clone()).require_grad();
         let lora = linear.lora.as_ref();
         Linear {
-            weight: Tensor::from_inner(linear.weight.clone()),
+            weight: Weight::Dense(Tensor::from_inner(linear.weight.to_dense())),
             lora: lora.map(|lora| Lora { a: track(&lora.a), b: track(&lora.b), scale: lora.scale }),
         }
     };
@@ -57,7 +59,8 @@ fn normalize<B: Backend>(norm: &RmsNorm<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
 }
 
 fn linear<B: Backend>(layer: &Linear<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
-    lora_linear_reference(x, layer.weight.clone(), layer.lora.as_ref(), None)
+    let Weight::Dense(weight) = &layer.weight else { panic!("autodiff knows dense weights") };
+    lora_linear_reference(x, weight.clone(), layer.lora.as_ref(), None)
 }
 
 /// Runs a layer over packed rows.
@@ -99,7 +102,7 @@ pub(crate) fn forward<B: Backend>(
 
 /// A batch's loss and the adapters' gradients, in the order of [`orpo_wgpu::lora::tensors`]: whole logits of the scored rows, every
 /// activation kept.
-pub(crate) fn forward_backward<B: Backend>(
+pub(crate) fn forward_backward<B: Kernels>(
     model: &Llama<B>,
     batch: &Batch,
     beta: f32,
@@ -117,7 +120,7 @@ pub(crate) fn forward_backward<B: Backend>(
         .lm_head
         .shards
         .iter()
-        .map(|w| hidden.clone().matmul(Tensor::<Tracked<B>, 2>::from_inner(w.clone()).transpose()));
+        .map(|w| hidden.clone().matmul(Tensor::<Tracked<B>, 2>::from_inner(w.to_dense()).transpose()));
     let logps = log_softmax(Tensor::cat(head.collect(), 1), 1);
     let [n_rows, vocab] = logps.dims();
     let places =

@@ -44,6 +44,7 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
         let h = if rows.len() == n_rows { hidden.clone() } else { hidden.clone().slice([rows, 0..n_hidden]) };
         let mut weighted = None;
         for (shard, first_id) in head.shards.iter().zip(head.first_ids()) {
+            let shard = shard.to_dense();
             let (logits, _) = B::lora_linear_forward(h.clone(), shard.clone(), None, None);
             let is_first = first_id == 0;
             let exps =
@@ -263,7 +264,7 @@ pub(in crate::ops) fn backward<R: CubeRuntime, B: Kernels + Backend<FloatTensorP
                     vector,
                     words(&handle, &slots.words),
                     dlogps.clone().into_array_arg(),
-                    primitive(shard.clone()).into_array_arg(),
+                    primitive(shard.to_dense()).into_array_arg(),
                     dhidden.clone().into_array_arg(),
                     n_hidden / vector,
                     n_slots,

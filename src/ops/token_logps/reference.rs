@@ -4,10 +4,10 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 
 use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
-use crate::ops::to_f32;
+use crate::ops::{Kernels, to_f32};
 
 /// [`Kernels::token_logps_forward`](crate::ops::Kernels::token_logps_forward) in plain burn tensors.
-pub fn token_logps_reference<B: Backend>(
+pub fn token_logps_reference<B: Kernels>(
     hidden: Tensor<B, 2>,
     head: &Head<B>,
     scored: &[ScoredToken],
@@ -24,7 +24,7 @@ pub fn token_logps_reference<B: Backend>(
         let mut softmax: Option<PartialSoftmax<B>> = None;
         for (shard, first) in head.shards.iter().zip(head.first_ids()) {
             let n = shard.dims()[0];
-            let weight = to_f32(shard.clone());
+            let weight = to_f32(shard.to_dense());
             let logits = h.clone().matmul(weight.clone().transpose());
             let belongs = |token: &ScoredToken| {
                 rows.contains(&(token.row_idx as usize))
@@ -86,7 +86,7 @@ impl<B: Backend> PartialSoftmax<B> {
 }
 
 /// [`Kernels::token_logps_backward`](crate::ops::Kernels::token_logps_backward) in plain burn tensors.
-pub fn token_logps_backward_reference<B: Backend>(
+pub fn token_logps_backward_reference<B: Kernels>(
     dlogps: Tensor<B, 1>,
     expected: ExpectedRows<B>,
     head: &Head<B>,
@@ -109,7 +109,7 @@ pub fn token_logps_backward_reference<B: Backend>(
 }
 
 /// Rows of the weight by token id, `[ids] -> [ids, hidden]`.
-fn rows<B: Backend>(head: &Head<B>, ids: &[u32]) -> Tensor<B, 2> {
+fn rows<B: Kernels>(head: &Head<B>, ids: &[u32]) -> Tensor<B, 2> {
     let mut gathered = Gathered::default();
     for (shard, first) in head.shards.iter().zip(head.first_ids()) {
         let range = first..first + shard.dims()[0];
@@ -118,7 +118,9 @@ fn rows<B: Backend>(head: &Head<B>, ids: &[u32]) -> Tensor<B, 2> {
             |&id| range.contains(&(id as usize)),
             |picked| {
                 let local: Vec<u32> = picked.iter().map(|&&id| id - first as u32).collect();
-                to_f32(shard.clone().select(0, indices(&local, &shard.device())))
+                let shard = shard.to_dense();
+                let device = shard.device();
+                to_f32(shard.select(0, indices(&local, &device)))
             },
         );
     }

@@ -7,6 +7,7 @@ use burn_flex::Flex;
 use burn_wgpu::{Wgpu, WgpuDevice};
 use half::f16;
 use orpo_wgpu::ops::Kernels;
+use orpo_wgpu::ops::quantize::Weight;
 use orpo_wgpu::ops::token_logps::{Expected, Head, ScoredToken, token_logps, token_logps_backward};
 
 use crate::support::{Numbers, adapter, assert_close};
@@ -112,7 +113,7 @@ impl Case {
         };
         let shards = self.weight.chunks(shard_rows * self.n_hidden);
         let head = Head {
-            shards: shards.map(|shard| matrix(shard).cast(FloatDType::from(dtype))).collect(),
+            shards: shards.map(|shard| Weight::Dense(matrix(shard).cast(FloatDType::from(dtype)))).collect(),
             chunk_bytes: chunk_rows * shard_rows.min(self.vocab) * size_of::<f32>(),
         };
         let forward = token_logps(matrix(&self.hidden), &head, &self.scored, Expected::Keep);
@@ -219,7 +220,7 @@ const REAL: [usize; 3] = [128_256, 4096, 8192];
 /// Log-probabilities and gradient of the real head, from its shards one after the other on the CPU, merged in `f64`.
 fn by_shard(
     hidden: &Tensor<Flex, 2>,
-    shards: impl Iterator<Item = Tensor<Wgpu, 2>>,
+    shards: impl Iterator<Item = Weight<Wgpu>>,
     scored: &[ScoredToken],
     dlogps: &[f32],
 ) -> (Vec<f32>, Vec<f32>) {
@@ -228,7 +229,8 @@ fn by_shard(
     let (mut target_logits, mut dhidden) = (vec![0.0f64; scored.len()], vec![0.0f64; n_rows * n_hidden]);
     let mut first_id = 0;
     for shard in shards {
-        let shard = Tensor::<Flex, 2>::from_data(shard.into_data().convert::<f32>(), &Default::default());
+        let shard =
+            Tensor::<Flex, 2>::from_data(shard.to_dense().into_data().convert::<f32>(), &Default::default());
         let n = shard.dims()[0];
         let logits = hidden.clone().matmul(shard.clone().transpose());
         // The logits of this head are small: their exponentials need no maximum taken off.
@@ -270,8 +272,8 @@ fn check_the_real_head(dtype: DType, device: &WgpuDevice) {
     let n_rows = 5;
     let shards = (0..vocab).step_by(shard_rows).map(|first_id| {
         let shape = [shard_rows.min(vocab - first_id), n_hidden];
-        Tensor::<Wgpu, 2>::random(shape, Distribution::Uniform(-0.1, 0.1), device)
-            .cast(FloatDType::from(dtype))
+        let shard = Tensor::<Wgpu, 2>::random(shape, Distribution::Uniform(-0.1, 0.1), device);
+        Weight::Dense(shard.cast(FloatDType::from(dtype)))
     });
     let head = Head { shards: shards.collect(), chunk_bytes: 64 << 20 };
     let hidden = TensorData::new(Numbers::new(3).vec(n_rows * n_hidden, 1.0), [n_rows, n_hidden]);

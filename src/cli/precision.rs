@@ -1,0 +1,105 @@
+//! `--dtype` and `--quantization_bit` on a device: what is stored and computed how.
+
+use burn::tensor::DType;
+
+use crate::device::DeviceChoice;
+use crate::error::{Error, Result};
+use crate::model::Precision;
+use crate::ops::quantize::Storage;
+
+/// The flags of `infer` and `bench`; `train` has them among its own.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct PrecisionArgs {
+    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
+    #[arg(long, default_value = "AUTO")]
+    dtype: String,
+    /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
+    #[arg(long, default_value_t = 0)]
+    quantization_bit: u32,
+    /// Store lm_head in int8 as well, where the linear layers are quantised
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = false)]
+    quantize_lm_head: bool,
+}
+
+impl PrecisionArgs {
+    /// See [`resolve`].
+    pub(super) fn resolve(&self, choice: &DeviceChoice) -> Result<Precision> {
+        resolve(choice, &self.dtype, self.quantization_bit, self.quantize_lm_head)
+    }
+}
+
+/// The precision of a model on a device.
+///
+/// `AUTO` is fp16 on a GPU that computes in it. A software adapter converts every value, and is faster in fp32. On a device that does
+/// not compute in fp16, that is how weights are stored.
+///
+/// # Errors
+/// If there is no such type, or the device does not have it.
+pub(super) fn resolve(
+    choice: &DeviceChoice,
+    dtype: &str,
+    quantization_bit: u32,
+    quantize_lm_head: bool,
+) -> Result<Precision> {
+    let precision = match dtype.to_ascii_lowercase().as_str() {
+        "auto" if choice.computes_f16() && !choice.is_software() => Precision::dense(DType::F16),
+        "auto" | "fp32" => Precision::dense(DType::F32),
+        "fp16" if choice.computes_f16() => Precision::dense(DType::F16),
+        "fp16" => Precision { dtype: DType::F32, linears: Storage::PackedF16, head: Storage::PackedF16 },
+        "bf16" => {
+            let what = format!(
+                "--dtype {dtype}: {choice} does not compute in bf16; {} can do fp16 and fp32",
+                choice.describe()
+            );
+            return Err(Error::config(what).with_hint(
+                "--dtype AUTO takes what suits the device; a checkpoint in bf16 is converted while it is loaded",
+            ));
+        }
+        other => {
+            return Err(Error::config(format!("--dtype is `{other}`, expected AUTO, bf16, fp16 or fp32")));
+        }
+    };
+    let linears = match quantization_bit {
+        0 if quantize_lm_head => {
+            return Err(Error::config("--quantize_lm_head is true, but the linear layers are not quantised")
+                .with_hint("--quantization_bit 8 or 4 quantises them"));
+        }
+        0 => return Ok(precision),
+        8 => Storage::Int8,
+        4 => Storage::Nf4,
+        other => {
+            return Err(Error::config(format!("--quantization_bit is {other}, expected 0, 4 or 8")));
+        }
+    };
+    let head = if quantize_lm_head { Storage::Int8 } else { precision.head };
+    Ok(Precision { linears, head, ..precision })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_f16_stores_it_and_computes_in_f32() {
+        let cpu = |dtype, bits, head| resolve(&DeviceChoice::Cpu, dtype, bits, head);
+        assert_eq!(cpu("AUTO", 0, false).unwrap(), Precision::dense(DType::F32));
+        let fp16 = cpu("fp16", 0, false).unwrap();
+        assert_eq!(
+            (fp16.dtype, fp16.linears, fp16.head),
+            (DType::F32, Storage::PackedF16, Storage::PackedF16)
+        );
+        let nf4 = cpu("FP16", 4, true).unwrap();
+        assert_eq!((nf4.dtype, nf4.linears, nf4.head), (DType::F32, Storage::Nf4, Storage::Int8));
+        assert_eq!(cpu("auto", 8, false).unwrap().linears, Storage::Int8);
+    }
+
+    #[test]
+    fn what_there_is_not_is_an_error_that_names_what_there_is() {
+        let error =
+            |dtype, bits, head| resolve(&DeviceChoice::Cpu, dtype, bits, head).unwrap_err().to_string();
+        assert!(error("bf16", 0, false).contains("the CPU can do fp16 and fp32"), "a type");
+        assert!(error("fp8", 0, false).contains("expected AUTO, bf16, fp16 or fp32"), "no type");
+        assert!(error("fp32", 3, false).contains("expected 0, 4 or 8"), "bits");
+        assert!(error("fp32", 0, true).contains("not quantised"), "the head alone");
+    }
+}
