@@ -14,6 +14,7 @@ mod gpu {
     mod orpo_loss;
     mod product;
     mod profile;
+    mod quantize;
     mod rms_norm;
     mod rope;
     mod swiglu;

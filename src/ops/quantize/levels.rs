@@ -34,15 +34,19 @@ pub(super) static NF4_BORDERS: LazyLock<[f32; 15]> =
 /// The levels of scales, ascending: seven decades of means of equal parts, more of them in the larger, with both signs, zero and one
 /// (bitsandbytes' `create_dynamic_map`; arXiv:1511.04561).
 pub static DYNAMIC_LEVELS: LazyLock<[f32; 256]> = LazyLock::new(|| {
-    let mut levels = vec![0.0, 1.0];
+    let mut levels = vec![0.0f32, 1.0];
     for decade in 0..7 {
         let n_parts = 1 << decade;
-        let border = |i: i32| 0.1 + 0.9 * f64::from(i) / f64::from(n_parts);
+        let step = (1.0 - 0.1f32) / n_parts as f32;
+        // As `torch.linspace` has it, to the last bit: from the nearer end, and rounded once.
+        let border = |i: i32| match i < (n_parts + 1) / 2 {
+            true => step.mul_add(i as f32, 0.1),
+            false => step.mul_add((i - n_parts) as f32, 1.0),
+        };
         for part in 0..n_parts {
-            // Borders and means are f32 there, and their product with the power is not.
-            let mean = (border(part) as f32 + border(part + 1) as f32) / 2.0;
-            let level = 10f64.powi(decade - 6) * f64::from(mean);
-            levels.extend([level as f32, -level as f32]);
+            let mean = (border(part) + border(part + 1)) / 2.0;
+            let level = 10f64.powi(decade - 6) as f32 * mean;
+            levels.extend([level, -level]);
         }
     }
     levels.sort_by(f32::total_cmp);
