@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
-use burn_wgpu::{Wgpu, WgpuDevice};
+use burn_wgpu::Wgpu;
 use orpo_wgpu::data::batch::{LossCompat, pack};
 use orpo_wgpu::data::dataset::{self, Shuffle, Strictness};
 use orpo_wgpu::data::template::Template;
@@ -18,24 +18,23 @@ use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
-use orpo_wgpu::train::loss_scale::LossScaleConfig;
 use orpo_wgpu::train::metrics::StepMetrics;
 use orpo_wgpu::train::optim::AdamWConfig;
 use orpo_wgpu::train::plan::Plan;
-use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
+use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
 use orpo_wgpu::train::schedule::{LrSchedulerType, Schedule};
 use orpo_wgpu::train::step::forward_backward;
-use orpo_wgpu::train::{Observer, Summary, TrainData, TrainSettings, train};
+use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
 use serde_json::{Map, Value};
 
 use crate::support::{adapter, assert_close};
 
-const CASES: [&str; 4] = ["gqa", "tied_rope", "odd", "history_system"];
+pub(crate) const CASES: [&str; 4] = ["gqa", "tied_rope", "odd", "history_system"];
 
 /// A golden case, opened as the program opens a user's files.
 pub(crate) struct Case {
-    folder: PathBuf,
-    golden: Value,
+    pub(crate) folder: PathBuf,
+    pub(crate) golden: Value,
     flags: BTreeMap<String, String>,
     pub(crate) pairs: Vec<TokenizedPair>,
 }
@@ -70,24 +69,27 @@ impl Case {
     }
 
     /// The model without adapter. Small shards, so that the head is cut into several.
-    fn model<B: Kernels>(&self, dtype: DType, device: &B::Device) -> Llama<B> {
+    fn model<B: Kernels>(&self, precision: Precision, device: &B::Device) -> Llama<B> {
         let config = LlamaConfig::read(&self.folder.join("model/config.json")).unwrap();
         let checkpoint = Checkpoint::open_folder(&self.folder.join("model")).unwrap();
-        load_llama(&checkpoint, &config, Precision::dense(dtype), 200 * config.hidden_size * 4, device)
-            .unwrap()
+        load_llama(&checkpoint, &config, precision, 200 * config.hidden_size * 4, device).unwrap()
     }
 
     pub(crate) fn adapted<B: Kernels>(&self, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {
-        self.adapted_in(DType::F32, device)
+        self.adapted_in(Precision::dense(DType::F32), device)
     }
 
-    fn adapted_in<B: Kernels>(&self, dtype: DType, device: &B::Device) -> (Llama<B>, lora::LoraConfig) {
-        let mut model = self.model(dtype, device);
+    pub(crate) fn adapted_in<B: Kernels>(
+        &self,
+        precision: Precision,
+        device: &B::Device,
+    ) -> (Llama<B>, lora::LoraConfig) {
+        let mut model = self.model(precision, device);
         let config = lora::load(&mut model, &self.folder.join("adapter")).unwrap();
         (model, config)
     }
 
-    fn settings(&self, compat: LossCompat) -> TrainSettings {
+    pub(crate) fn settings(&self, compat: LossCompat) -> TrainSettings {
         let max_steps = self.flag("max_steps");
         let kind = match self.flags["lr_scheduler_type"].as_str() {
             "constant" => LrSchedulerType::Constant,
@@ -134,7 +136,7 @@ fn floats(value: &Value) -> Vec<f32> {
         .collect()
 }
 
-fn values<B: Kernels, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
+pub(crate) fn values<B: Kernels, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
     tensor.into_data().convert::<f32>().to_vec().unwrap()
 }
 
@@ -160,9 +162,10 @@ fn check_forward<B: Kernels>(device: &B::Device) {
         let case = Case::open(name);
         let forward = &case.golden["forward"];
         let ids: Vec<u32> = floats(&forward["ids"]).iter().map(|&id| id as u32).collect();
-        for (kind, model) in
-            [("base", case.model::<B>(DType::F32, device)), ("adapter", case.adapted::<B>(device).0)]
-        {
+        for (kind, model) in [
+            ("base", case.model::<B>(Precision::dense(DType::F32), device)),
+            ("adapter", case.adapted::<B>(device).0),
+        ] {
             let layout = AttentionLayout::causal(&model.config, 0, ids.len(), device);
             let logits = model.lm_head.logits(model.forward(&ids, &layout));
             let [n_rows, vocab] = logits.dims();
@@ -190,7 +193,7 @@ fn check_forward<B: Kernels>(device: &B::Device) {
 }
 
 /// Relative distance of two lists of tensors: the norm of their difference over the norm of `want`.
-fn relative_distance(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
+pub(crate) fn relative_distance(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
     let flat = |tensors: &[Vec<f32>]| tensors.iter().flatten().map(|&v| f64::from(v)).collect::<Vec<_>>();
     let (got, want) = (flat(got), flat(want));
@@ -239,7 +242,7 @@ fn check_first_gradients<B: Kernels>(device: &B::Device) {
 
 /// Keeps the lines of the log.
 #[derive(Default)]
-struct Recorder(Vec<Map<String, Value>>);
+pub(crate) struct Recorder(pub(crate) Vec<Map<String, Value>>);
 
 impl Observer for Recorder {
     fn before_step(&mut self, _step: usize) {}
@@ -332,145 +335,4 @@ fn gpu_trajectories_are_those_of_trl() {
     if let Some(device) = adapter() {
         check_trajectories::<Wgpu>(&device);
     }
-}
-
-/// A run of one case in fp16, its log and what it came to.
-fn train_in_fp16(
-    case: &Case,
-    config: LossScaleConfig,
-    max_steps: Option<usize>,
-    device: &WgpuDevice,
-) -> (orpo_wgpu::error::Result<Summary>, Vec<Map<String, Value>>) {
-    let (mut model, lora_config) = case.adapted_in::<Wgpu>(DType::F16, device);
-    let folder = tempfile::tempdir().unwrap();
-    let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
-    let mut run = RunFolder::create(folder.path(), texts, 2, Vec::new(), Tracker::None).unwrap();
-    let mut recorder = Recorder::default();
-    // The same rows before and after say whether anything was learnt.
-    let data = TrainData { train: &case.pairs, val: &case.pairs };
-    let mut settings = TrainSettings { loss_scale: Some(config), ..case.settings(LossCompat::Swift) };
-    settings.schedule.max_steps = max_steps.unwrap_or(settings.schedule.max_steps);
-    let summary = train(&mut model, &lora_config, data, &settings, &mut run, None, &mut recorder);
-    recorder.0.retain(|line| line.contains_key("loss"));
-    (summary, recorder.0)
-}
-
-/// Ten steps in fp16 against TRL's in f32. Two cases: a software adapter's driver takes its time over every width of a head.
-#[test]
-fn gpu_trajectories_in_fp16_are_near_those_of_trl() {
-    let Some(device) = adapter() else { return };
-    for name in ["gqa", "odd"] {
-        let case = Case::open(name);
-        let (summary, log) = train_in_fp16(&case, LossScaleConfig::default(), None, &device);
-        assert_eq!(summary.unwrap().n_skipped, 0, "{name}: skipped steps");
-        let golden = case.golden["trajectories"]["swift"].as_array().unwrap();
-        assert_eq!(log.len(), golden.len(), "{name}: lines of the log");
-        for (line, golden) in log.iter().zip(golden) {
-            for key in ["loss", "nll_loss", "grad_norm"] {
-                let (got, want) = (line[key].as_f64().unwrap(), golden[key].as_f64().unwrap());
-                let step = &line["step"];
-                assert!(
-                    (got - want).abs() <= 1e-2 * want.abs(),
-                    "{name} step {step} {key}: {got} against {want}"
-                );
-            }
-            assert_eq!(line["loss_scale"], 65_536.0, "{name}");
-        }
-    }
-}
-
-/// A scale that overflows costs steps, each of which lowers it, and updates nothing meanwhile. These scales are larger than the command
-/// line takes, so that the small model overflows.
-#[test]
-fn a_loss_scale_that_overflows_falls_until_it_fits() {
-    let Some(device) = adapter() else { return };
-    let case = Case::open(CASES[0]);
-    let config =
-        LossScaleConfig { init_scale: 1e9, backoff_factor: 1.0 / 64.0, ..LossScaleConfig::default() };
-    let (summary, log) = train_in_fp16(&case, config, None, &device);
-    let summary = summary.unwrap();
-    assert!((1..10).contains(&summary.n_skipped), "{summary:?}");
-    assert!(log.iter().any(|line| line["grad_norm"].is_null()), "a skipped step has no norm: {log:?}");
-    let scales: Vec<f64> = log.iter().map(|line| line["loss_scale"].as_f64().unwrap()).collect();
-    assert!(scales.is_sorted_by(|a, b| a >= b) && scales[0] > scales[9], "{scales:?}");
-    assert!(summary.after.loss < summary.before.loss, "it trains all the same: {summary:?}");
-
-    // One that has not fallen enough by the end has skipped every step, and nothing was trained.
-    let config = LossScaleConfig { init_scale: 1e30, ..config };
-    let error = train_in_fp16(&case, config, Some(2), &device).0.unwrap_err().to_string();
-    assert!(error.contains("the adapter did not change: 2 steps were skipped"), "{error}");
-    // One that has fallen to nothing ends the run and names the rows.
-    let config = LossScaleConfig { backoff_factor: 1e-34, ..config };
-    let error = train_in_fp16(&case, config, None, &device).0.unwrap_err();
-    assert_eq!(error.exit_code(), 1);
-    let error = error.to_string();
-    assert!(
-        error.contains("step 1: grad_norm, at this loss scale") && error.contains("pairs.jsonl:"),
-        "{error}"
-    );
-}
-
-/// Gradients below what f16 holds vanish without a scale, and do not with one.
-#[test]
-fn a_loss_scale_keeps_small_gradients() {
-    let Some(device) = adapter() else { return };
-    let case = Case::open(CASES[0]);
-    let rows: Vec<_> = case.pairs.iter().take(2).collect();
-    let batch = pack(&rows, LossCompat::Swift);
-    let beta = case.settings(LossCompat::Swift).beta;
-    let (exact, _) = case.adapted::<Wgpu>(&device);
-    let (model, _) = case.adapted_in::<Wgpu>(DType::F16, &device);
-    let small = 1e-6;
-    let grads = |model: &Llama<Wgpu>, scale: f32| -> Vec<Vec<f32>> {
-        let grads = forward_backward(model, &batch, beta, small * scale, Keep::Input).lora;
-        grads.into_iter().map(|grad| values(grad / (small * scale))).collect()
-    };
-    let want = grads(&exact, 1.0);
-    let with = relative_distance(&grads(&model, 65_536.0), &want);
-    let without = relative_distance(&grads(&model, 1.0), &want);
-    assert!(with < 1e-2, "with a scale they are off by {with:e} of their norm");
-    assert!(without > 0.1, "without one they are off by {without:e}, so that this shows nothing");
-}
-
-/// Scale, count of skipped steps and bias corrections go on where the checkpoint left them.
-#[test]
-fn a_resumed_run_in_fp16_equals_one_that_was_not_interrupted() {
-    let Some(device) = adapter() else { return };
-    let case = Case::open(CASES[0]);
-    // Overflows in the first steps, and grows again soon after.
-    let loss_scale =
-        LossScaleConfig { init_scale: 1e7, backoff_factor: 1e-2, growth_factor: 4.0, growth_interval: 2 };
-    let settings =
-        TrainSettings { loss_scale: Some(loss_scale), save_steps: 3, ..case.settings(LossCompat::Swift) };
-    let folder = tempfile::tempdir().unwrap();
-    let run = |name: &str, from: Option<&Path>| {
-        let (mut model, lora_config) = case.adapted_in::<Wgpu>(DType::F16, &device);
-        let state = from.map(|checkpoint| {
-            lora::load(&mut model, checkpoint).unwrap();
-            TrainerState::read(checkpoint, &model, &settings.plan).unwrap()
-        });
-        let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
-        let mut run =
-            RunFolder::create(&folder.path().join(name), texts, 9, Vec::new(), Tracker::None).unwrap();
-        let mut recorder = Recorder::default();
-        let data = TrainData { train: &case.pairs, val: &[] };
-        train(&mut model, &lora_config, data, &settings, &mut run, state, &mut recorder).unwrap();
-        let weights: Vec<_> = lora::parameters(&model).into_iter().map(values).collect();
-        let figures =
-            |line: &Map<String, Value>| ["loss", "loss_scale", "skipped_steps"].map(|k| line[k].clone());
-        (weights, recorder.0.iter().map(figures).collect::<Vec<_>>())
-    };
-    let (weights, log) = run("whole", None);
-    let (resumed_weights, resumed_log) = run("resumed", Some(&folder.path().join("whole/checkpoint-3")));
-    let skipped = |i: usize| log[i][2].as_u64().unwrap();
-    assert!(
-        skipped(2) > 0 && skipped(2) < 3,
-        "steps were skipped before the checkpoint, and not all: {log:?}"
-    );
-    assert!((3..log.len()).any(|i| log[i][1].as_f64() > log[i - 1][1].as_f64()), "the scale grew: {log:?}");
-    let state = std::fs::read_to_string(folder.path().join("whole/checkpoint-3/trainer_state.json")).unwrap();
-    let n_updates = serde_json::from_str::<Value>(&state).unwrap()["n_updates"].as_u64().unwrap();
-    assert_eq!(n_updates, 3 - skipped(2), "a skipped step is no update");
-    assert_eq!(resumed_log, log[3..], "loss, scale and skipped steps");
-    assert_eq!(resumed_weights, weights, "the adapter");
 }

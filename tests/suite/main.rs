@@ -6,6 +6,7 @@ mod cli;
 mod convergence;
 mod demo;
 mod device;
+mod fp16;
 mod goldens;
 mod gpu {
     mod adamw;
@@ -25,6 +26,7 @@ mod infer;
 mod load;
 mod packing;
 mod plain;
+mod quantized;
 mod shaders;
 mod support;
 mod tidy;
