@@ -8,6 +8,7 @@ mod attention;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
+use burn::tensor::quantization::{QuantLevel, QuantScheme};
 use burn::tensor::{DType, Distribution, FloatDType, Tensor};
 use burn_autodiff::Autodiff;
 use burn_wgpu::{Wgpu, WgpuDevice};
@@ -19,7 +20,7 @@ use orpo_wgpu::ops::orpo_loss::{
     PairSpan, orpo_loss, orpo_loss_backward, orpo_loss_backward_reference, orpo_loss_reference,
 };
 
-use orpo_wgpu::ops::quantize::Weight;
+use orpo_wgpu::ops::quantize::{BLOCK, Storage, Weight};
 use orpo_wgpu::ops::rms_norm::{rms_norm, rms_norm_backward, rms_norm_reference};
 use orpo_wgpu::ops::rope::{RopeTable, rope, rope_backward, rope_reference};
 use orpo_wgpu::ops::swiglu::{swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference};
@@ -259,6 +260,28 @@ fn bench_swiglu(device: &WgpuDevice) {
     }
 }
 
+/// Rows, columns.
+const QUANTIZE: [[usize; 2]; 2] = [[1024, 2816], [4096, 4096]];
+
+/// Matrices made dense, against burn's own block-wise int8.
+fn bench_quantize(device: &WgpuDevice) {
+    let scheme = QuantScheme::default().with_level(QuantLevel::block([BLOCK as u8]));
+    for shape in QUANTIZE {
+        let dense: Tensor<Wgpu, 2> = random(shape, DType::F32, device);
+        let values = dense.clone().reshape([shape[0] * shape[1]]);
+        let theirs = dense.quantize_dynamic(&scheme);
+        for storage in [Storage::Int8, Storage::Nf4] {
+            let ours = Weight::quantize(shape, storage, DType::F32, |range| values.clone().slice([range]));
+            compare(
+                device,
+                &format!("dequantize {shape:?} {storage:?}"),
+                || ours.to_dense(),
+                || theirs.clone().dequantize(),
+            );
+        }
+    }
+}
+
 /// Tensors of the adapter, each `[rows, columns]`.
 const ADAMW: [(usize, [usize; 2]); 2] = [(1, [1024, 1024]), (64, [8, 1024])];
 
@@ -358,6 +381,9 @@ fn main() {
     }
     if "orpo_loss".contains(&wanted) {
         bench_orpo_loss(&device);
+    }
+    if "quantize".contains(&wanted) {
+        bench_quantize(&device);
     }
     if "rms_norm".contains(&wanted) {
         bench_rms_norm(&device);

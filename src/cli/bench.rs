@@ -160,8 +160,8 @@ fn run_on<B: Kernels>(
     let limits = measure_limits::<B>(dtype, choice, device)?;
     println!(
         "limits   {:.3} TFLOP/s in the best {} product found, {:.1} GB/s in an addition",
-        Precision::dense(dtype),
         limits.flops / 1e12,
+        Precision::dense(dtype),
         limits.bytes / 1e9
     );
     let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);

@@ -42,14 +42,17 @@ fn the_adapter_is_measured_kernel_by_kernel_and_its_memory_predicted() {
     if adapter().is_none() {
         return;
     }
-    for dtype in ["fp32", "fp16"] {
-        let output = bench(&["--device", "wgpu", "--dtype", dtype]);
+    for (dtype, bits, head) in [("fp32", "0", "false"), ("fp16", "0", "false"), ("fp16", "4", "true")] {
+        let quantization = ["--quantization_bit", bits, "--quantize_lm_head", head];
+        let output = bench(&[&["--device", "wgpu", "--dtype", dtype], &quantization[..]].concat());
         assert!(figure(&output, " tokens/s (") > 0.0, "{output}");
         let off = figure(&output, " %); ");
         assert!(off.abs() < 10.0, "memory is predicted within 10 %: {output}");
         for kernel in ["lora_linear forward", "attention backward", "rms_norm forward", "adamw"] {
             assert!(output.contains(kernel), "{dtype}: {kernel} is in the table: {output}");
         }
+        assert_eq!(output.contains("dequantize"), bits == "4", "{output}");
+        assert!(figure(&output, " TFLOP/s in the best") > 0.0, "{output}");
     }
 }
 

@@ -128,7 +128,7 @@ fn f16_value(bits: u32) -> f32 {
     select(bits >> 15 & 1 == 1, -size, size)
 }
 
-/// A thread a vector of values, all of one block and one word.
+/// A thread a word of codes, all of one block.
 #[cube(launch_unchecked)]
 fn dequantize_kernel<F: Float, N: Size>(
     codes: &Array<u32>,
@@ -136,41 +136,48 @@ fn dequantize_kernel<F: Float, N: Size>(
     scales: &Array<f32>,
     levels: &Array<f32>,
     values: &mut Array<Vector<F, N>>,
+    n_words: usize,
     vectors: usize,
     mean: f32,
     #[comptime] storage: Storage,
     #[define(F)] _dtype: StorageType,
 ) {
-    if ABSOLUTE_POS < vectors {
+    if ABSOLUTE_POS < n_words {
         let width = N::value();
-        let first = ABSOLUTE_POS * width;
         let per_word = comptime!(per_word(storage));
         let bits = comptime!(32 / per_word);
-        let word = codes[first / per_word] >> ((first % per_word * bits) as u32);
+        let block = ABSOLUTE_POS * per_word / BLOCK;
+        let word = codes[ABSOLUTE_POS];
         let mut scale = 1.0f32;
         if comptime!(storage == Storage::Int8) {
-            scale = scales[first / BLOCK];
+            scale = scales[block];
         }
         if comptime!(storage == Storage::Nf4) {
-            let block = first / BLOCK;
             let code = scale_codes[block / 4] >> ((block % 4 * 8) as u32) & 0xff;
             scale = levels[16 + code as usize] * scales[block / SCALES_BLOCK] + mean;
         }
-        let mut vector = Vector::<F, N>::empty();
+        let n_vectors = comptime!(per_word / width);
         #[unroll]
-        for lane in 0..width {
-            let code = word >> comptime!((lane * bits) as u32);
-            let mut value = scale;
-            if comptime!(storage == Storage::PackedF16) {
-                value = f16_value(code & 0xffff);
-            } else if comptime!(storage == Storage::Int8) {
-                value *= f32::cast_from(i32::reinterpret(code << 24) >> 24);
-            } else {
-                value *= levels[(code & 0xf) as usize];
+        for v in 0..n_vectors {
+            let mut vector = Vector::<F, N>::empty();
+            #[unroll]
+            for lane in 0..width {
+                let code = word >> comptime!(((v * width + lane) * bits) as u32);
+                let mut value = scale;
+                if comptime!(storage == Storage::PackedF16) {
+                    value = f16_value(code & 0xffff);
+                } else if comptime!(storage == Storage::Int8) {
+                    value *= f32::cast_from(i32::reinterpret(code << 24) >> 24);
+                } else {
+                    value *= levels[(code & 0xf) as usize];
+                }
+                vector[lane] = F::cast_from(value);
             }
-            vector[lane] = F::cast_from(value);
+            let at = ABSOLUTE_POS * n_vectors + v;
+            if at < vectors {
+                values[at] = vector;
+            }
         }
-        values[ABSOLUTE_POS] = vector;
     }
 }
 
@@ -194,7 +201,8 @@ pub(in crate::ops) fn launch_dequantize<R: CubeRuntime>(
     let n_values = shape[0] * shape[1];
     let width = vector_width(n_values).min(per_word(storage));
     let values = empty(&codes, Shape::from(shape), dtype);
-    let (cubes, cube) = one_thread_each(&client, n_values / width);
+    let n_words = n_values.div_ceil(per_word(storage));
+    let (cubes, cube) = one_thread_each(&client, n_words);
     let moved = bytes(&[&codes, &values]) + scales.scales.as_ref().map_or(0, |scales| bytes(&[scales]));
     // What a storage does not have is never read; some buffer has to stand in its place.
     let scale_codes = scales.codes.unwrap_or_else(|| codes.clone());
@@ -202,7 +210,7 @@ pub(in crate::ops) fn launch_dequantize<R: CubeRuntime>(
     let levels = scales.levels.unwrap_or_else(|| codes.clone());
     profile::kernel("dequantize", n_values, moved, &client, || {
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: the one index is held against the number of vectors; codes and scales cover all of their values.
+        // SAFETY: words are held against their number and vectors against theirs; the scales cover all words.
         unsafe {
             dequantize_kernel::launch_unchecked::<R>(
                 &client,
@@ -214,6 +222,7 @@ pub(in crate::ops) fn launch_dequantize<R: CubeRuntime>(
                 block_scales.into_array_arg(),
                 levels.into_array_arg(),
                 values.clone().into_array_arg(),
+                n_words,
                 n_values / width,
                 scales.mean,
                 storage,
