@@ -14,6 +14,7 @@ mod parts;
 pub mod presets;
 pub mod random;
 pub mod rope;
+pub mod stored;
 
 pub use config::LlamaConfig;
 pub use linear::Linear;

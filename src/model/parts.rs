@@ -8,9 +8,9 @@ use super::LlamaConfig;
 use super::attention::Attention;
 use super::linear::Linear;
 use super::llama::{DecoderLayer, LINEAR_NAMES, Llama};
-use super::load::HostMatrix;
 use super::mlp::Mlp;
 use super::norm::RmsNorm;
+use super::stored::HostMatrix;
 use crate::ops::token_logps::Head;
 
 /// The most rows of a shard of the head. Enough for a product to run at full speed; with few, a chunk of logits stays small while it
