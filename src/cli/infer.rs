@@ -126,13 +126,14 @@ fn run_on<B: Kernels>(
     let dtype = choice.dtype(&args.dtype)?;
     device::self_test::<B>(device, choice, dtype)?;
     device::guard("answering", choice, || {
-        let mut model = open.load::<B>(dtype, device, choice.shard_bytes())?;
+        let (mut model, loaded) = open.load::<B>(dtype, device, choice.shard_bytes())?;
         let adapter = args.adapter();
         if let Some(folder) = &adapter {
             lora::load(&mut model, folder)?;
         }
         let name = adapter.map_or("no adapter".to_owned(), |folder| folder.display().to_string());
-        eprintln!("{} with {name}, in {} on {choice}", open.name, device::dtype_name(dtype));
+        let speed = loaded.speed().map_or_else(String::new, |speed| format!(", {speed}"));
+        eprintln!("{} with {name}, in {} on {choice}{speed}", open.name, device::dtype_name(dtype));
         let mut chat =
             Chat::new(&model, &open.tokenizer, open.template, args.system.clone(), &args.generation())?;
         let (output, notes) = (&mut stdout(), &mut stderr());

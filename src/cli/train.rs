@@ -1,14 +1,13 @@
 //! `orpo-wgpu train`: opens model and data, trains, and sums up.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use burn::tensor::DType;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
 use super::budget::Budget;
-use super::open::OpenModel;
+use super::open::{Loaded, OpenModel};
 use super::outcome::{answers, print_answers, print_summary};
 use super::progress::Progress;
 use super::tune;
@@ -83,7 +82,6 @@ fn run_on<B: Kernels>(
     device: &B::Device,
     choice: &DeviceChoice,
 ) -> Result<()> {
-    let loading = Instant::now();
     let dtype = choice.dtype(&args.dtype)?;
     device::self_test::<B>(device, choice, dtype)?;
     let loss_scale = (dtype == DType::F16).then_some(LossScaleConfig {
@@ -93,7 +91,7 @@ fn run_on<B: Kernels>(
         growth_interval: args.fp16_growth_interval,
     });
     let settings = settings(args, loss_scale, data)?;
-    let mut model = open.load::<B>(dtype, device, choice.shard_bytes())?;
+    let (mut model, loaded) = open.load::<B>(dtype, device, choice.shard_bytes())?;
     let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
         Some(folder) => lora::load(&mut model, folder)?,
@@ -126,7 +124,7 @@ fn run_on<B: Kernels>(
         lora_target_modules: lora_config.target_modules.clone(),
         ..args.clone()
     };
-    describe(args, open, &model, data, &settings, choice, loading);
+    describe(args, open, &model, data, &settings, choice, &loaded);
     if let DeviceChoice::Wgpu { adapter, .. } = choice {
         let room = adapter.memory_bytes.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
         let kept = match budget.keep {
@@ -302,17 +300,16 @@ fn describe<B: Kernels>(
     data: &Data,
     settings: &TrainSettings,
     choice: &DeviceChoice,
-    loading: Instant,
+    loaded: &Loaded,
 ) {
     let trainable: usize = lora::tensors(model).iter().map(|(_, t)| t.dims().iter().product::<usize>()).sum();
     let longest =
         data.train.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
+    let loaded = loaded.speed().unwrap_or_else(|| format!("loaded in {:.1} s", loaded.elapsed.as_secs_f64()));
     eprintln!(
-        "model    {} in {} on {choice}, loaded in {:.1} s, {trainable} trainable weights",
-        open.name,
-        args.dtype,
-        loading.elapsed().as_secs_f64()
+        "model    {} in {} on {choice}, {loaded}, {trainable} trainable weights",
+        open.name, args.dtype
     );
     eprintln!(
         "data     {} rows to train on, {} to evaluate on, {} left out; longest {longest} tokens; template {}",
