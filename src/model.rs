@@ -15,6 +15,7 @@ pub mod precision;
 pub mod presets;
 pub mod random;
 pub mod rope;
+pub mod stored;
 
 pub use config::LlamaConfig;
 pub use linear::Linear;

@@ -126,13 +126,14 @@ fn run_on<B: Kernels>(
     let precision = args.precision.resolve(choice)?;
     device::self_test::<B>(device, choice, precision.dtype)?;
     device::guard("answering", choice, || {
-        let mut model = open.load::<B>(precision, device, choice.shard_bytes())?;
+        let (mut model, loaded) = open.load::<B>(precision, device, choice.shard_bytes())?;
         let adapter = args.adapter();
         if let Some(folder) = &adapter {
             lora::load(&mut model, folder)?;
         }
         let name = adapter.map_or("no adapter".to_owned(), |folder| folder.display().to_string());
-        eprintln!("{} with {name}, in {precision} on {choice}", open.name);
+        let speed = loaded.speed().map_or_else(String::new, |speed| format!(", {speed}"));
+        eprintln!("{} with {name}, in {precision} on {choice}{speed}", open.name);
         let mut chat =
             Chat::new(&model, &open.tokenizer, open.template, args.system.clone(), &args.generation())?;
         let (output, notes) = (&mut stdout(), &mut stderr());

@@ -1,9 +1,11 @@
 //! Opening what a run needs: a model folder, or the demo.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
+use super::progress::loading_bar;
 use crate::data::template::Template;
 use crate::data::tokenize::TextTokenizer;
 use crate::demo;
@@ -29,6 +31,23 @@ pub struct OpenModel {
 enum Source {
     Demo,
     Folder(PathBuf),
+}
+
+/// What loading took.
+pub struct Loaded {
+    /// Bytes read, as the file stores them.
+    pub bytes: u64,
+    /// Until the device had everything.
+    pub elapsed: Duration,
+}
+
+impl Loaded {
+    /// `15.0 GB loaded in 32.0 s, 0.47 GB/s`, where that tells something: from a gigabyte on.
+    pub fn speed(&self) -> Option<String> {
+        let (gigabytes, seconds) = (self.bytes as f64 / 1e9, self.elapsed.as_secs_f64());
+        let speed = gigabytes / seconds;
+        (gigabytes >= 1.0).then(|| format!("{gigabytes:.1} GB loaded in {seconds:.1} s, {speed:.2} GB/s"))
+    }
 }
 
 impl OpenModel {
@@ -63,7 +82,8 @@ impl OpenModel {
         matches!(self.source, Source::Demo)
     }
 
-    /// Loads the weights onto a device. Matrices of the vocabulary's size come in shards of at most `shard_bytes`.
+    /// Loads the weights onto a device. Matrices of the vocabulary's size come in shards of at most `shard_bytes`. A terminal sees how
+    /// far it is.
     ///
     /// # Errors
     /// If the weights are missing, damaged or do not fit `config.json`.
@@ -72,12 +92,24 @@ impl OpenModel {
         precision: Precision,
         device: &B::Device,
         shard_bytes: usize,
-    ) -> Result<Llama<B>> {
+    ) -> Result<(Llama<B>, Loaded)> {
+        let started = Instant::now();
         let checkpoint = match &self.source {
             Source::Demo => demo::checkpoint()?,
             Source::Folder(folder) => Checkpoint::open_folder(folder)?,
         };
+        let bar = loading_bar();
+        let checkpoint = checkpoint.on_read({
+            let bar = bar.clone();
+            move |read_bytes, total_bytes| {
+                bar.set_length(total_bytes);
+                bar.set_position(read_bytes);
+            }
+        });
+        // An error drops the bar, which clears its line.
         let model = load_llama(&checkpoint, &self.config, precision, shard_bytes, device)?;
+        bar.finish_and_clear();
+        let loaded = Loaded { bytes: checkpoint.read_bytes(), elapsed: started.elapsed() };
         let n_flushed = checkpoint.to_f16().n_flushed;
         if n_flushed > 0 {
             eprintln!(
@@ -85,7 +117,7 @@ impl OpenModel {
                 self.config.n_weights()
             );
         }
-        Ok(model)
+        Ok((model, loaded))
     }
 
     /// Checks that the model has a row for every token of these ids.
@@ -130,4 +162,16 @@ fn generation_eos(folder: &Path) -> Result<Vec<u32>> {
     let config: GenerationConfig =
         serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
     Ok(config.eos_token_id.map(TokenIds::into_vec).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_takes_a_while_has_a_speed() {
+        let loaded = |bytes| Loaded { bytes, elapsed: Duration::from_secs(32) };
+        assert_eq!(loaded(15_009_849_344).speed().unwrap(), "15.0 GB loaded in 32.0 s, 0.47 GB/s");
+        assert_eq!(loaded(999_999_999).speed(), None);
+    }
 }

@@ -11,6 +11,18 @@ use crate::ops::profile;
 use crate::train::Observer;
 use crate::train::metrics::StepMetrics;
 
+/// A bar of bytes, for loading; it goes away when it ends or is dropped.
+pub fn loading_bar() -> ProgressBar {
+    let style = "{bar:30} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
+    ProgressBar::no_length().with_style(styled(style))
+}
+
+/// A bar's style from a template.
+fn styled(template: &str) -> ProgressStyle {
+    // The templates are constants, and the default style serves as well should one ever be wrong.
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
 /// Shows loss, tokens per second and time left.
 pub struct Progress<'a> {
     bar: ProgressBar,
@@ -29,9 +41,7 @@ impl<'a> Progress<'a> {
     /// With `profile`, the kernels of the second step are timed, or of the only one.
     pub fn new(max_steps: usize, done: usize, profile: bool, memory_bytes: &'a dyn Fn() -> u64) -> Self {
         let bar = ProgressBar::new(max_steps as u64).with_position(done as u64);
-        // The template is a constant, and the default style serves as well should it ever be wrong.
-        let style = "{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed";
-        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_style(styled("{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed"));
         bar.set_message("starting");
         bar.enable_steady_tick(Duration::from_millis(500));
         let now = Instant::now();

@@ -1,14 +1,13 @@
 //! `orpo-wgpu train`: opens model and data, trains, and sums up.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use burn::tensor::DType;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
 use super::budget::Budget;
-use super::open::OpenModel;
+use super::open::{Loaded, OpenModel};
 use super::outcome::{answers, print_answers, print_summary};
 use super::precision;
 use super::progress::Progress;
@@ -84,7 +83,6 @@ fn run_on<B: Kernels>(
     device: &B::Device,
     choice: &DeviceChoice,
 ) -> Result<()> {
-    let loading = Instant::now();
     let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
     let dtype = precision.dtype;
     device::self_test::<B>(device, choice, dtype)?;
@@ -95,7 +93,7 @@ fn run_on<B: Kernels>(
         growth_interval: args.fp16_growth_interval,
     });
     let settings = settings(args, loss_scale, data)?;
-    let mut model = open.load::<B>(precision, device, choice.shard_bytes())?;
+    let (mut model, loaded) = open.load::<B>(precision, device, choice.shard_bytes())?;
     let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
         Some(folder) => lora::load(&mut model, folder)?,
@@ -128,7 +126,7 @@ fn run_on<B: Kernels>(
         lora_target_modules: lora_config.target_modules.clone(),
         ..args.clone()
     };
-    describe(args, open, &model, data, &settings, choice, loading);
+    describe(args, open, &model, data, &settings, choice, &loaded);
     if let DeviceChoice::Wgpu { adapter, .. } = choice {
         let room = adapter.memory_bytes.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
         let kept = match budget.keep {
@@ -304,17 +302,16 @@ fn describe<B: Kernels>(
     data: &Data,
     settings: &TrainSettings,
     choice: &DeviceChoice,
-    loading: Instant,
+    loaded: &Loaded,
 ) {
     let trainable: usize = lora::tensors(model).iter().map(|(_, t)| t.dims().iter().product::<usize>()).sum();
     let longest =
         data.train.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
+    let loaded = loaded.speed().unwrap_or_else(|| format!("loaded in {:.1} s", loaded.elapsed.as_secs_f64()));
     eprintln!(
-        "model    {} in {} on {choice}, loaded in {:.1} s, {trainable} trainable weights",
-        open.name,
-        model.precision,
-        loading.elapsed().as_secs_f64()
+        "model    {} in {} on {choice}, {loaded}, {trainable} trainable weights",
+        open.name, model.precision
     );
     eprintln!(
         "data     {} rows to train on, {} to evaluate on, {} left out; longest {longest} tokens; template {}",

@@ -4,9 +4,9 @@ use burn::tensor::{Tensor, TensorData, backend::Backend};
 
 use super::attention::{Attention, AttentionActivations, AttentionLayout, LayerCache};
 use super::linear::Linear;
-use super::load::HostMatrix;
 use super::mlp::{Mlp, MlpActivations};
 use super::norm::RmsNorm;
+use super::stored::HostMatrix;
 use super::{LlamaConfig, Precision};
 use crate::ops::Kernels;
 use crate::ops::attention::AttentionOutput;

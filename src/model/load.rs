@@ -1,33 +1,31 @@
 //! Reading safetensors: memory-mapped, one file or many with an index, converted tensor by tensor.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
-use half::{bf16, f16};
+use half::f16;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
 use super::llama::{LINEAR_NAMES, Llama};
 use super::parts::{Parts, assemble, in_shards};
+use super::stored::{Bytes, HostMatrix, Lost, StoredTensor};
 use super::{LlamaConfig, Precision};
 use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::ops::quantize::{Storage, Weight};
-
-/// The bytes of a file: mapped, or part of the executable.
-type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// Tensors of a checkpoint or an adapter by name, not yet read.
 pub struct Checkpoint {
     /// The folder or file, for messages.
     path: PathBuf,
     tensors: BTreeMap<String, StoredTensor>,
-    to_f16: Mutex<ToF16>,
+    reading: Mutex<Reading>,
+    on_read: OnRead,
 }
 
 /// What conversions to `f16` have cost. What is stored as bf16 has f32's range, of which f16 has the middle.
@@ -39,66 +37,23 @@ pub struct ToF16 {
     pub n_flushed: usize,
 }
 
-/// Where a tensor's values are.
-#[derive(Clone)]
-struct StoredTensor {
-    bytes: Bytes,
-    range: Range<usize>,
-    dtype: Dtype,
-    shape: Vec<usize>,
+/// Hears how many bytes are read, as stored, and how many there are to read.
+type OnRead = Box<dyn Fn(u64, u64) + Send + Sync>;
+
+/// What reading has come to.
+#[derive(Default)]
+struct Reading {
+    to_f16: ToF16,
+    /// Bytes as stored.
+    read_bytes: u64,
+    /// As far as is known.
+    total_bytes: u64,
+    /// Bytes handed to the device since it was last waited for.
+    queued_bytes: usize,
 }
 
-impl StoredTensor {
-    fn values(&self, elements: Range<usize>) -> Vec<f32> {
-        let stored = &(*self.bytes).as_ref()[self.range.clone()];
-        let width = self.dtype.bitsize() / 8;
-        let stored = &stored[elements.start * width..elements.end * width];
-        let pairs = || stored.chunks_exact(2).map(|b| [b[0], b[1]]);
-        match self.dtype {
-            Dtype::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-            Dtype::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-            _ => stored.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        }
-    }
-}
-
-/// A matrix that stays in host memory as its file stores it; rows are converted to `f32` as they are asked for.
-#[derive(Clone)]
-pub struct HostMatrix(StoredTensor);
-
-impl HostMatrix {
-    /// A matrix of little-endian values, row by row.
-    ///
-    /// # Panics
-    /// If there are more or fewer bytes than the shape takes, or the dtype is neither `f32` nor `f16`.
-    pub(super) fn new(bytes: Vec<u8>, dtype: DType, shape: [usize; 2]) -> Self {
-        let stored = match dtype {
-            DType::F32 => Dtype::F32,
-            DType::F16 => Dtype::F16,
-            _ => panic!("a matrix in host memory is f32 or f16, not {dtype:?}"),
-        };
-        assert_eq!(bytes.len(), shape[0] * shape[1] * dtype.size(), "bytes of a matrix of {shape:?}");
-        let range = 0..bytes.len();
-        Self(StoredTensor { bytes: Arc::new(bytes), range, dtype: stored, shape: shape.to_vec() })
-    }
-
-    /// Gathers rows, `[ids] -> [ids · columns]`.
-    ///
-    /// # Panics
-    /// If an id is not a row.
-    pub fn gather(&self, ids: &[u32]) -> Vec<f32> {
-        let n_columns = self.0.shape[1];
-        ids.iter()
-            .flat_map(|&id| self.0.values(id as usize * n_columns..(id as usize + 1) * n_columns))
-            .collect()
-    }
-}
-
-impl fmt::Debug for HostMatrix {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HostMatrix({:?} {:?})", self.0.dtype, self.0.shape)
-    }
-}
+/// The most bytes that may be queued for a device: each is in host memory until it is there, once or twice.
+const MAX_QUEUED_BYTES: usize = 256 << 20;
 
 #[derive(Deserialize)]
 struct Index {
@@ -106,6 +61,10 @@ struct Index {
 }
 
 impl Checkpoint {
+    fn new(path: &Path, tensors: BTreeMap<String, StoredTensor>) -> Self {
+        Self { path: path.to_owned(), tensors, reading: Mutex::default(), on_read: Box::new(|_, _| {}) }
+    }
+
     /// Opens the weights of a Hugging Face model folder: `model.safetensors.index.json` and its shards, or `model.safetensors`.
     ///
     /// # Errors
@@ -139,7 +98,7 @@ impl Checkpoint {
         if !missing.is_empty() {
             return Err(Error::Tensors { path: index_path, problems: missing });
         }
-        Ok(Self { path: folder.to_owned(), tensors, to_f16: Mutex::default() })
+        Ok(Self::new(folder, tensors))
     }
 
     /// Opens one safetensors file.
@@ -173,7 +132,7 @@ impl Checkpoint {
             let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
             (name, StoredTensor { bytes: bytes.clone(), range, dtype: info.dtype, shape: info.shape.clone() })
         });
-        Ok(Self { path: path.to_owned(), tensors: tensors.collect(), to_f16: Mutex::default() })
+        Ok(Self::new(path, tensors.collect()))
     }
 
     /// The tensors' names, sorted.
@@ -217,47 +176,75 @@ impl Checkpoint {
     /// # Panics
     /// If the tensor is not there or has another number of dimensions.
     pub fn tensor<B: Backend, const D: usize>(&self, name: &str, device: &B::Device) -> Tensor<B, D> {
-        let stored = &self.tensors[name];
-        let values = stored.values(0..stored.shape.iter().product());
-        self.upload(name, values, stored.shape.clone(), DType::F32, device)
+        let shape = self.tensors[name].shape.clone();
+        self.upload(self.read(name, 0..shape.iter().product(), shape, DType::F32), device)
+    }
+
+    /// Has somebody hear, after every piece, how many bytes are read and how many [`load_llama`] reads in all; as stored.
+    #[must_use]
+    pub fn on_read(self, hear: impl Fn(u64, u64) + Send + Sync + 'static) -> Self {
+        Self { on_read: Box::new(hear), ..self }
+    }
+
+    /// Bytes read so far, as stored.
+    pub fn read_bytes(&self) -> u64 {
+        self.lock_reading().read_bytes
     }
 
     /// What the conversions to `f16` so far have cost.
     pub fn to_f16(&self) -> ToF16 {
-        self.lock_to_f16().clone()
+        self.lock_reading().to_f16.clone()
     }
 
-    fn lock_to_f16(&self) -> MutexGuard<'_, ToF16> {
+    fn lock_reading(&self) -> MutexGuard<'_, Reading> {
         // The counts are right whenever the lock is free, also after a panic.
-        self.to_f16.lock().unwrap_or_else(PoisonError::into_inner)
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts what the conversion of these values to `f16` costs.
-    fn count_f16(&self, name: &str, values: &[f32]) {
-        let is_flushed = |v: &&f32| **v != 0.0 && f16::from_f32(**v) == f16::ZERO;
-        let is_overflowed = |v: &&f32| v.is_finite() && f16::from_f32(**v).is_infinite();
-        let n_overflowed = values.iter().filter(is_overflowed).count();
-        let mut to_f16 = self.lock_to_f16();
-        to_f16.n_flushed += values.iter().filter(is_flushed).count();
-        if n_overflowed > 0 {
-            *to_f16.overflowed.entry(name.to_owned()).or_default() += n_overflowed;
-        }
+    /// Says what is going to be read.
+    fn expect_to_read<'a>(&self, names: impl Iterator<Item = &'a str>) {
+        let total_bytes = names.map(|name| self.tensors[name].range.len() as u64).sum();
+        self.lock_reading().total_bytes = total_bytes;
     }
 
-    /// Values of a tensor of this name as one of `dtype`.
-    fn upload<B: Backend, const D: usize>(
-        &self,
-        name: &str,
-        values: Vec<f32>,
-        shape: Vec<usize>,
-        dtype: DType,
-        device: &B::Device,
-    ) -> Tensor<B, D> {
-        if dtype == DType::F16 {
-            self.count_f16(name, &values);
-        }
+    /// Reads values of a tensor of this name as those of one of `shape` and `dtype`.
+    fn read(&self, name: &str, elements: Range<usize>, shape: Vec<usize>, dtype: DType) -> TensorData {
+        let stored = &self.tensors[name];
+        let n_bytes = (elements.len() * stored.width()) as u64;
         // Converted here: the transfer is half of what it would be, and so is the memory on the device.
-        Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
+        let (data, lost) = match dtype {
+            DType::F32 => (TensorData::new(stored.values(elements), shape), Lost::default()),
+            DType::F16 => {
+                let (halves, lost) = stored.halves(elements);
+                (TensorData::new(halves, shape), lost)
+            }
+            _ => panic!("weights are read as f32 or f16, not {dtype:?}"),
+        };
+        let (read_bytes, total_bytes) = {
+            let mut reading = self.lock_reading();
+            reading.to_f16.n_flushed += lost.flushed;
+            if lost.overflowed > 0 {
+                *reading.to_f16.overflowed.entry(name.to_owned()).or_default() += lost.overflowed;
+            }
+            reading.read_bytes += n_bytes;
+            (reading.read_bytes, reading.total_bytes)
+        };
+        (self.on_read)(read_bytes, total_bytes);
+        data
+    }
+
+    /// Hands a tensor to the device, and waits for the device once much has been handed to it.
+    fn upload<B: Backend, const D: usize>(&self, data: TensorData, device: &B::Device) -> Tensor<B, D> {
+        let (n_bytes, dtype) = (data.bytes.len(), data.dtype);
+        let tensor = Tensor::from_data(data, (device, dtype));
+        let mut reading = self.lock_reading();
+        reading.queued_bytes += n_bytes;
+        if reading.queued_bytes > MAX_QUEUED_BYTES {
+            reading.queued_bytes = 0;
+            drop(reading);
+            settle::<B>(device);
+        }
+        tensor
     }
 
     /// A matrix left in host memory.
@@ -274,28 +261,32 @@ impl Checkpoint {
         dtype: DType,
         device: &B::Device,
     ) -> Weight<B> {
-        let stored = &self.tensors[name];
-        let n_columns = stored.shape[1];
+        let n_columns = self.tensors[name].shape[1];
         let shape = [rows.len(), n_columns];
         let start = rows.start * n_columns;
-        let values = || stored.values(start..rows.end * n_columns);
-        let dense = |dtype| Weight::Dense(self.upload(name, values(), shape.to_vec(), dtype, device));
+        let read = |dtype| self.read(name, start..rows.end * n_columns, shape.to_vec(), dtype);
         match storage {
-            Storage::F32 => dense(DType::F32),
-            Storage::F16 => dense(DType::F16),
+            Storage::F32 => Weight::Dense(self.upload(read(DType::F32), device)),
+            Storage::F16 => Weight::Dense(self.upload(read(DType::F16), device)),
             Storage::PackedF16 => {
-                let values = values();
-                self.count_f16(name, &values);
-                let halves: Vec<f16> = values.into_iter().map(f16::from_f32).collect();
+                let halves = read(DType::F16).into_vec::<f16>().expect("values were read as f16");
                 Weight::packed_f16(&halves, shape, device)
             }
             Storage::Int8 | Storage::Nf4 => Weight::quantize(shape, storage, dtype, |range| {
-                let values = stored.values(start + range.start..start + range.end);
-                let shape = vec![values.len()];
-                self.upload(name, values, shape, DType::F32, device)
+                let shape = vec![range.len()];
+                let values = self.read(name, start + range.start..start + range.end, shape, DType::F32);
+                self.upload(values, device)
             }),
         }
     }
+}
+
+/// Waits until the device has all that was handed to it.
+///
+/// cubecl keeps up to 32 writes for later and wgpu a copy of each until the next submission, to which neither comes by
+/// [`Backend::sync`], only by work: here that of reading a number back.
+fn settle<B: Backend>(device: &B::Device) {
+    Tensor::<B, 1>::from_data(TensorData::from([0f32]), (device, DType::F32)).into_data();
 }
 
 fn damaged(path: &Path, content: &[u8], error: &SafeTensorError) -> Error {
@@ -368,6 +359,9 @@ pub fn load_llama<B: Kernels>(
     }
     // Old conversions store the rotary frequencies, which follow from the configuration.
     checkpoint.check(&expected, |name| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD))?;
+    // An embedding of its own stays in its file.
+    let is_read = |name: &&str| tied || *name != embed;
+    checkpoint.expect_to_read(expected.iter().map(|(name, _)| name.as_str()).filter(is_read));
 
     let Precision { dtype, linears, head: head_storage } = precision;
     let shard = |rows, _| checkpoint.weight(head, rows, head_storage, dtype, device);
@@ -380,6 +374,7 @@ pub fn load_llama<B: Kernels>(
         head_shards: in_shards([config.vocab_size, config.hidden_size], dtype, shard_bytes, shard),
     };
     let model = assemble(config, precision, shard_bytes, parts);
+    settle::<B>(device);
     let overflowed = checkpoint.to_f16().overflowed;
     let Some((name, n)) = overflowed.first_key_value() else { return Ok(model) };
     let (total, n_tensors) = (overflowed.values().sum::<usize>(), overflowed.len());

@@ -7,8 +7,8 @@ use half::f16;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::load::HostMatrix;
 use super::parts::{Parts, assemble, in_shards};
+use super::stored::HostMatrix;
 use super::{Llama, LlamaConfig, Precision};
 use crate::ops::Kernels;
 use crate::ops::quantize::{Storage, Weight};

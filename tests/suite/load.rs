@@ -1,5 +1,10 @@
 //! Models in either dtype: loaded and random.
 
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
 use burn::tensor::DType;
 use burn::tensor::backend::Backend;
 use burn_flex::Flex;
@@ -10,14 +15,15 @@ use orpo_wgpu::data::tokenize::TokenizedPair;
 use orpo_wgpu::demo;
 use orpo_wgpu::lora::{self, LoraConfig};
 use orpo_wgpu::model::attention::AttentionLayout;
-use orpo_wgpu::model::llama::Keep;
+use orpo_wgpu::model::llama::{Keep, LINEAR_NAMES};
 use orpo_wgpu::model::load::{Checkpoint, ToF16, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
+use orpo_wgpu::ops::quantize::Storage;
 use orpo_wgpu::train::optim::read;
 use orpo_wgpu::train::step::forward_backward;
 
-use crate::support::{adapter, assert_close};
+use crate::support::{adapter, assert_close, left_out};
 
 fn tiny() -> LlamaConfig {
     LlamaConfig { num_hidden_layers: 2, vocab_size: 301, ..demo::config().unwrap() }
@@ -81,7 +87,7 @@ fn wide_checkpoint(wide: &[(&str, &[f32])]) -> Checkpoint {
         (name, safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, shape.clone(), bytes).unwrap())
     });
     let bytes = safetensors::serialize(views, None).unwrap();
-    Checkpoint::from_bytes(std::sync::Arc::new(bytes), std::path::Path::new("wide.safetensors")).unwrap()
+    Checkpoint::from_bytes(Arc::new(bytes), Path::new("wide.safetensors")).unwrap()
 }
 
 #[test]
@@ -108,6 +114,114 @@ fn what_halves_do_not_hold_is_counted_and_refused() {
     load(&wide_checkpoint(&[(DOWN, &[1e6])]), DType::F32).unwrap();
 }
 
+#[test]
+fn a_listener_hears_of_every_byte_that_is_read() {
+    let demo = (wide_checkpoint(&[]), demo::config().unwrap(), 2);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa/model");
+    let gqa_config = LlamaConfig::read(&folder.join("config.json")).unwrap();
+    let gqa = (Checkpoint::open_folder(&folder).unwrap(), gqa_config, 4);
+    assert!(demo.1.tie_word_embeddings && !gqa.1.tie_word_embeddings, "one of each kind");
+    let quantised = Precision { dtype: DType::F32, linears: Storage::Nf4, head: Storage::PackedF16 };
+    for ((checkpoint, config, width), precision) in [(demo, quantised), (gqa, Precision::dense(DType::F32))] {
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let checkpoint = checkpoint.on_read({
+            let heard = heard.clone();
+            move |read_bytes, total_bytes| heard.lock().unwrap().push((read_bytes, total_bytes))
+        });
+        let shard_bytes = 100 * 4 * config.hidden_size;
+        load_llama::<Flex>(&checkpoint, &config, precision, shard_bytes, &Default::default()).unwrap();
+        // An embedding that is not the head as well stays in its file.
+        let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
+        let total = ((config.n_weights() - embedding) * width) as u64;
+        let heard = heard.lock().unwrap();
+        assert!(heard.windows(2).all(|pair| pair[0].0 < pair[1].0), "bytes only grow: {heard:?}");
+        assert!(heard.iter().all(|&(_, of)| of == total), "{total} bytes in all: {heard:?}");
+        assert_eq!((heard.last().unwrap().0, checkpoint.read_bytes()), (total, total));
+        assert!(heard.len() > 9 * config.num_hidden_layers + 2, "the head comes in pieces: {}", heard.len());
+    }
+}
+
+/// Bytes of this process that belong to no file.
+fn anonymous_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn loading_takes_little_memory_beside_the_model() {
+    /// Names a checkpoint to the process that loads it and does nothing else.
+    const CHECKPOINT: &str = "ORPO_WGPU_TEST_CHECKPOINT";
+    const PEAK: &str = "most beside the model: ";
+    if !cfg!(target_os = "linux") {
+        return left_out("only Linux says how much of a process's memory is no file's");
+    }
+    let config = LlamaConfig {
+        hidden_size: 512,
+        intermediate_size: 1024,
+        num_hidden_layers: 8,
+        num_attention_heads: 8,
+        num_key_value_heads: 8,
+        head_dim: 64,
+        vocab_size: 512,
+        ..demo::config().unwrap()
+    };
+    let model_bytes = 2 * config.n_weights() as u64;
+    if let Some(path) = std::env::var_os(CHECKPOINT) {
+        let before = anonymous_bytes();
+        let peak = Arc::new(AtomicU64::new(0));
+        let checkpoint = Checkpoint::open_file(Path::new(&path)).unwrap().on_read({
+            let peak = peak.clone();
+            move |read_bytes, _| {
+                // Two bytes a weight in the file and in the model: what was read is what has to be there.
+                let beside = anonymous_bytes().saturating_sub(before + read_bytes);
+                peak.fetch_max(beside, Ordering::Relaxed);
+            }
+        });
+        load_llama::<Flex>(&checkpoint, &config, Precision::dense(DType::F16), 1 << 20, &Default::default())
+            .unwrap();
+        println!("{PEAK}{}", peak.load(Ordering::Relaxed));
+        return;
+    }
+
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, config.hidden_size]),
+        ("model.norm.weight".to_owned(), vec![config.hidden_size]),
+    ];
+    for layer in 0..config.num_hidden_layers {
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        let norms = ["input_layernorm", "post_attention_layernorm"];
+        shapes.extend(norms.map(|part| (name(part), vec![config.hidden_size])));
+        let linears = LINEAR_NAMES.iter().zip(config.linear_shapes());
+        shapes.extend(linears.map(|(part, shape)| (name(part), shape.to_vec())));
+    }
+    let zeros = vec![0; 2 * config.hidden_size * config.intermediate_size];
+    let views = shapes.iter().map(|(name, shape)| {
+        let bytes = &zeros[..2 * shape.iter().product::<usize>()];
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, shape.clone(), bytes).unwrap())
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    safetensors::serialize_to_file(views, None, &path).unwrap();
+    assert!(path.metadata().unwrap().len() > model_bytes, "the whole model is in the file");
+
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "load::loading_takes_little_memory_beside_the_model", "--nocapture"])
+        .env(CHECKPOINT, &path)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let peak = said.lines().find_map(|line| line.split_once(PEAK)).expect("the child says its peak").1;
+    let (peak, largest) = (peak.parse::<u64>().unwrap(), zeros.len() as u64);
+    // The process itself grows a little, and what was freed may not be given back at once.
+    let limit = 6 * largest;
+    assert!(5 * limit < model_bytes, "a second model of {model_bytes} bytes is far above {limit}");
+    assert!(
+        peak <= limit,
+        "{peak} bytes beside a model of {model_bytes}, whose largest tensor has {largest}"
+    );
+}
+
 fn check_random<B: Kernels>(dtype: DType, device: &B::Device) {
     let config = tiny();
     let shard_bytes = 100 * dtype.size() * config.hidden_size;
@@ -121,7 +235,7 @@ fn check_random<B: Kernels>(dtype: DType, device: &B::Device) {
 
     let target_modules = lora::target_modules(&["ALL".to_owned()]).unwrap();
     lora::attach(&mut model, &LoraConfig { r: 4, lora_alpha: 8.0, target_modules }, 1);
-    let location = Location { path: std::path::Path::new("random").into(), line: 1 };
+    let location = Location { path: Path::new("random").into(), line: 1 };
     let pair =
         TokenizedPair { prompt: vec![1, 2, 3], chosen: vec![4, 5], rejected: vec![6, 300, 8], location };
     let grads = forward_backward(&model, &pack(&[&pair], LossCompat::Trl), 0.1, 1.0, Keep::All);

@@ -1,0 +1,142 @@
+//! Values as a file stores them, and their conversion to what a model computes in.
+
+use std::fmt;
+use std::ops::{AddAssign, Range};
+use std::sync::Arc;
+
+use burn::tensor::DType;
+use half::{bf16, f16, slice::HalfFloatSliceExt, vec::HalfBitsVecExt};
+use safetensors::Dtype;
+
+/// The bytes of a file: mapped, or part of the executable.
+pub(super) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Values that are converted at a time: few enough that their `f32` stay in the first cache.
+const BLOCK: usize = 4096;
+
+/// Where a tensor's values are.
+#[derive(Clone)]
+pub(super) struct StoredTensor {
+    pub(super) bytes: Bytes,
+    pub(super) range: Range<usize>,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+}
+
+/// How many values a conversion to `f16` did not keep.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Lost {
+    /// Became infinite.
+    pub(super) overflowed: usize,
+    /// Became 0.
+    pub(super) flushed: usize,
+}
+
+impl AddAssign for Lost {
+    fn add_assign(&mut self, other: Self) {
+        self.overflowed += other.overflowed;
+        self.flushed += other.flushed;
+    }
+}
+
+impl StoredTensor {
+    /// Bytes of a value in the file.
+    pub(super) fn width(&self) -> usize {
+        self.dtype.bitsize() / 8
+    }
+
+    /// Values as `f32`.
+    pub(super) fn values(&self, elements: Range<usize>) -> Vec<f32> {
+        let mut values = vec![0.0; elements.len()];
+        widen(self.stored(elements), self.dtype, &mut values);
+        values
+    }
+
+    /// Values as `f16`, and how many of them are no longer what they were.
+    pub(super) fn halves(&self, elements: Range<usize>) -> (Vec<f16>, Lost) {
+        let mut halves: Vec<f16> = vec![0u16; elements.len()].reinterpret_into();
+        let mut lost = Lost::default();
+        let stored = self.stored(elements).chunks(BLOCK * self.width());
+        for (halves, stored) in halves.chunks_mut(BLOCK).zip(stored) {
+            lost += narrow(stored, self.dtype, halves);
+        }
+        (halves, lost)
+    }
+
+    fn stored(&self, elements: Range<usize>) -> &[u8] {
+        let stored = &(*self.bytes).as_ref()[self.range.clone()];
+        &stored[elements.start * self.width()..elements.end * self.width()]
+    }
+}
+
+fn widen(stored: &[u8], dtype: Dtype, values: &mut [f32]) {
+    let pairs = stored.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match dtype {
+        Dtype::F16 => values.iter_mut().zip(pairs).for_each(|(v, b)| *v = f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => values.iter_mut().zip(pairs).for_each(|(v, b)| *v = bf16::from_le_bytes(b).to_f32()),
+        _ => {
+            let quads = stored.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+            values.iter_mut().zip(quads).for_each(|(v, b)| *v = f32::from_le_bytes(b));
+        }
+    }
+}
+
+/// Converts at most [`BLOCK`] values.
+fn narrow(stored: &[u8], dtype: Dtype, halves: &mut [f16]) -> Lost {
+    if dtype == Dtype::F16 {
+        let pairs = stored.chunks_exact(2).map(|b| [b[0], b[1]]);
+        halves.iter_mut().zip(pairs).for_each(|(half, b)| *half = f16::from_le_bytes(b));
+        return Lost::default();
+    }
+    let mut block = [0.0; BLOCK];
+    let values = &mut block[..halves.len()];
+    widen(stored, dtype, values);
+    halves.convert_from_f32_slice(values);
+    let mut lost = Lost::default();
+    for (value, half) in values.iter().zip(halves) {
+        lost.overflowed += usize::from(value.is_finite() && half.is_infinite());
+        lost.flushed += usize::from(*value != 0.0 && half.to_bits() << 1 == 0);
+    }
+    lost
+}
+
+/// A matrix that stays in host memory as its file stores it; rows are converted to `f32` as they are asked for.
+#[derive(Clone)]
+pub struct HostMatrix(pub(super) StoredTensor);
+
+impl HostMatrix {
+    /// A matrix of little-endian values, row by row.
+    ///
+    /// # Panics
+    /// If there are more or fewer bytes than the shape takes, or the dtype is neither `f32` nor `f16`.
+    pub(super) fn new(bytes: Vec<u8>, dtype: DType, shape: [usize; 2]) -> Self {
+        let stored = match dtype {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            _ => panic!("a matrix in host memory is f32 or f16, not {dtype:?}"),
+        };
+        assert_eq!(bytes.len(), shape[0] * shape[1] * dtype.size(), "bytes of a matrix of {shape:?}");
+        let range = 0..bytes.len();
+        Self(StoredTensor { bytes: Arc::new(bytes), range, dtype: stored, shape: shape.to_vec() })
+    }
+
+    /// Gathers rows, `[ids] -> [ids · columns]`.
+    ///
+    /// # Panics
+    /// If an id is not a row.
+    pub fn gather(&self, ids: &[u32]) -> Vec<f32> {
+        let n_columns = self.0.shape[1];
+        let mut rows = vec![0.0; ids.len() * n_columns];
+        for (row, &id) in rows.chunks_exact_mut(n_columns).zip(ids) {
+            let start = id as usize * n_columns;
+            widen(self.0.stored(start..start + n_columns), self.0.dtype, row);
+        }
+        rows
+    }
+}
+
+impl fmt::Debug for HostMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostMatrix({:?} {:?})", self.0.dtype, self.0.shape)
+    }
+}
