@@ -427,6 +427,9 @@ pub fn with_dashed_aliases(command: clap::Command) -> clap::Command {
         let id = arg.get_id().as_str().to_owned();
         let dashed = id.replace('_', "-");
         let is_flag = arg.get_long().is_some();
+        // A negative number reaches the checks of its setting, which know what is expected.
+        let arg =
+            if is_flag && arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
         match is_flag && dashed != id {
             true => arg.long(id).alias(dashed),
             false => arg,

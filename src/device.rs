@@ -175,7 +175,14 @@ fn take(adapter: &Adapter) -> Result<Selected> {
         problem: format!("{} is a second software adapter, and only the first can be used", adapter.name),
         hint: Some("the environment variable VK_DRIVER_FILES leaves Vulkan drivers out".to_owned()),
     })?;
-    Ok(Selected { choice: DeviceChoice::Wgpu { device, adapter: Box::new(adapter.clone()) }, note: None })
+    let is_software = adapter.device_type == DeviceType::Software;
+    let note = is_software.then(|| {
+        format!(
+            "wgpu:{} is {} in software: --device cpu is many times as fast, and starts without compiling kernels",
+            adapter.index, adapter.api
+        )
+    });
+    Ok(Selected { choice: DeviceChoice::Wgpu { device, adapter: Box::new(adapter.clone()) }, note })
 }
 
 fn why_cpu(software: Option<&Adapter>) -> String {

@@ -91,5 +91,7 @@ pub fn print_summary(summary: &Summary, args: &TrainArgs) {
     println!("adapter: {}", summary.checkpoint.display());
     let model = args.model_id_or_path.as_ref();
     let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();
-    println!("talk to it: orpo-wgpu infer {model}--adapters {}", summary.checkpoint.display());
+    // As the program was called, so that the line can be pasted.
+    let program = std::env::args_os().next().unwrap_or_else(|| env!("CARGO_PKG_NAME").into());
+    println!("talk to it: {} infer {model}--adapters {}", program.display(), summary.checkpoint.display());
 }
