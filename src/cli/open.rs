@@ -110,7 +110,7 @@ impl OpenModel {
         let model = load_llama(&checkpoint, &self.config, precision, shard_bytes, device)?;
         bar.finish_and_clear();
         let loaded = Loaded { bytes: checkpoint.read_bytes(), elapsed: started.elapsed() };
-        let n_flushed = checkpoint.to_f16().n_flushed;
+        let n_flushed = checkpoint.flaws().n_flushed;
         if n_flushed > 0 {
             eprintln!(
                 "note: {n_flushed} weights of {} are too small for fp16 and count as 0",

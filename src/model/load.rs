@@ -28,12 +28,14 @@ pub struct Checkpoint {
     on_read: OnRead,
 }
 
-/// What conversions to `f16` have cost. What is stored as bf16 has f32's range, of which f16 has the middle.
+/// What was wrong with values that were read. What is stored as bf16 has f32's range, of which f16 has the middle.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ToF16 {
-    /// Values beyond 65,504, which became infinite, by tensor.
+pub struct Flaws {
+    /// NaN and infinities, by tensor.
+    pub not_finite: BTreeMap<String, usize>,
+    /// Values beyond 65,504 that became infinite as `f16`, by tensor.
     pub overflowed: BTreeMap<String, usize>,
-    /// Values other than 0 that became 0: those up to 2⁻²⁵, 3e-8.
+    /// Values other than 0 that became 0 as `f16`: those up to 2⁻²⁵, 3e-8.
     pub n_flushed: usize,
 }
 
@@ -43,7 +45,7 @@ type OnRead = Box<dyn Fn(u64, u64) + Send + Sync>;
 /// What reading has come to.
 #[derive(Default)]
 struct Reading {
-    to_f16: ToF16,
+    flaws: Flaws,
     /// Bytes as stored.
     read_bytes: u64,
     /// As far as is known.
@@ -191,9 +193,9 @@ impl Checkpoint {
         self.lock_reading().read_bytes
     }
 
-    /// What the conversions to `f16` so far have cost.
-    pub fn to_f16(&self) -> ToF16 {
-        self.lock_reading().to_f16.clone()
+    /// What was wrong with the values so far.
+    pub fn flaws(&self) -> Flaws {
+        self.lock_reading().flaws.clone()
     }
 
     fn lock_reading(&self) -> MutexGuard<'_, Reading> {
@@ -213,7 +215,11 @@ impl Checkpoint {
         let n_bytes = (elements.len() * stored.width()) as u64;
         // Converted here: the transfer is half of what it would be, and so is the memory on the device.
         let (data, lost) = match dtype {
-            DType::F32 => (TensorData::new(stored.values(elements), shape), Lost::default()),
+            DType::F32 => {
+                let values = stored.values(elements);
+                let not_finite = values.iter().filter(|v| !v.is_finite()).count();
+                (TensorData::new(values, shape), Lost { not_finite, ..Lost::default() })
+            }
             DType::F16 => {
                 let (halves, lost) = stored.halves(elements);
                 (TensorData::new(halves, shape), lost)
@@ -222,9 +228,14 @@ impl Checkpoint {
         };
         let (read_bytes, total_bytes) = {
             let mut reading = self.lock_reading();
-            reading.to_f16.n_flushed += lost.flushed;
-            if lost.overflowed > 0 {
-                *reading.to_f16.overflowed.entry(name.to_owned()).or_default() += lost.overflowed;
+            let flaws = &mut reading.flaws;
+            flaws.n_flushed += lost.flushed;
+            for (n, by_tensor) in
+                [(lost.not_finite, &mut flaws.not_finite), (lost.overflowed, &mut flaws.overflowed)]
+            {
+                if n > 0 {
+                    *by_tensor.entry(name.to_owned()).or_default() += n;
+                }
             }
             reading.read_bytes += n_bytes;
             (reading.read_bytes, reading.total_bytes)
@@ -335,7 +346,7 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
 /// A tied model may come with `embed_tokens`, with `lm_head` or with both; the embedding counts.
 ///
 /// # Errors
-/// If tensors are missing, extra or misshapen: all of them in one error. If a weight is too large for `f16`.
+/// If tensors are missing, extra or misshapen: all of them in one error. If weights are not finite, or too large for `f16`.
 pub fn load_llama<B: Kernels>(
     checkpoint: &Checkpoint,
     config: &LlamaConfig,
@@ -375,11 +386,20 @@ pub fn load_llama<B: Kernels>(
     };
     let model = assemble(config, precision, shard_bytes, parts);
     settle::<B>(device);
-    let overflowed = checkpoint.to_f16().overflowed;
-    let Some((name, n)) = overflowed.first_key_value() else { return Ok(model) };
-    let (total, n_tensors) = (overflowed.values().sum::<usize>(), overflowed.len());
-    let what = format!(
-        "{total} weights in {n_tensors} tensors are beyond 65504, the largest number of fp16; {n} of them in `{name}`"
-    );
-    Err(Error::file(&checkpoint.path, what).with_hint("--dtype fp32 holds them"))
+    let Flaws { not_finite, overflowed, .. } = checkpoint.flaws();
+    for (by_tensor, are, hint) in [
+        (
+            not_finite,
+            "are no finite numbers",
+            "the checkpoint is damaged, or was saved from a run that had diverged",
+        ),
+        (overflowed, "are beyond 65504, the largest number of fp16", "--dtype fp32 holds them"),
+    ] {
+        if let Some((name, n)) = by_tensor.first_key_value() {
+            let (total, n_tensors) = (by_tensor.values().sum::<usize>(), by_tensor.len());
+            let what = format!("{total} weights in {n_tensors} tensors {are}; {n} of them in `{name}`");
+            return Err(Error::file(&checkpoint.path, what).with_hint(hint));
+        }
+    }
+    Ok(model)
 }

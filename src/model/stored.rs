@@ -23,9 +23,11 @@ pub(super) struct StoredTensor {
     pub(super) shape: Vec<usize>,
 }
 
-/// How many values a conversion to `f16` did not keep.
+/// How many values were no numbers, or a conversion to `f16` did not keep.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Lost {
+    /// NaN or infinite as stored.
+    pub(super) not_finite: usize,
     /// Became infinite.
     pub(super) overflowed: usize,
     /// Became 0.
@@ -34,6 +36,7 @@ pub(super) struct Lost {
 
 impl AddAssign for Lost {
     fn add_assign(&mut self, other: Self) {
+        self.not_finite += other.not_finite;
         self.overflowed += other.overflowed;
         self.flushed += other.flushed;
     }
@@ -86,7 +89,8 @@ fn narrow(stored: &[u8], dtype: Dtype, halves: &mut [f16]) -> Lost {
     if dtype == Dtype::F16 {
         let pairs = stored.chunks_exact(2).map(|b| [b[0], b[1]]);
         halves.iter_mut().zip(pairs).for_each(|(half, b)| *half = f16::from_le_bytes(b));
-        return Lost::default();
+        let not_finite = halves.iter().filter(|half| !half.is_finite()).count();
+        return Lost { not_finite, ..Lost::default() };
     }
     let mut block = [0.0; BLOCK];
     let values = &mut block[..halves.len()];
@@ -94,6 +98,7 @@ fn narrow(stored: &[u8], dtype: Dtype, halves: &mut [f16]) -> Lost {
     halves.convert_from_f32_slice(values);
     let mut lost = Lost::default();
     for (value, half) in values.iter().zip(halves) {
+        lost.not_finite += usize::from(!value.is_finite());
         lost.overflowed += usize::from(value.is_finite() && half.is_infinite());
         lost.flushed += usize::from(*value != 0.0 && half.to_bits() << 1 == 0);
     }

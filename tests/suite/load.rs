@@ -16,7 +16,7 @@ use orpo_wgpu::demo;
 use orpo_wgpu::lora::{self, LoraConfig};
 use orpo_wgpu::model::attention::AttentionLayout;
 use orpo_wgpu::model::llama::{Keep, LINEAR_NAMES};
-use orpo_wgpu::model::load::{Checkpoint, ToF16, load_llama};
+use orpo_wgpu::model::load::{Checkpoint, Flaws, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::quantize::Storage;
@@ -103,7 +103,7 @@ fn what_halves_do_not_hold_is_counted_and_refused() {
     let tiny: &[f32] = &[1e-8, -1e-30, 2f32.powi(-25), 2f32.powi(-24), 0.0];
     let small = wide_checkpoint(&[(UP, tiny)]);
     load(&small, DType::F16).unwrap();
-    assert_eq!(small.to_f16(), ToF16 { n_flushed: 3, ..ToF16::default() });
+    assert_eq!(small.flaws(), Flaws { n_flushed: 3, ..Flaws::default() });
 
     let large = wide_checkpoint(&[(UP, &[65_280.0, -65_536.0]), (DOWN, &[1e6, -3e38])]);
     let error = load(&large, DType::F16).unwrap_err().to_string();
@@ -112,6 +112,25 @@ fn what_halves_do_not_hold_is_counted_and_refused() {
         "{error}"
     );
     load(&wide_checkpoint(&[(DOWN, &[1e6])]), DType::F32).unwrap();
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_refused_in_every_precision() {
+    const UP: &str = "model.layers.0.mlp.up_proj.weight";
+    let config = demo::config().unwrap();
+    for storage in [Storage::F32, Storage::F16, Storage::PackedF16, Storage::Int8, Storage::Nf4] {
+        let checkpoint = wide_checkpoint(&[(UP, &[f32::NAN, 1.0, f32::NEG_INFINITY])]);
+        let dtype = if storage == Storage::F16 { DType::F16 } else { DType::F32 };
+        let precision = Precision { dtype, linears: storage, head: storage };
+        let error = load_llama::<Flex>(&checkpoint, &config, precision, 1 << 20, &Default::default());
+        let error = error.map(drop).unwrap_err().to_string();
+        assert!(
+            error.contains(
+                "2 weights in 1 tensors are no finite numbers; 2 of them in `model.layers.0.mlp.up"
+            ),
+            "{storage:?}: {error}"
+        );
+    }
 }
 
 #[test]

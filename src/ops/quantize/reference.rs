@@ -70,14 +70,21 @@ pub fn dequantize_reference<B: Backend>(packed: &Packed<B>) -> Tensor<B, 2> {
         }
     };
     let bits = packed.storage.bits();
-    let code = |i: usize| codes[i * bits / 32] >> (i * bits % 32);
-    let value = |i: usize| match packed.storage {
-        Storage::PackedF16 => f16::from_bits(code(i) as u16).to_f32(),
-        Storage::Int8 => f32::from(code(i) as i8) * scales[i / BLOCK],
-        _ => NF4_LEVELS[(code(i) & 0xf) as usize] * scales[i / BLOCK],
-    };
-    let n_values = packed.shape[0] * packed.shape[1];
-    let values: Vec<f32> = (0..n_values).into_par_iter().map(value).collect();
+    let mut values = vec![0f32; packed.shape[0] * packed.shape[1]];
+    let blocks = values.par_chunks_mut(BLOCK).zip(codes.par_chunks(BLOCK * bits / 32)).enumerate();
+    blocks.for_each(|(block, (values, words))| {
+        let scale = scales.get(block).copied().unwrap_or(1.0);
+        for (values, word) in values.chunks_mut(32 / bits).zip(words) {
+            for (i, value) in values.iter_mut().enumerate() {
+                let code = word >> (i * bits);
+                *value = match packed.storage {
+                    Storage::PackedF16 => f16::from_bits(code as u16).to_f32(),
+                    Storage::Int8 => f32::from(code as i8) * scale,
+                    _ => NF4_LEVELS[(code & 0xf) as usize] * scale,
+                };
+            }
+        }
+    });
     Tensor::from_data(
         TensorData::new(values, packed.shape).convert_dtype(packed.dtype),
         (&device, packed.dtype),
