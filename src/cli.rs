@@ -4,11 +4,13 @@ pub mod bench;
 pub mod budget;
 pub mod devices;
 pub mod infer;
+pub mod limits;
 pub mod open;
 pub mod outcome;
 mod precision;
 pub mod profile_table;
 pub mod progress;
+pub mod rows;
 pub mod train;
 mod tune;
 
