@@ -6,6 +6,7 @@ use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
 use crate::error::{Error, Result};
+use crate::train::plan::Plan;
 
 /// The rows of a run as token ids.
 pub struct Data {
@@ -90,4 +91,16 @@ pub fn is_demo_data(args: &TrainArgs) -> bool {
 /// The order of the rows.
 pub fn shuffle(args: &TrainArgs) -> Shuffle {
     if args.dataset_shuffle { Shuffle::Seeded(args.seed) } else { Shuffle::Off }
+}
+
+/// How so many rows are cut into steps, and how many steps the run has.
+pub fn plan_of(args: &TrainArgs, n_rows: usize) -> (Plan, usize) {
+    let plan = Plan {
+        n_rows,
+        batch_size: args.batch_size,
+        gradient_accumulation_steps: args.gradient_accumulation_steps.unwrap_or(1),
+        shuffle: shuffle(args),
+    };
+    let epochs = (args.num_train_epochs * plan.steps_per_epoch() as f64).ceil() as usize;
+    (plan, args.max_steps.unwrap_or(epochs))
 }

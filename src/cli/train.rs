@@ -7,12 +7,14 @@ use burn::tensor::DType;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
-use super::budget::Budget;
+use super::budget::{Budget, Case, Rows, Setting};
+use super::longest;
+use super::nearest::{check_fits, smaller};
 use super::open::OpenModel;
 use super::outcome::{answers, print_answers, print_summary};
 use super::precision;
 use super::progress::Progress;
-use super::rows::{Data, is_demo_data, shuffle};
+use super::rows::{Data, is_demo_data, plan_of};
 use super::tune;
 use crate::config::TrainArgs;
 use crate::data::batch::LossCompat;
@@ -46,17 +48,49 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
     let data = Data::load(&args, &open)?;
+    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
+    let rank = adapter.map_or(Ok(args.lora_rank), |folder| lora::rank_of(folder))?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
         eprintln!("device   {note}");
     }
     let choice = &selected.choice;
+    let case = Case::new(&args, &open.config, rank, Rows::Known(&data.train), choice)?;
     device::guard("training", choice, || match choice {
-        DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), choice),
+        DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &case),
         DeviceChoice::Wgpu { device, .. } => {
-            run_on::<Wgpu>(&args, &open, target_modules, &data, device, choice)
+            run_on::<Wgpu>(&args, &open, target_modules, &data, device, &case)
         }
     })
+    .map_err(|error| with_advice(error, &args, &case))
+}
+
+/// Predicts the longest step and says so, before a long load that would be in vain.
+fn budget(args: &TrainArgs, case: &Case<'_>) -> Result<Budget> {
+    let setting = Setting::of(args);
+    let resumes = args.resume_from_checkpoint.is_some();
+    let none = || Error::config("no row is left to train on");
+    let budget = case.predict(&setting)?.ok_or_else(none)?;
+    check_fits(case, &setting, &budget, resumes)?;
+    let room = case.memory.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
+    let kept = match budget.keep {
+        Keep::Input => "layers run again in backward",
+        Keep::Attention => "layers run again in backward, but for attention",
+        Keep::All => "every activation kept",
+    };
+    eprintln!("memory   {}{room} predicted for the longest step; {kept}", size(budget.memory.total() as u64));
+    Ok(budget)
+}
+
+/// The same error; where the device is out of memory, with the flags that make the run fit.
+fn with_advice(error: Error, args: &TrainArgs, case: &Case<'_>) -> Error {
+    if !matches!(error, Error::OutOfMemory { .. }) {
+        return error;
+    }
+    match smaller(case, &Setting::of(args), args.resume_from_checkpoint.is_some()) {
+        Ok(Some(advice)) => error.with_hint(advice),
+        Ok(None) | Err(_) => error,
+    }
 }
 
 /// The folder itself if it is a checkpoint, else the newest one of the run that it is.
@@ -81,8 +115,9 @@ fn run_on<B: Kernels>(
     target_modules: Vec<String>,
     data: &Data,
     device: &B::Device,
-    choice: &DeviceChoice,
+    case: &Case<'_>,
 ) -> Result<()> {
+    let choice = case.choice;
     let loading = Instant::now();
     let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
     let dtype = precision.dtype;
@@ -94,6 +129,9 @@ fn run_on<B: Kernels>(
         growth_interval: args.fp16_growth_interval,
     });
     let settings = settings(args, loss_scale, data)?;
+    let budget = budget(args, case)?;
+    let settings = TrainSettings { keep: budget.keep, ..settings };
+    device::doing("loading the weights");
     let mut model = open.load::<B>(precision, device, choice.shard_bytes())?;
     let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
@@ -116,9 +154,6 @@ fn run_on<B: Kernels>(
         ))
         .with_hint("raise --max_steps or --num_train_epochs"));
     }
-    let rank = lora_config.r;
-    let budget = Budget::new(&model, rank, &data.train, &settings.plan, args.gradient_checkpointing, choice);
-    let settings = TrainSettings { keep: budget.keep, ..settings };
     // What the device and the adapter brought along goes over the flags, and into the run's own record.
     let args = &TrainArgs {
         dtype: precision.dtype_name().to_owned(),
@@ -128,18 +163,14 @@ fn run_on<B: Kernels>(
         ..args.clone()
     };
     describe(args, open, &model, data, &settings, choice, loading);
-    if let DeviceChoice::Wgpu { adapter, .. } = choice {
-        let room = adapter.memory_bytes.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
-        let kept = match budget.keep {
-            Keep::Input => "layers run again in backward",
-            Keep::Attention => "layers run again in backward, but for attention",
-            Keep::All => "every activation kept",
-        };
-        eprintln!(
-            "memory   {}{room} predicted for the longest step; {kept}",
-            size(budget.memory.total() as u64)
-        );
+    let n_steps = max_steps - first_step;
+    let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
+    if longest::is_worth_it(choice, n_steps * gradient_accumulation_steps) {
+        let batch = case.longest_batch(args.max_length, batch_size);
+        let accumulates = gradient_accumulation_steps > 1;
+        eprintln!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates)?);
     }
+    device::doing("preparing the run");
     let lengths = data.train.iter().map(|pair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len());
     let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
     let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
@@ -149,7 +180,7 @@ fn run_on<B: Kernels>(
         let scale = scale.map_or_else(String::new, |s| format!(", with its loss scale of {}", s.scale));
         eprintln!("resume   after step {first_step} of {max_steps}, from {}{scale}", checkpoint.display());
     }
-    tune::tune(choice, &kinds, max_steps - first_step, |note| eprintln!("device   {note}"));
+    tune::tune(choice, &kinds, n_steps, |note| eprintln!("device   {note}"));
 
     let is_demo = open.is_demo() && is_demo_data(args);
     let held_out = if is_demo { demo::held_out()?.rows } else { Vec::new() };
@@ -164,7 +195,10 @@ fn run_on<B: Kernels>(
     let memory = || choice.memory_bytes();
     let mut progress = Progress::new(settings.schedule.max_steps, first_step, args.profile, &memory);
     let data = TrainData { train: &data.train, val: &data.val };
-    let trained = train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress);
+    // Guarded by itself, so that the run's folder is at hand when the device fails.
+    let trained = device::guard("training", choice, || {
+        train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress)
+    });
     progress.finish();
     let summary = trained.inspect_err(|_| {
         // The error is what there is to report; that its picture cannot be drawn either tells nothing new.
@@ -173,6 +207,7 @@ fn run_on<B: Kernels>(
             eprintln!("the last checkpoint stays: {}", checkpoint.display());
         }
     })?;
+    device::doing("answering after the training");
     let after = answers(&model, open, &questions, "after training")?;
     print_answers(&questions, start, &before, &after);
     print_summary(&summary, args);
@@ -180,14 +215,7 @@ fn run_on<B: Kernels>(
 }
 
 fn settings(args: &TrainArgs, loss_scale: Option<LossScaleConfig>, data: &Data) -> Result<TrainSettings> {
-    let plan = Plan {
-        n_rows: data.train.len(),
-        batch_size: args.batch_size,
-        gradient_accumulation_steps: args.gradient_accumulation_steps.unwrap_or(1),
-        shuffle: shuffle(args),
-    };
-    let epochs = (args.num_train_epochs * plan.steps_per_epoch() as f64).ceil() as usize;
-    let max_steps = args.max_steps.unwrap_or(epochs);
+    let (plan, max_steps) = plan_of(args, data.train.len());
     let loss_compat: LossCompat = args.loss_compat.parse()?;
     let schedule = Schedule {
         learning_rate: args.learning_rate,
