@@ -16,6 +16,7 @@ pub mod progress;
 pub mod rows;
 pub mod train;
 mod tune;
+pub mod words;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -5,6 +5,7 @@ use std::time::Instant;
 use burn::tensor::Tensor;
 
 use super::budget::Budget;
+use super::words::thousands;
 use crate::data::batch::Batch;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::Result;
@@ -56,5 +57,5 @@ pub fn try_longest<B: Kernels>(
         let off = 100.0 * (predicted as f64 / peak as f64 - 1.0);
         format!(": {} at the fullest, {} predicted ({off:+.1} %)", size(peak), size(predicted))
     });
-    Ok(format!("longest  {rows} ({} tokens) fits{memory}, {seconds:.1} s", batch.n_tokens()))
+    Ok(format!("longest  {rows} ({} tokens) fits{memory}, {seconds:.1} s", thousands(batch.n_tokens())))
 }

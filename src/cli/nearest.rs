@@ -173,36 +173,39 @@ pub fn check_fits(case: &Case<'_>, base: &Setting, budget: &Budget, resumes: boo
         return Ok(());
     }
     let what = format!(
-        "the longest step, {} tokens, is predicted to take {} of memory on {}, and a run may fill {} ({:.0} % of {})",
+        "the longest step, {} tokens, is predicted to take {} of memory on {} ({}), and a run may fill {} ({:.0} % of {})",
         budget.tokens,
         bytes(budget),
         case.choice,
+        case.choice.describe(),
         size(usable),
         100.0 * USABLE,
         size(memory)
     );
-    let overrides = "--max_memory says how much there is, where the device says too little";
-    let hint = match nearest(case, base, resumes)? {
-        Some(Nearest { setting, budget, fits: true }) => {
-            let left_out = match case.n_left_out(setting.max_length) {
-                0 => String::new(),
-                n => format!(" without the {n} rows that are longer"),
-            };
-            format!("{} fits, with {}{left_out}; {overrides}", setting.flags(Some(base)), bytes(&budget))
-        }
-        Some(Nearest { setting, budget, fits: false }) => {
-            let needed = (budget.memory.total() as f64 / USABLE).ceil() as u64;
-            let flags = setting.flags(Some(base));
-            let flags = if flags.is_empty() { "this" } else { &flags };
-            format!(
-                "no settings fit: {flags} takes the least, {}, which needs a device of {}; a smaller model may do. {overrides}",
-                bytes(&budget),
-                size(needed)
-            )
-        }
-        None => overrides.to_owned(),
-    };
-    Err(Error::config(what).with_hint(hint))
+    let advice =
+        nearest(case, base, resumes)?.map(|nearest| advice(case, base, &nearest) + "; ").unwrap_or_default();
+    Err(Error::config(what)
+        .with_hint(format!("{advice}--max_memory says how much there is, where the device says too little")))
+}
+
+/// The flags that make a run fit, or that nothing does.
+pub fn advice(case: &Case<'_>, base: &Setting, nearest: &Nearest) -> String {
+    let Nearest { setting, budget, fits } = nearest;
+    let flags = setting.flags(Some(base));
+    if *fits {
+        let left_out = match case.n_left_out(setting.max_length) {
+            0 => String::new(),
+            n => format!(" without the {n} rows that are longer"),
+        };
+        return format!("{flags} fits, with {}{left_out}", bytes(budget));
+    }
+    let needed = (budget.memory.total() as f64 / USABLE).ceil() as u64;
+    format!(
+        "no settings fit: {} takes the least, {}, which needs a device of {}; a smaller model may do",
+        if flags.is_empty() { "this" } else { &flags },
+        bytes(budget),
+        size(needed)
+    )
 }
 
 /// The share of what did not fit that other settings are looked for in, whatever the device says of its memory.
@@ -261,10 +264,10 @@ mod tests {
     fn what_costs_least_comes_first_and_nothing_comes_in_vain() {
         let cases: [(u64, fn(&mut TrainArgs), &str); 6] = [
             (80, |_| {}, ""),
-            (24, |_| {}, "--quantization_bit 8"),
+            (16, |_| {}, "--quantization_bit 8"),
             (12, |_| {}, "--quantization_bit 4"),
-            (80, |a| a.gradient_checkpointing = false, "--gradient_checkpointing true"),
-            (40, |a| a.batch_size = 12, "--batch_size 3 --gradient_accumulation_steps 64"),
+            (36, |a| a.gradient_checkpointing = false, "--gradient_checkpointing true"),
+            (40, |a| a.batch_size = 12, "--batch_size 6 --gradient_accumulation_steps 32"),
             (32, |a| a.dtype = "fp32".to_owned(), "--dtype fp16"),
         ];
         for (gigabytes, edit, flags) in cases {

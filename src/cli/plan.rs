@@ -6,10 +6,11 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets as styles};
 
 use super::budget::{Budget, Case, Rows, Setting, USABLE, longest_pair};
 use super::limits::best_product;
-use super::nearest::alternatives;
+use super::nearest::{Nearest, advice, alternatives, nearest};
 use super::open::OpenModel;
 use super::precision;
-use super::rows::{Data, plan_of};
+use super::rows::{Data, plan_of, shuffle};
+use super::words::{duration, thousands};
 use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::{self, Strictness};
@@ -57,15 +58,26 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let none = || Error::config("no row is left to train on");
     let chosen = case.predict(&base)?.ok_or_else(none)?;
 
-    println!("model    {}, {:.2} billion weights", source.name, source.config.n_weights() as f64 / 1e9);
+    println!("model    {}, {:.1} million weights", source.name, source.config.n_weights() as f64 / 1e6);
     source.print_data(args);
-    print_device(&case, &chosen);
-    println!("{}", table(&case, &base, &chosen, &alternatives(&case, &base)?));
-    let embedding = source.config.vocab_size * source.config.hidden_size;
+    print_device(&case, is_elsewhere, &chosen);
+    println!("chosen   {}", base.flags(None));
+    let resumes = args.resume_from_checkpoint.is_some();
+    let mut others = alternatives(&case, &base)?;
+    let nearest = if case.fits(&chosen) { None } else { nearest(&case, &base, resumes)? };
+    if let Some(Nearest { setting, budget, .. }) = &nearest {
+        let is_new = !others.iter().any(|(other, _)| other == setting) && *setting != base;
+        others.extend(is_new.then(|| (setting.clone(), *budget)));
+    }
+    println!("{}", table(&case, &base, &chosen, &others));
+    let embedding = size(2 * (source.config.vocab_size * source.config.hidden_size) as u64);
     println!(
-        "besides, in the computer's own memory: the embedding, {} in 16 bits\n",
-        size(2 * embedding as u64)
+        "besides, in the computer's own memory: the embedding, {embedding} where the file has it in 16 bits"
     );
+    if let Some(nearest) = nearest {
+        println!("nearest  {}", advice(&case, &base, &nearest));
+    }
+    println!();
     let work = Work::of(args, &case, &source, &chosen)?;
     println!("run      {}", work.what);
     let rate = if is_elsewhere { None } else { Some(measure(args, &choice)?) };
@@ -119,7 +131,7 @@ impl Source {
             println!(
                 "data     every pair is taken as two sequences of {} tokens with nothing in common, the most that --max_length lets \
                  through; without the model's tokenizer nothing shorter is known",
-                args.max_length
+                thousands(args.max_length)
             );
             return;
         };
@@ -132,10 +144,10 @@ impl Source {
         println!(
             "data     {} pairs of {} to {} tokens, median {}, 90 % up to {}; a common prompt counts once; {} left out by --max_length {}",
             pairs.len(),
-            at(0.0),
-            at(1.0),
-            at(0.5),
-            at(0.9),
+            thousands(at(0.0)),
+            thousands(at(1.0)),
+            thousands(at(0.5)),
+            thousands(at(0.9)),
             self.n_too_long,
             args.max_length
         );
@@ -151,15 +163,15 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
     let columns = args.columns.clone().unwrap_or_default();
     let rows = dataset::load(&args.dataset, &columns, strictness, args.seed)?.rows;
     let is_split = args.val_dataset.is_empty();
-    let rows = if is_split {
-        dataset::split(rows, args.dataset_test_ratio, super::rows::shuffle(args)).0
-    } else {
-        rows
-    };
+    let rows = if is_split { dataset::split(rows, args.dataset_test_ratio, shuffle(args)).0 } else { rows };
     Ok(Some(rows.len()))
 }
 
-fn print_device(case: &Case<'_>, chosen: &Budget) {
+fn print_device(case: &Case<'_>, is_elsewhere: bool, chosen: &Budget) {
+    let device = match is_elsewhere {
+        true => "a GPU that is not here, and is taken to compute in fp16".to_owned(),
+        false => case.choice.describe(),
+    };
     let memory = match (case.memory, case.usable()) {
         (Some(memory), Some(usable)) => {
             let free = if *case.choice == DeviceChoice::Cpu { " free" } else { "" };
@@ -172,10 +184,10 @@ fn print_device(case: &Case<'_>, chosen: &Budget) {
         }
         _ => "which does not say how much memory it has, so that whether a run fits is unknown".to_owned(),
     };
-    println!("device   {}: {memory}", case.choice.describe());
+    println!("device   {device}: {memory}");
     println!(
-        "memory   when it is at its fullest, in a step with the longest pairs ({} tokens):",
-        chosen.tokens
+        "memory   at the fullest, in a step with the longest pairs ({} tokens), for the chosen settings and others:",
+        thousands(chosen.tokens)
     );
 }
 
@@ -205,9 +217,13 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
         let sizes = parts.map(|bytes| size(bytes as u64));
         [flags].into_iter().chain(sizes).chain([fits.to_owned()]).collect::<Vec<_>>()
     };
-    table.add_row(cells(base.flags(None), chosen));
+    table.add_row(cells("as chosen".to_owned(), chosen));
     for (setting, budget) in others {
-        table.add_row(cells(setting.flags(Some(base)), budget));
+        let flags = setting.flags(Some(base));
+        table.add_row(match case.n_left_out(setting.max_length) {
+            0 => cells(flags, budget),
+            n => cells(format!("{flags} (leaves out {} rows)", thousands(n)), budget),
+        });
     }
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
@@ -242,9 +258,10 @@ impl Work {
         else {
             return Ok(Self {
                 what: format!(
-                    "{PAIRS} pairs, as no data set is named: {} tokens, {:.1} TFLOP",
-                    (mean_tokens * PAIRS as f64) as u64,
-                    mean_flops * PAIRS as f64 / 1e12
+                    "{} pairs, as neither --dataset nor --max_steps says how many: {} tokens, {} TFLOP",
+                    thousands(PAIRS),
+                    thousands((mean_tokens * PAIRS as f64) as usize),
+                    tflop(mean_flops * PAIRS as f64)
                 ),
                 flops: mean_flops * PAIRS as f64,
             });
@@ -253,10 +270,10 @@ impl Work {
         let epochs = max_steps as f64 / plan.steps_per_epoch() as f64;
         let flops = mean_flops * n_pairs as f64 * epochs;
         let what = format!(
-            "{max_steps} optimizer steps of {} pairs, {epochs:.2} epochs of {} tokens: {:.3} TFLOP",
+            "{max_steps} optimizer steps of {} pairs, {epochs:.2} epochs of {} tokens: {} TFLOP",
             Self::pairs_of_step(args),
-            (mean_tokens * n_pairs as f64) as u64,
-            flops / 1e12
+            thousands((mean_tokens * n_pairs as f64) as usize),
+            tflop(flops)
         );
         Ok(Self { what, flops })
     }
@@ -289,24 +306,7 @@ fn measure(args: &TrainArgs, choice: &DeviceChoice) -> Result<f64> {
     })
 }
 
-/// Seconds in words: `3 h 20 min`.
-fn duration(seconds: f64) -> String {
-    let minutes = (seconds / 60.0).round() as u64;
-    match minutes {
-        0..2 => format!("{seconds:.0} s"),
-        2..120 => format!("{minutes} min"),
-        120..2880 => format!("{} h {} min", minutes / 60, minutes % 60),
-        _ => format!("{:.1} days", seconds / 86_400.0),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durations_are_readable() {
-        let shown = [4.2, 100.0, 3600.0, 12_000.0, 1e6].map(duration);
-        assert_eq!(shown, ["4 s", "2 min", "60 min", "3 h 20 min", "11.6 days"]);
-    }
+fn tflop(flops: f64) -> String {
+    let tflop = flops / 1e12;
+    if tflop < 100.0 { format!("{tflop:.3}") } else { thousands(tflop.round() as usize) }
 }

@@ -24,6 +24,7 @@ mod infer;
 mod load;
 mod packing;
 mod plain;
+mod plan;
 mod shaders;
 mod support;
 mod tidy;
