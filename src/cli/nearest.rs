@@ -262,7 +262,8 @@ mod tests {
 
     #[test]
     fn what_costs_least_comes_first_and_nothing_comes_in_vain() {
-        let cases: [(u64, fn(&mut TrainArgs), &str); 6] = [
+        type Edit = fn(&mut TrainArgs);
+        let cases: [(u64, Edit, &str); 6] = [
             (80, |_| {}, ""),
             (16, |_| {}, "--quantization_bit 8"),
             (12, |_| {}, "--quantization_bit 4"),

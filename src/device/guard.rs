@@ -198,10 +198,15 @@ fn held(choice: &DeviceChoice) -> String {
     let id = start(choice);
     let held = catch_unwind(AssertUnwindSafe(|| choice.memory_bytes())).unwrap_or_default();
     stop(id);
-    let held = if held == 0 { "an unknown part".to_owned() } else { size(held) };
+    let shown = if held == 0 { "an unknown part".to_owned() } else { size(held) };
     match choice.total_memory() {
-        Some(total) => format!("this run held {held} of {}", size(total)),
-        None => format!("this run held {held}, and the device does not say how much there is"),
+        Some(total) if held > 0 && held < total => format!(
+            "this run held {shown} of {}, the other {} were free or another program's",
+            size(total),
+            size(total - held)
+        ),
+        Some(total) => format!("this run held {shown} of {}", size(total)),
+        None => format!("this run held {shown}, and the device does not say how much there is"),
     }
 }
 
