@@ -75,7 +75,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
             train::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
         }
         (Command::Plan(command), Some((_, matches))) => {
-            plan::run(&TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
+            plan::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
         }
         (Command::Infer(args), _) => infer::run(&args),
         (Command::Bench(args), _) => bench::run(&args),

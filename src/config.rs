@@ -26,7 +26,7 @@ const DTYPES: [&str; 4] = ["auto", "bf16", "fp16", "fp32"];
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainArgs {
-    /// Registry name of the model, for the name of the output folder
+    /// Registry name of the model, for the name of the output folder; alone, `plan` knows its shape by it
     #[arg(long, help_heading = "Model")]
     pub model_type: Option<String>,
     /// A Hugging Face model folder [default: the demo inside this program]

@@ -10,6 +10,7 @@ use super::nearest::{Nearest, advice, alternatives, nearest};
 use super::open::OpenModel;
 use super::precision;
 use super::rows::{Data, plan_of, shuffle};
+use super::train;
 use super::words::{duration, thousands};
 use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
@@ -18,7 +19,6 @@ use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
-use crate::lora;
 use crate::model::LlamaConfig;
 use crate::model::presets::{PRESETS, preset};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
@@ -34,7 +34,8 @@ const PAIRS: usize = 1000;
 ///
 /// # Errors
 /// What the settings, the model's folder and the data can be wrong in, and a device that is not there.
-pub fn run(args: &TrainArgs) -> Result<()> {
+pub fn run(args: TrainArgs) -> Result<()> {
+    let args = &train::with_checkpoint(args)?;
     let source = Source::open(args)?;
     let selected = device::select(&args.device)?;
     let is_elsewhere = selected.choice == DeviceChoice::Cpu && args.device.eq_ignore_ascii_case("auto");
@@ -50,8 +51,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         }
     };
     let is_elsewhere = is_elsewhere && choice != DeviceChoice::Cpu;
-    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
-    let rank = adapter.map_or(Ok(args.lora_rank), |folder| lora::rank_of(folder))?;
+    let rank = train::rank(args)?;
     let rows = source.pairs.as_deref().map_or(Rows::Longest, Rows::Known);
     let case = Case::new(args, &source.config, rank, rows, &choice)?;
     let base = Setting::of(args);
@@ -80,8 +80,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     println!();
     let work = Work::of(args, &case, &source, &chosen)?;
     println!("run      {}", work.what);
-    let rate = if is_elsewhere { None } else { Some(measure(args, &choice)?) };
-    println!("time     {}", work.time(rate));
+    let time = match is_elsewhere {
+        true => "unknown: the device is not here to be measured".to_owned(),
+        false => work.time(measure(args, &choice)?),
+    };
+    println!("time     {time}");
     Ok(())
 }
 
@@ -282,18 +285,15 @@ impl Work {
         args.batch_size * args.gradient_accumulation_steps.unwrap_or(1)
     }
 
-    /// How long it takes at `rate` operations a second in the best product.
-    fn time(&self, rate: Option<f64>) -> String {
-        match rate {
-            None => "unknown: the device is not here to be measured".to_owned(),
-            Some(rate) => format!(
-                "about {}, without evaluations and saves: at {:.0} % of the {:.3} TFLOP/s of the best product that was measured here just \
-                 now (whole steps were seen at 33 to 85 %; `orpo-wgpu bench` measures one)",
-                duration(self.flops / (RATE * rate)),
-                100.0 * RATE,
-                rate / 1e12
-            ),
-        }
+    /// How long it takes on a device with so many operations a second in its best product.
+    fn time(&self, rate: f64) -> String {
+        format!(
+            "about {}, without evaluations and saves: at {:.0} % of the {:.3} TFLOP/s of the best product that was measured here just now \
+             (whole steps were seen at 33 to 85 %; `orpo-wgpu bench` measures one)",
+            duration(self.flops / (RATE * rate)),
+            100.0 * RATE,
+            rate / 1e12
+        )
     }
 }
 

@@ -41,15 +41,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
         return Err(Error::config(format!("--model_type `{name}` names a model, and nothing is downloaded"))
             .with_hint("fetch the model and pass its folder as --model_id_or_path; without both, the demo is trained"));
     }
-    let args = TrainArgs {
-        resume_from_checkpoint: args.resume_from_checkpoint.as_deref().map(checkpoint_of).transpose()?,
-        ..args
-    };
+    let args = with_checkpoint(args)?;
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
     let data = Data::load(&args, &open)?;
-    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
-    let rank = adapter.map_or(Ok(args.lora_rank), |folder| lora::rank_of(folder))?;
+    let rank = rank(&args)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
         eprintln!("device   {note}");
@@ -91,6 +87,24 @@ fn with_advice(error: Error, args: &TrainArgs, case: &Case<'_>) -> Error {
         Ok(Some(advice)) => error.with_hint(advice),
         Ok(None) | Err(_) => error,
     }
+}
+
+/// The same settings, where `--resume_from_checkpoint` is a checkpoint instead of the run that it is the newest of.
+///
+/// # Errors
+/// If there is none.
+pub fn with_checkpoint(args: TrainArgs) -> Result<TrainArgs> {
+    let resume_from_checkpoint = args.resume_from_checkpoint.as_deref().map(checkpoint_of).transpose()?;
+    Ok(TrainArgs { resume_from_checkpoint, ..args })
+}
+
+/// The rank of the run's adapters: that of the adapter it starts from, else that of `--lora_rank`.
+///
+/// # Errors
+/// If that adapter's configuration cannot be read.
+pub fn rank(args: &TrainArgs) -> Result<usize> {
+    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
+    adapter.map_or(Ok(args.lora_rank), |folder| lora::rank_of(folder))
 }
 
 /// The folder itself if it is a checkpoint, else the newest one of the run that it is.

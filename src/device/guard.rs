@@ -65,7 +65,7 @@ pub fn guard<T>(step: &str, choice: &DeviceChoice, work: impl FnOnce() -> Result
     let (device, cause) = (choice.to_string(), first_cause(&cause));
     let doing = doing.unwrap_or_else(|| step.to_owned());
     if is_out_of_memory(&cause) {
-        let problem = format!("{}; {}", not_allocated(&cause), held(choice));
+        let problem = format!("{}; {}", not_allocated(choice, &cause), held(choice));
         return Err(Error::OutOfMemory { device, doing, problem, hint: Some(SMALLER.to_owned()) });
     }
     let problem = format!("{doing} failed: {cause}");
@@ -183,10 +183,16 @@ fn is_out_of_memory(message: &str) -> bool {
 }
 
 /// What there was no room for. cubecl says how many bytes; wgpu does not.
-fn not_allocated(message: &str) -> String {
+fn not_allocated(choice: &DeviceChoice, message: &str) -> String {
+    let largest = choice.shard_bytes() as u64;
     let after = message.split("can't allocate buffer of size: ").nth(1);
     let digits = after.map(|text| text.chars().take_while(char::is_ascii_digit).collect::<String>());
     match digits.and_then(|digits| digits.parse().ok()) {
+        Some(bytes) if bytes > largest => format!(
+            "a buffer of {} could not be allocated, as the device's largest has {}",
+            size(bytes),
+            size(largest)
+        ),
         Some(bytes) => format!("a buffer of {} could not be allocated", size(bytes)),
         None => format!("a buffer could not be allocated ({message})"),
     }
@@ -286,7 +292,9 @@ mod tests {
         let error = fails(
             "called `Result::unwrap()` on an `Err` value: can't allocate buffer of size: 3221225472\nBacktrace:\n",
         );
-        assert!(error.to_string().contains("a buffer of 3 GiB could not be allocated;"), "{error}");
+        let says =
+            "a buffer of 3 GiB could not be allocated, as the device's largest has 128 MiB; this run held";
+        assert!(error.to_string().contains(says), "{error}");
         let error = fails("wgpu error: Validation Error");
         assert!(error.to_string().contains("step 12 (pairs.jsonl:3) failed: wgpu error"), "{error}");
     }
