@@ -4,13 +4,19 @@ pub mod bench;
 pub mod budget;
 pub mod devices;
 pub mod infer;
+pub mod limits;
+pub mod longest;
+pub mod nearest;
 pub mod open;
 pub mod outcome;
+pub mod plan;
 mod precision;
 pub mod profile_table;
 pub mod progress;
+pub mod rows;
 pub mod train;
 mod tune;
+pub mod words;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -33,6 +39,8 @@ struct Cli {
 enum Command {
     /// Train an adapter; without a model, the demo inside this program
     Train(Box<TrainCommand>),
+    /// Predict memory and time of a training run and of its alternatives; nothing is loaded or written
+    Plan(Box<TrainCommand>),
     /// Talk to a model and its adapter; without a model, to the demo and its newest adapter
     Infer(Box<infer::InferArgs>),
     /// Time a training step on random weights, and see how far it is from what the device can do
@@ -66,9 +74,12 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         (Command::Train(command), Some((_, matches))) => {
             train::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
         }
+        (Command::Plan(command), Some((_, matches))) => {
+            plan::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
+        }
         (Command::Infer(args), _) => infer::run(&args),
         (Command::Bench(args), _) => bench::run(&args),
         (Command::Devices(args), _) => devices::run(&args),
-        (Command::Train(_), None) => unreachable!("a parsed subcommand has matches"),
+        (Command::Train(_) | Command::Plan(_), None) => unreachable!("a parsed subcommand has matches"),
     }
 }

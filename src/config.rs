@@ -3,6 +3,8 @@
 //! [`TrainArgs::default`] holds the only defaults. A run's values come, each over the one before, from these defaults, from the demo's
 //! own settings (where no model is named), from `--config FILE` and from the flags.
 
+mod byte_size;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +12,8 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+pub use byte_size::ByteSize;
 
 use crate::error::{Error, Result};
 use crate::train::loss_scale::{LossScaleConfig, MAX_SCALE, MIN_SCALE};
@@ -22,7 +26,7 @@ const DTYPES: [&str; 4] = ["auto", "bf16", "fp16", "fp32"];
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainArgs {
-    /// Registry name of the model, for the name of the output folder
+    /// Registry name of the model, for the name of the output folder; alone, `plan` knows its shape by it
     #[arg(long, help_heading = "Model")]
     pub model_type: Option<String>,
     /// A Hugging Face model folder [default: the demo inside this program]
@@ -153,6 +157,9 @@ pub struct TrainArgs {
     /// Where to compute: auto, cpu, wgpu or wgpu:1
     #[arg(long, default_value = "auto", help_heading = "Training")]
     pub device: String,
+    /// Memory that the device is taken to have, as 24GB or 8GiB, instead of what it says
+    #[arg(long, visible_alias = "memory", help_heading = "Training")]
+    pub max_memory: Option<ByteSize>,
 
     /// Steps between lines of the log
     #[arg(long, default_value_t = Self::default().logging_steps, help_heading = "Output")]
@@ -237,6 +244,7 @@ impl Default for TrainArgs {
             profile: false,
             seed: 42,
             device: "auto".to_owned(),
+            max_memory: None,
             logging_steps: 5,
             eval_steps: 50,
             save_steps: 50,
@@ -274,7 +282,8 @@ impl TrainArgs {
         // A null says nothing: `args.json` writes one for every setting that was left open.
         given.retain(|_, value| !value.is_null());
         let mut settings = to_map(&Self::default());
-        if !given.contains_key("model_id_or_path") {
+        // A name alone is a model's, of which `plan` knows the shape.
+        if !["model_id_or_path", "model_type"].into_iter().any(|name| given.contains_key(name)) {
             settings.extend(demo.clone());
         }
         settings.extend(given);

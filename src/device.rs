@@ -5,6 +5,7 @@
 
 mod adapter;
 mod guard;
+mod room;
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,7 +14,7 @@ use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 pub use adapter::{Adapter, DeviceType, adapters, api};
-pub use guard::guard;
+pub use guard::{doing, guard};
 
 use crate::error::{Error, Result};
 

@@ -70,6 +70,18 @@ pub enum Error {
         /// What to do.
         hint: Option<String>,
     },
+    /// A device without room for what a run needs next.
+    #[error("device {device} is out of memory in {doing}: {problem}")]
+    OutOfMemory {
+        /// The device as the user names it.
+        device: String,
+        /// The work that needed the room: `step 12 (pairs.jsonl:3)`.
+        doing: String,
+        /// What could not be allocated, and what is held of how much.
+        problem: String,
+        /// What to do.
+        hint: Option<String>,
+    },
     /// A number that is no longer finite.
     #[error("step {step}: {quantity} is {value}, computed from {rows}")]
     NonFinite {
@@ -106,7 +118,8 @@ impl Error {
         if let Self::Config { hint, .. }
         | Self::File { hint, .. }
         | Self::Row { hint, .. }
-        | Self::Device { hint, .. } = &mut self
+        | Self::Device { hint, .. }
+        | Self::OutOfMemory { hint, .. } = &mut self
         {
             *hint = Some(text.into());
         }
@@ -119,7 +132,8 @@ impl Error {
             Self::Config { hint, .. }
             | Self::File { hint, .. }
             | Self::Row { hint, .. }
-            | Self::Device { hint, .. } => hint.as_deref(),
+            | Self::Device { hint, .. }
+            | Self::OutOfMemory { hint, .. } => hint.as_deref(),
             Self::Tensors { .. } => Some(
                 "these are tensors of another model: compare config.json, or the adapter's base_model_name_or_path",
             ),

@@ -137,13 +137,15 @@ struct AdapterConfigFile {
     init_lora_weights: Option<serde_json::Value>,
 }
 
-/// Loads a PEFT adapter folder into the model.
-///
-/// Which modules carry the adapter, and each one's rank, is read from the tensors.
+/// The rank that an adapter folder's `adapter_config.json` names, without its tensors.
 ///
 /// # Errors
-/// If the folder or a file is missing or damaged, the adapter is of a kind that is not computed, or its tensors do not fit the model.
-pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfig> {
+/// As [`load`].
+pub fn rank_of(folder: &Path) -> Result<usize> {
+    Ok(read_config(folder)?.r)
+}
+
+fn read_config(folder: &Path) -> Result<AdapterConfigFile> {
     if !folder.is_dir() {
         return Err(Error::file(folder, "is not an adapter folder: there is no such folder")
             .with_hint(format!("name a folder that holds {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}")));
@@ -157,7 +159,17 @@ pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfi
     let config: AdapterConfigFile = serde_json::from_str(&text)
         .map_err(|e| Error::file(&config_path, format!("is not a LoRA configuration: {e}")))?;
     check_kind(&config).map_err(|problem| Error::file(&config_path, problem))?;
+    Ok(config)
+}
 
+/// Loads a PEFT adapter folder into the model.
+///
+/// Which modules carry the adapter, and each one's rank, is read from the tensors.
+///
+/// # Errors
+/// If the folder or a file is missing or damaged, the adapter is of a kind that is not computed, or its tensors do not fit the model.
+pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfig> {
+    let config = read_config(folder)?;
     let weights_path = folder.join(ADAPTER_FILE);
     let checkpoint = Checkpoint::open_file(&weights_path)?;
     let device = model.device();

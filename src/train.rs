@@ -20,6 +20,7 @@ use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::data::batch::{Batch, LossCompat, pack};
+use crate::data::dataset::Location;
 use crate::data::tokenize::TokenizedPair;
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
@@ -71,8 +72,10 @@ pub struct TrainData<'a> {
 
 /// Who watches a run.
 pub trait Observer {
-    /// An optimizer step begins, the `step`-th from 1.
-    fn before_step(&mut self, step: usize);
+    /// An optimizer step begins, the `step`-th from 1, on these rows.
+    fn before_step(&mut self, step: usize, rows: &[&Location]);
+    /// The validation rows are evaluated after `step` steps.
+    fn before_evaluation(&mut self, step: usize);
     /// An optimizer step is done.
     fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize);
     /// A step's gradient overflowed at this scale of the loss, and nothing was updated.
@@ -134,12 +137,16 @@ pub fn train<B: Kernels>(
     let skipped_before = n_skipped(&loss_scale);
     let mut before = match data.val {
         [] => None,
-        val => Some(evaluate_all(model, val, settings, first_step)?),
+        val => {
+            observer.before_evaluation(first_step);
+            Some(evaluate_all(model, val, settings, first_step)?)
+        }
     };
     let mut window = Window::default();
     for step in first_step..max_steps {
-        observer.before_step(step + 1);
         let micro_batches = settings.plan.micro_batches(step);
+        let locations = micro_batches.iter().flatten().map(|&i| &data.train[i].location);
+        observer.before_step(step + 1, &locations.collect::<Vec<_>>());
         let scale = loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
         let (grads, stats) = accumulate(model, data.train, &micro_batches, settings, scale, &mut window);
         let norm = grad_norm(&grads);
@@ -187,6 +194,7 @@ pub fn train<B: Kernels>(
         }
         if !data.val.is_empty() && (done.is_multiple_of(settings.eval_steps) || is_last) {
             let paused = Instant::now();
+            observer.before_evaluation(done);
             let metrics = evaluate_all(model, data.val, settings, done)?;
             let line = log_line(done, settings.plan.epoch(done), &metrics.to_json("eval_"), None);
             run.log(done, &line)?;

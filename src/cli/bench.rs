@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::time::Instant;
 
-use burn::tensor::{DType, Distribution, FloatDType, Tensor};
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
+use super::limits::{measure_limits, wait};
 use super::precision::PrecisionArgs;
-use super::profile_table::{self, Limits};
+use super::profile_table;
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::TokenizedPair;
@@ -19,7 +19,6 @@ use crate::model::llama::Keep;
 use crate::model::presets::{PRESETS, preset};
 use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::adamw::grad_norm;
-use crate::ops::lora_linear::lora_linear;
 use crate::ops::{Kernels, profile};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
 use crate::train::optim::{AdamW, AdamWConfig, read};
@@ -281,47 +280,4 @@ impl<B: Kernels> Bench<B> {
         }
         Ok((started.elapsed().as_secs_f64(), grads.peak_bytes))
     }
-}
-
-/// The device's limits as this program can reach them: the best of its own products and burn's, and an addition of two long vectors.
-fn measure_limits<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B::Device) -> Result<Limits> {
-    let is_slow = *choice == DeviceChoice::Cpu || choice.is_software();
-    let (n, length) = if is_slow { (1024, 1 << 23) } else { (4096, 1 << 26) };
-    let random = |rows: usize| {
-        let tensor = Tensor::<B, 2>::random([rows, n], Distribution::Normal(0.0, 1.0), device);
-        tensor.cast(FloatDType::from(dtype))
-    };
-    let (x, w) = (random(n), random(n));
-    let ours = best_seconds::<B>(device, || lora_linear(x.clone(), w.clone(), None, None).0)?;
-    let burn = best_seconds::<B>(device, || x.clone().matmul(w.clone().transpose()))?;
-    let long = |_| Tensor::<B, 2>::ones([1, length], device);
-    let (a, b) = (long(0), long(1));
-    let addition = best_seconds::<B>(device, || a.clone() + b.clone())?;
-    Ok(Limits {
-        flops: 2.0 * (n as f64).powi(3) / ours.min(burn),
-        bytes: 3.0 * (length * size_of::<f32>()) as f64 / addition,
-    })
-}
-
-/// The shortest of a few runs, in seconds.
-fn best_seconds<B: Kernels>(device: &B::Device, f: impl Fn() -> Tensor<B, 2>) -> Result<f64> {
-    let mut best = f64::INFINITY;
-    for _ in 0..5 {
-        wait::<B>(device)?;
-        let started = Instant::now();
-        let result = f();
-        wait::<B>(device)?;
-        best = best.min(started.elapsed().as_secs_f64());
-        drop(result);
-    }
-    Ok(best)
-}
-
-/// Waits until everything launched is done.
-fn wait<B: Kernels>(device: &B::Device) -> Result<()> {
-    B::sync(device).map_err(|e| Error::Device {
-        device: format!("{device:?}"),
-        problem: format!("failed: {e:?}"),
-        hint: None,
-    })
 }

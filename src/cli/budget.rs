@@ -1,16 +1,116 @@
-//! What a run's longest step takes of the device's memory, and what of the forward pass there is room for.
+//! What a run's longest step takes of the device's memory, under the settings that were chosen and under others.
 
+use std::path::Path;
+
+use super::precision;
+use crate::config::TrainArgs;
 use crate::data::batch::{Batch, LossCompat, pack};
-use crate::data::tokenize::TokenizedPair;
+use crate::data::dataset::Location;
+use crate::data::tokenize::{TokenizedPair, TruncationStrategy, fit};
 use crate::device::DeviceChoice;
-use crate::model::Llama;
+use crate::error::Result;
+use crate::model::LlamaConfig;
 use crate::model::llama::Keep;
-use crate::ops::Kernels;
+use crate::model::parts::logits_bytes;
 use crate::train::cost::{StepMemory, StepShape};
-use crate::train::plan::Plan;
 
 /// The share of a device's memory that a run may be predicted to fill: drivers, displays and fragments take the rest.
-const USABLE: f64 = 0.85;
+pub const USABLE: f64 = 0.85;
+
+/// The settings that memory depends on, named as their flags.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setting {
+    /// See [`TrainArgs::dtype`].
+    pub dtype: String,
+    /// See [`TrainArgs::quantization_bit`].
+    pub quantization_bit: u32,
+    /// See [`TrainArgs::quantize_lm_head`].
+    pub quantize_lm_head: bool,
+    /// See [`TrainArgs::max_length`].
+    pub max_length: usize,
+    /// See [`TrainArgs::batch_size`].
+    pub batch_size: usize,
+    /// See [`TrainArgs::gradient_accumulation_steps`].
+    pub gradient_accumulation_steps: usize,
+    /// See [`TrainArgs::gradient_checkpointing`].
+    pub gradient_checkpointing: bool,
+}
+
+impl Setting {
+    /// Those of a run.
+    pub fn of(args: &TrainArgs) -> Self {
+        Self {
+            dtype: args.dtype.clone(),
+            quantization_bit: args.quantization_bit,
+            quantize_lm_head: args.quantize_lm_head,
+            max_length: args.max_length,
+            batch_size: args.batch_size,
+            gradient_accumulation_steps: args.gradient_accumulation_steps.unwrap_or(1),
+            gradient_checkpointing: args.gradient_checkpointing,
+        }
+    }
+
+    /// The flags that turn `other` into these settings, as they are typed; all of them without another.
+    pub fn flags(&self, other: Option<&Self>) -> String {
+        let mut flags = Vec::new();
+        let mut add = |name: &str, value: String, is_same: bool| {
+            if other.is_none() || !is_same {
+                flags.push(format!("--{name} {value}"));
+            }
+        };
+        let base = other.unwrap_or(self);
+        let is_same_batch = (self.batch_size, self.gradient_accumulation_steps)
+            == (base.batch_size, base.gradient_accumulation_steps);
+        add("dtype", self.dtype.clone(), self.dtype == base.dtype);
+        add(
+            "quantization_bit",
+            self.quantization_bit.to_string(),
+            self.quantization_bit == base.quantization_bit,
+        );
+        add(
+            "quantize_lm_head",
+            self.quantize_lm_head.to_string(),
+            self.quantize_lm_head == base.quantize_lm_head,
+        );
+        add("max_length", self.max_length.to_string(), self.max_length == base.max_length);
+        add("batch_size", self.batch_size.to_string(), is_same_batch);
+        add("gradient_accumulation_steps", self.gradient_accumulation_steps.to_string(), is_same_batch);
+        add(
+            "gradient_checkpointing",
+            self.gradient_checkpointing.to_string(),
+            self.gradient_checkpointing == base.gradient_checkpointing,
+        );
+        flags.join(" ")
+    }
+}
+
+/// The pairs of a run, as far as they are known.
+#[derive(Debug, Clone, Copy)]
+pub enum Rows<'a> {
+    /// Within the chosen `--max_length`.
+    Known(&'a [TokenizedPair]),
+    /// Every pair is two sequences of `--max_length` tokens that share one: the most that there can be.
+    Longest,
+}
+
+/// What memory depends on besides the settings.
+#[derive(Debug, Clone)]
+pub struct Case<'a> {
+    /// The model's shape.
+    pub config: &'a LlamaConfig,
+    /// Rank of the adapters.
+    pub rank: usize,
+    /// The pairs.
+    pub rows: Rows<'a>,
+    /// What happens to pairs that are too long.
+    pub truncation: TruncationStrategy,
+    /// What is scored.
+    pub loss_compat: LossCompat,
+    /// Where it runs.
+    pub choice: &'a DeviceChoice,
+    /// The memory that there is, in bytes, where it is known.
+    pub memory: Option<u64>,
+}
 
 /// What is kept for backward, and the memory that the longest step is predicted to take.
 #[derive(Debug, Clone, Copy)]
@@ -19,66 +119,181 @@ pub struct Budget {
     pub keep: Keep,
     /// The prediction.
     pub memory: StepMemory,
+    /// Tokens of the longest micro-batch.
+    pub tokens: usize,
 }
 
-impl Budget {
-    /// Keeps everything without gradient checkpointing; with it, what attention computed as well as each layer's input, where the
-    /// device is known to have room for it.
-    pub fn new<B: Kernels>(
-        model: &Llama<B>,
+impl<'a> Case<'a> {
+    /// The case of a run's own flags.
+    ///
+    /// # Errors
+    /// If a flag has a value that there is not.
+    pub fn new(
+        args: &TrainArgs,
+        config: &'a LlamaConfig,
         rank: usize,
-        rows: &[TokenizedPair],
-        plan: &Plan,
-        gradient_checkpointing: bool,
-        choice: &DeviceChoice,
-    ) -> Self {
-        let batch = longest_batch(rows, plan.batch_size);
-        let logits_bytes = model.lm_head.logits_bytes(batch.rows.len());
-        let accumulates = plan.gradient_accumulation_steps > 1;
+        rows: Rows<'a>,
+        choice: &'a DeviceChoice,
+    ) -> Result<Self> {
+        Ok(Self {
+            config,
+            rank,
+            rows,
+            truncation: args.truncation_strategy.parse()?,
+            loss_compat: args.loss_compat.parse()?,
+            choice,
+            memory: args.max_memory.map(|size| size.0).or_else(|| choice.total_memory()),
+        })
+    }
+
+    /// The bytes that a run may be predicted to fill.
+    pub fn usable(&self) -> Option<u64> {
+        self.memory.map(|bytes| (bytes as f64 * USABLE) as u64)
+    }
+
+    /// Whether a prediction fits; a device that does not say how much it has takes everything.
+    pub fn fits(&self, budget: &Budget) -> bool {
+        self.usable().is_none_or(|usable| budget.memory.total() as u64 <= usable)
+    }
+
+    /// The longest step's memory under these settings; none if they leave out every row.
+    ///
+    /// Without gradient checkpointing everything is kept. With it, what attention computed is kept as well as each layer's input where
+    /// a GPU is known to have room for it; the CPU's memory is not the run's alone.
+    ///
+    /// # Errors
+    /// If the device does not compute in the type.
+    pub fn predict(&self, setting: &Setting) -> Result<Option<Budget>> {
+        let precision = precision::resolve(
+            self.choice,
+            &setting.dtype,
+            setting.quantization_bit,
+            setting.quantize_lm_head,
+        )?;
+        let batch = self.longest_batch(setting.max_length, setting.batch_size);
+        if batch.pairs.is_empty() {
+            return Ok(None);
+        }
+        let logits = logits_bytes(self.config, precision, self.choice.shard_bytes(), batch.rows.len());
+        let accumulates = setting.gradient_accumulation_steps > 1;
         let predict = |keep| {
-            let shape = StepShape::of(&batch, rank, model.precision, keep, accumulates, logits_bytes);
-            Self { keep, memory: StepMemory::of(&model.config, &shape) }
+            let shape = StepShape::of(&batch, self.rank, precision, keep, accumulates, logits);
+            Budget { keep, memory: StepMemory::of(self.config, &shape), tokens: batch.n_tokens() }
         };
-        if !gradient_checkpointing {
-            return predict(Keep::All);
+        if !setting.gradient_checkpointing {
+            return Ok(Some(predict(Keep::All)));
         }
         let more = predict(Keep::Attention);
-        let room = match choice {
-            DeviceChoice::Cpu => None,
-            DeviceChoice::Wgpu { adapter, .. } => adapter.memory_bytes.map(|bytes| bytes as f64 * USABLE),
-        };
-        match room {
-            Some(room) if more.memory.total() as f64 <= room => more,
-            _ => predict(Keep::Input),
+        let has_room = *self.choice != DeviceChoice::Cpu && self.memory.is_some() && self.fits(&more);
+        Ok(Some(if has_room { more } else { predict(Keep::Input) }))
+    }
+
+    /// Tokens of the longest prompt with one answer.
+    pub fn longest_row(&self, max_length: usize) -> usize {
+        let length = |pair: &TokenizedPair| pair.prompt.len() + pair.chosen.len().max(pair.rejected.len());
+        match self.rows {
+            Rows::Known(rows) => rows.iter().map(length).max().unwrap_or(0).min(max_length),
+            Rows::Longest => max_length,
         }
+    }
+
+    /// How many rows `max_length` leaves out.
+    pub fn n_left_out(&self, max_length: usize) -> usize {
+        match self.rows {
+            Rows::Known(rows) => rows.iter().filter(|row| self.n_tokens(row, max_length).is_none()).count(),
+            Rows::Longest => 0,
+        }
+    }
+
+    /// Tokens of a pair's prompt and both answers within `max_length`; none if it is left out.
+    fn n_tokens(&self, pair: &TokenizedPair, max_length: usize) -> Option<usize> {
+        let (prompt, chosen, rejected) = (pair.prompt.len(), pair.chosen.len(), pair.rejected.len());
+        match self.truncation {
+            TruncationStrategy::Delete => {
+                (prompt + chosen.max(rejected) <= max_length).then_some(prompt + chosen + rejected)
+            }
+            TruncationStrategy::TruncationRight => {
+                let room = max_length.checked_sub(prompt).filter(|room| *room > 0)?;
+                Some(prompt + chosen.min(room) + rejected.min(room))
+            }
+        }
+    }
+
+    /// The micro-batch of the longest pairs.
+    pub fn longest_batch(&self, max_length: usize, batch_size: usize) -> Batch {
+        let pairs: Vec<TokenizedPair> = match self.rows {
+            Rows::Known(rows) => {
+                let within = |pair| self.n_tokens(pair, max_length).map(|n| (n, pair));
+                let mut pairs: Vec<(usize, &TokenizedPair)> = rows.iter().filter_map(within).collect();
+                pairs.sort_by_key(|(n_tokens, _)| std::cmp::Reverse(*n_tokens));
+                let fitted =
+                    pairs.into_iter().map(|(_, pair)| fit(pair.clone(), max_length, self.truncation));
+                fitted.filter_map(std::result::Result::ok).take(batch_size).collect()
+            }
+            Rows::Longest => vec![longest_pair(max_length); batch_size],
+        };
+        pack(&pairs.iter().collect::<Vec<_>>(), self.loss_compat)
     }
 }
 
-/// The micro-batch of the longest pairs.
-fn longest_batch(rows: &[TokenizedPair], batch_size: usize) -> Batch {
-    let mut pairs: Vec<&TokenizedPair> = rows.iter().collect();
-    pairs.sort_by_key(|pair| std::cmp::Reverse(pair.prompt.len() + pair.chosen.len() + pair.rejected.len()));
-    pack(&pairs[..batch_size.min(pairs.len())], LossCompat::Trl)
+/// Two sequences of `max_length` tokens with nothing in common but the first.
+pub fn longest_pair(max_length: usize) -> TokenizedPair {
+    let answer = |id: u32| vec![id; max_length.max(2) - 1];
+    let location = Location { path: Path::new("the longest pair").into(), line: 1 };
+    TokenizedPair { prompt: vec![0], chosen: answer(1), rejected: answer(2), location }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
+pub(super) mod tests {
     use super::*;
-    use crate::data::dataset::Location;
+
+    /// A pair of so many tokens: a prompt of `n` and answers of two.
+    pub(in crate::cli) fn pair(n: usize) -> TokenizedPair {
+        TokenizedPair {
+            prompt: vec![1; n],
+            chosen: vec![2, 3],
+            rejected: vec![4, 5],
+            location: Location { path: Path::new("rows.jsonl").into(), line: n },
+        }
+    }
+
+    fn case<'a>(
+        config: &'a LlamaConfig,
+        rows: &'a [TokenizedPair],
+        truncation: TruncationStrategy,
+    ) -> Case<'a> {
+        let args = TrainArgs { truncation_strategy: truncation.to_string(), ..TrainArgs::default() };
+        Case::new(&args, config, 8, Rows::Known(rows), &DeviceChoice::Cpu).unwrap()
+    }
 
     #[test]
     fn the_longest_pairs_make_the_longest_batch() {
-        let pair = |n: u32| TokenizedPair {
-            prompt: vec![1; n as usize],
-            chosen: vec![2, 3],
-            rejected: vec![4, 5],
-            location: Location { path: Path::new("rows.jsonl").into(), line: n as usize },
-        };
+        let config = crate::demo::config().unwrap();
         let rows: Vec<_> = [3, 9, 1, 7].map(pair).into();
         let lines = |batch: &Batch| batch.locations.iter().map(|l| l.line).collect::<Vec<_>>();
-        assert_eq!(lines(&longest_batch(&rows, 2)), [9, 7]);
-        assert_eq!(lines(&longest_batch(&rows, 9)).len(), 4);
+        let delete = case(&config, &rows, TruncationStrategy::Delete);
+        assert_eq!(lines(&delete.longest_batch(99, 2)), [9, 7]);
+        assert_eq!(lines(&delete.longest_batch(99, 9)).len(), 4);
+        assert_eq!(lines(&delete.longest_batch(10, 2)), [7, 3], "9 and two more are beyond");
+        assert_eq!(delete.n_left_out(10), 1);
+        assert_eq!(delete.longest_row(99), 11);
+        let cut = case(&config, &rows, TruncationStrategy::TruncationRight);
+        assert_eq!(lines(&cut.longest_batch(10, 2)), [9, 7], "its answers are cut");
+        assert_eq!(lines(&cut.longest_batch(9, 2)), [7, 3], "its prompt leaves no room");
+    }
+
+    #[test]
+    fn flags_are_what_differs() {
+        let base = Setting::of(&TrainArgs { gradient_accumulation_steps: Some(16), ..TrainArgs::default() });
+        let other = Setting { quantization_bit: 4, batch_size: 2, ..base.clone() };
+        assert_eq!(
+            other.flags(Some(&base)),
+            "--quantization_bit 4 --batch_size 2 --gradient_accumulation_steps 16"
+        );
+        assert_eq!(base.flags(Some(&base)), "");
+        assert!(
+            base.flags(None)
+                .starts_with("--dtype AUTO --quantization_bit 0 --quantize_lm_head false --max_length 2048")
+        );
     }
 }

@@ -2,16 +2,8 @@
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
+use super::limits::Limits;
 use crate::ops::profile::Entry;
-
-/// What a device can do at most.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Floating-point operations a second in a matrix product.
-    pub flops: f64,
-    /// Bytes a second between memory and kernels.
-    pub bytes: f64,
-}
 
 /// Lays the kernels of a step of `step_s` seconds out by time, with the share of the device's limits where they are known.
 pub fn table(entries: &[Entry], step_s: f64, limits: Option<Limits>) -> Table {

@@ -7,9 +7,14 @@ use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
 use super::profile_table;
+use crate::data::dataset::Location;
+use crate::device;
 use crate::ops::profile;
 use crate::train::Observer;
 use crate::train::metrics::StepMetrics;
+
+/// Rows of a step that an error names.
+const SHOWN_ROWS: usize = 16;
 
 /// A bar of bytes, for loading; it goes away when it ends or is dropped.
 pub fn loading_bar() -> ProgressBar {
@@ -64,13 +69,21 @@ impl<'a> Progress<'a> {
 }
 
 impl Observer for Progress<'_> {
-    fn before_step(&mut self, step: usize) {
+    fn before_step(&mut self, step: usize, rows: &[&Location]) {
+        let (shown, others) = rows.split_at(rows.len().min(SHOWN_ROWS));
+        let shown: Vec<String> = shown.iter().map(ToString::to_string).collect();
+        let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
+        device::doing(format!("step {step} ({}{others})", shown.join(", ")));
         if let Some((profiled, started)) = &mut self.profiled
             && *profiled == step
         {
             *started = Instant::now();
             profile::start();
         }
+    }
+
+    fn before_evaluation(&mut self, step: usize) {
+        device::doing(format!("the evaluation after {step} steps"));
     }
 
     fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize) {

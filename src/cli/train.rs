@@ -6,16 +6,17 @@ use burn::tensor::DType;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
-use super::budget::Budget;
+use super::budget::{Budget, Case, Rows, Setting};
+use super::longest;
+use super::nearest::{check_fits, smaller};
 use super::open::{Loaded, OpenModel};
 use super::outcome::{answers, print_answers, print_summary};
 use super::precision;
 use super::progress::Progress;
+use super::rows::{Data, is_demo_data, plan_of};
 use super::tune;
 use crate::config::TrainArgs;
 use crate::data::batch::LossCompat;
-use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
-use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
@@ -39,24 +40,70 @@ pub fn run(args: TrainArgs) -> Result<()> {
         return Err(Error::config(format!("--model_type `{name}` names a model, and nothing is downloaded"))
             .with_hint("fetch the model and pass its folder as --model_id_or_path; without both, the demo is trained"));
     }
-    let args = TrainArgs {
-        resume_from_checkpoint: args.resume_from_checkpoint.as_deref().map(checkpoint_of).transpose()?,
-        ..args
-    };
+    let args = with_checkpoint(args)?;
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
     let data = Data::load(&args, &open)?;
+    let rank = rank(&args)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
         eprintln!("device   {note}");
     }
     let choice = &selected.choice;
+    let case = Case::new(&args, &open.config, rank, Rows::Known(&data.train), choice)?;
     device::guard("training", choice, || match choice {
-        DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), choice),
+        DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &case),
         DeviceChoice::Wgpu { device, .. } => {
-            run_on::<Wgpu>(&args, &open, target_modules, &data, device, choice)
+            run_on::<Wgpu>(&args, &open, target_modules, &data, device, &case)
         }
     })
+    .map_err(|error| with_advice(error, &args, &case))
+}
+
+/// Predicts the longest step and says so, before a long load that would be in vain.
+fn budget(args: &TrainArgs, case: &Case<'_>) -> Result<Budget> {
+    let setting = Setting::of(args);
+    let resumes = args.resume_from_checkpoint.is_some();
+    let none = || Error::config("no row is left to train on");
+    let budget = case.predict(&setting)?.ok_or_else(none)?;
+    check_fits(case, &setting, &budget, resumes)?;
+    let room = case.memory.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
+    let kept = match budget.keep {
+        Keep::Input => "layers run again in backward",
+        Keep::Attention => "layers run again in backward, but for attention",
+        Keep::All => "every activation kept",
+    };
+    eprintln!("memory   {}{room} predicted for the longest step; {kept}", size(budget.memory.total() as u64));
+    Ok(budget)
+}
+
+/// The same error; where the device is out of memory, with the flags that make the run fit.
+fn with_advice(error: Error, args: &TrainArgs, case: &Case<'_>) -> Error {
+    if !matches!(error, Error::OutOfMemory { .. }) {
+        return error;
+    }
+    match smaller(case, &Setting::of(args), args.resume_from_checkpoint.is_some()) {
+        Ok(Some(advice)) => error.with_hint(advice),
+        Ok(None) | Err(_) => error,
+    }
+}
+
+/// The same settings, where `--resume_from_checkpoint` is a checkpoint instead of the run that it is the newest of.
+///
+/// # Errors
+/// If there is none.
+pub fn with_checkpoint(args: TrainArgs) -> Result<TrainArgs> {
+    let resume_from_checkpoint = args.resume_from_checkpoint.as_deref().map(checkpoint_of).transpose()?;
+    Ok(TrainArgs { resume_from_checkpoint, ..args })
+}
+
+/// The rank of the run's adapters: that of the adapter it starts from, else that of `--lora_rank`.
+///
+/// # Errors
+/// If that adapter's configuration cannot be read.
+pub fn rank(args: &TrainArgs) -> Result<usize> {
+    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
+    adapter.map_or(Ok(args.lora_rank), |folder| lora::rank_of(folder))
 }
 
 /// The folder itself if it is a checkpoint, else the newest one of the run that it is.
@@ -81,8 +128,9 @@ fn run_on<B: Kernels>(
     target_modules: Vec<String>,
     data: &Data,
     device: &B::Device,
-    choice: &DeviceChoice,
+    case: &Case<'_>,
 ) -> Result<()> {
+    let choice = case.choice;
     let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
     let dtype = precision.dtype;
     device::self_test::<B>(device, choice, dtype)?;
@@ -93,6 +141,9 @@ fn run_on<B: Kernels>(
         growth_interval: args.fp16_growth_interval,
     });
     let settings = settings(args, loss_scale, data)?;
+    let budget = budget(args, case)?;
+    let settings = TrainSettings { keep: budget.keep, ..settings };
+    device::doing("loading the weights");
     let (mut model, loaded) = open.load::<B>(precision, device, choice.shard_bytes())?;
     let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
     let lora_config = match adapter {
@@ -115,9 +166,6 @@ fn run_on<B: Kernels>(
         ))
         .with_hint("raise --max_steps or --num_train_epochs"));
     }
-    let rank = lora_config.r;
-    let budget = Budget::new(&model, rank, &data.train, &settings.plan, args.gradient_checkpointing, choice);
-    let settings = TrainSettings { keep: budget.keep, ..settings };
     // What the device and the adapter brought along goes over the flags, and into the run's own record.
     let args = &TrainArgs {
         dtype: precision.dtype_name().to_owned(),
@@ -127,18 +175,14 @@ fn run_on<B: Kernels>(
         ..args.clone()
     };
     describe(args, open, &model, data, &settings, choice, &loaded);
-    if let DeviceChoice::Wgpu { adapter, .. } = choice {
-        let room = adapter.memory_bytes.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
-        let kept = match budget.keep {
-            Keep::Input => "layers run again in backward",
-            Keep::Attention => "layers run again in backward, but for attention",
-            Keep::All => "every activation kept",
-        };
-        eprintln!(
-            "memory   {}{room} predicted for the longest step; {kept}",
-            size(budget.memory.total() as u64)
-        );
+    let n_steps = max_steps - first_step;
+    let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
+    if longest::is_worth_it(choice, n_steps * gradient_accumulation_steps) {
+        let batch = case.longest_batch(args.max_length, batch_size);
+        let accumulates = gradient_accumulation_steps > 1;
+        eprintln!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates)?);
     }
+    device::doing("preparing the run");
     let lengths = data.train.iter().map(|pair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len());
     let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
     let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
@@ -148,7 +192,7 @@ fn run_on<B: Kernels>(
         let scale = scale.map_or_else(String::new, |s| format!(", with its loss scale of {}", s.scale));
         eprintln!("resume   after step {first_step} of {max_steps}, from {}{scale}", checkpoint.display());
     }
-    tune::tune(choice, &kinds, max_steps - first_step, |note| eprintln!("device   {note}"));
+    tune::tune(choice, &kinds, n_steps, |note| eprintln!("device   {note}"));
 
     let is_demo = open.is_demo() && is_demo_data(args);
     let held_out = if is_demo { demo::held_out()?.rows } else { Vec::new() };
@@ -163,7 +207,10 @@ fn run_on<B: Kernels>(
     let memory = || choice.memory_bytes();
     let mut progress = Progress::new(settings.schedule.max_steps, first_step, args.profile, &memory);
     let data = TrainData { train: &data.train, val: &data.val };
-    let trained = train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress);
+    // Guarded by itself, so that the run's folder is at hand when the device fails.
+    let trained = device::guard("training", choice, || {
+        train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress)
+    });
     progress.finish();
     let summary = trained.inspect_err(|_| {
         // The error is what there is to report; that its picture cannot be drawn either tells nothing new.
@@ -172,98 +219,15 @@ fn run_on<B: Kernels>(
             eprintln!("the last checkpoint stays: {}", checkpoint.display());
         }
     })?;
+    device::doing("answering after the training");
     let after = answers(&model, open, &questions, "after training")?;
     print_answers(&questions, start, &before, &after);
     print_summary(&summary, args);
     Ok(())
 }
 
-/// The rows of a run as token ids.
-struct Data {
-    train: Vec<TokenizedPair>,
-    val: Vec<TokenizedPair>,
-    skipped: Vec<Skipped>,
-}
-
-impl Data {
-    fn load(args: &TrainArgs, open: &OpenModel) -> Result<Self> {
-        let strictness = if args.strict { Strictness::Strict } else { Strictness::Lenient };
-        let truncation: TruncationStrategy = args.truncation_strategy.parse()?;
-        let load = |specs: &[String]| {
-            dataset::load(specs, &args.columns.clone().unwrap_or_default(), strictness, args.seed)
-        };
-        let Dataset { rows, mut skipped } = match args.dataset.as_slice() {
-            [] if args.model_id_or_path.is_some() => {
-                return Err(Error::config("--dataset is missing: what is the model to learn from?").with_hint(
-                    "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
-                ));
-            }
-            _ if is_demo_data(args) => demo::pairs()?,
-            specs => load(specs)?,
-        };
-        let shuffle = shuffle(args);
-        let (train, val) = if args.val_dataset.is_empty() {
-            dataset::split(rows, args.dataset_test_ratio, shuffle)
-        } else {
-            let val = load(&args.val_dataset)?;
-            skipped.extend(val.skipped);
-            (rows, val.rows)
-        };
-        let mut tokenize = |rows: &[dataset::Row]| -> Result<Vec<TokenizedPair>> {
-            let system = args.system.as_deref();
-            let (pairs, left_out) = tokenize_rows(
-                rows,
-                &open.tokenizer,
-                open.template,
-                args.max_length,
-                truncation,
-                system,
-                strictness,
-            )?;
-            skipped.extend(left_out);
-            open.check_ids(pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).chain(&p.rejected)))?;
-            Ok(pairs)
-        };
-        let (train, val) = (tokenize(&train)?, tokenize(&val)?);
-        for row in &skipped {
-            eprintln!("left out: {row}");
-        }
-        if train.is_empty() {
-            let name = args.dataset.first().map_or(demo::NAME, String::as_str);
-            return Err(Error::file(
-                name,
-                format!("none of its rows can be trained on: {}", dataset::summarize(&skipped)),
-            )
-            .with_hint(
-                "every row and its reason are listed above; rows that are too long: raise --max_length",
-            ));
-        }
-        Ok(Self { train, val, skipped })
-    }
-}
-
-/// Whether the demo's own pairs are trained on.
-fn is_demo_data(args: &TrainArgs) -> bool {
-    match args.dataset.as_slice() {
-        [] => args.model_id_or_path.is_none(),
-        [name] => name == demo::NAME,
-        _ => false,
-    }
-}
-
-fn shuffle(args: &TrainArgs) -> Shuffle {
-    if args.dataset_shuffle { Shuffle::Seeded(args.seed) } else { Shuffle::Off }
-}
-
 fn settings(args: &TrainArgs, loss_scale: Option<LossScaleConfig>, data: &Data) -> Result<TrainSettings> {
-    let plan = Plan {
-        n_rows: data.train.len(),
-        batch_size: args.batch_size,
-        gradient_accumulation_steps: args.gradient_accumulation_steps.unwrap_or(1),
-        shuffle: shuffle(args),
-    };
-    let epochs = (args.num_train_epochs * plan.steps_per_epoch() as f64).ceil() as usize;
-    let max_steps = args.max_steps.unwrap_or(epochs);
+    let (plan, max_steps) = plan_of(args, data.train.len());
     let loss_compat: LossCompat = args.loss_compat.parse()?;
     let schedule = Schedule {
         learning_rate: args.learning_rate,

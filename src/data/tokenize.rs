@@ -111,8 +111,11 @@ fn encode(
     })
 }
 
-/// Brings a pair within `max_length`, or says why it is left out.
-fn fit(
+/// Brings a pair within `max_length`.
+///
+/// # Errors
+/// Why it is left out.
+pub fn fit(
     mut pair: TokenizedPair,
     max_length: usize,
     truncation: TruncationStrategy,

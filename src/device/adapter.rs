@@ -88,7 +88,6 @@ impl Adapter {
     }
 
     /// An adapter of which nothing is known.
-    #[cfg(test)]
     pub(crate) fn unknown() -> Self {
         Self {
             index: 0,

@@ -9,7 +9,7 @@ use std::thread::{self, ThreadId};
 
 use burn::tensor::backend::DeviceOps;
 
-use super::DeviceChoice;
+use super::{DeviceChoice, size};
 use crate::error::{Error, Result};
 
 /// A guarded piece of work that is running.
@@ -19,6 +19,8 @@ struct Watch {
     device_thread: Option<String>,
     /// What they panicked with.
     device_panics: Vec<String>,
+    /// What the work is at, where it says so.
+    doing: Option<String>,
     id: u64,
 }
 
@@ -36,8 +38,9 @@ static HOOK: Once = Once::new();
 /// While it runs, panics of this thread, of the device's threads and of thread pools print nothing, unless `RUST_BACKTRACE` is `full`.
 ///
 /// # Errors
-/// What `work` returns; [`Error::Device`] with the panic's message if it, or the device's own thread, panics. `step` says what was
-/// being done.
+/// What `work` returns; [`Error::Device`] with the panic's message if it, or the device's own thread, panics, and
+/// [`Error::OutOfMemory`] where that, or an error of the device, says that there was no room. `step` says what was being done, unless
+/// [`doing`] did.
 pub fn guard<T>(step: &str, choice: &DeviceChoice, work: impl FnOnce() -> Result<T>) -> Result<T> {
     HOOK.call_once(|| {
         let usual = take_hook();
@@ -49,18 +52,33 @@ pub fn guard<T>(step: &str, choice: &DeviceChoice, work: impl FnOnce() -> Result
     });
     let id = start(choice);
     let outcome = catch_unwind(AssertUnwindSafe(work));
-    let device_panic = stop(id).into_iter().next();
-    let message = match (outcome, device_panic) {
+    let (doing, device_panics) = stop(id);
+    let cause = match (outcome, device_panics.into_iter().next()) {
         (Ok(Ok(value)), None) => return Ok(value),
-        (Ok(Err(error)), None) => return Err(error),
+        (Ok(Err(error)), None) => match error {
+            Error::Device { problem, .. } if is_out_of_memory(&problem) => problem,
+            other => return Err(other),
+        },
         (_, Some(message)) => message,
         (Err(payload), None) => text(payload.as_ref()),
     };
-    Err(Error::Device {
-        device: choice.to_string(),
-        problem: format!("{step} failed: {}", first_cause(&message)),
-        hint: Some(hint(choice, &message).to_owned()),
-    })
+    let (device, cause) = (choice.to_string(), first_cause(&cause));
+    let doing = doing.unwrap_or_else(|| step.to_owned());
+    if is_out_of_memory(&cause) {
+        let problem = format!("{}; {}", not_allocated(choice, &cause), held(choice));
+        return Err(Error::OutOfMemory { device, doing, problem, hint: Some(SMALLER.to_owned()) });
+    }
+    let problem = format!("{doing} failed: {cause}");
+    Err(Error::Device { device, problem, hint: Some(hint(choice, &cause).to_owned()) })
+}
+
+/// Says what the guarded work of this thread is at, for the error that it may end with: `step 12`.
+pub fn doing(what: impl Into<String>) {
+    let thread = thread::current().id();
+    // The innermost comes last.
+    if let Some(watch) = watches().running.iter_mut().rev().find(|watch| watch.thread == thread) {
+        watch.doing = Some(what.into());
+    }
 }
 
 fn watches() -> MutexGuard<'static, Watches> {
@@ -82,15 +100,26 @@ fn start(choice: &DeviceChoice) -> u64 {
         thread: thread::current().id(),
         device_thread,
         device_panics: Vec::new(),
+        doing: None,
         id,
     });
     id
 }
 
-fn stop(id: u64) -> Vec<String> {
+/// Ends a watch: what the work was at, and the panics of the device's threads, which are no longer those of the work around it.
+fn stop(id: u64) -> (Option<String>, Vec<String>) {
     let mut watches = watches();
-    let place = watches.running.iter().position(|watch| watch.id == id);
-    place.map(|i| watches.running.swap_remove(i).device_panics).unwrap_or_default()
+    let Some(place) = watches.running.iter().position(|watch| watch.id == id) else {
+        return (None, Vec::new());
+    };
+    let ended = watches.running.remove(place);
+    for outer in watches.running.iter_mut().filter(|watch| {
+        watch.thread == ended.thread && watch.device_thread == ended.device_thread && watch.id < ended.id
+    }) {
+        let n_before = outer.device_panics.len().saturating_sub(ended.device_panics.len());
+        outer.device_panics.truncate(n_before);
+    }
+    (ended.doing, ended.device_panics)
 }
 
 /// Notes a panic, and returns whether it belongs to guarded work.
@@ -133,12 +162,66 @@ pub(super) fn first_cause(message: &str) -> String {
     }
 }
 
+/// What makes a run smaller, where nothing is known about it.
+const SMALLER: &str = "in this order: --gradient_checkpointing true, a smaller --batch_size, --dtype fp16, --quantization_bit 8 or 4, a \
+                       smaller --max_length; `orpo-wgpu plan` says what fits. Other programs may hold the rest";
+
+/// Whether a device's message says that there was no room: wgpu's `Out of Memory`, its core's `Not enough memory left`, cubecl's
+/// `can't allocate buffer of size`, and Vulkan's `VK_ERROR_OUT_OF_DEVICE_MEMORY`.
+fn is_out_of_memory(message: &str) -> bool {
+    const SAYS: [&str; 7] = [
+        "out of memory",
+        "out-of-memory",
+        "out_of_device_memory",
+        "out_of_host_memory",
+        "outofmemory",
+        "not enough memory",
+        "can't allocate buffer",
+    ];
+    let message = message.to_lowercase();
+    SAYS.iter().any(|text| message.contains(text))
+}
+
+/// What there was no room for. cubecl says how many bytes; wgpu does not.
+fn not_allocated(choice: &DeviceChoice, message: &str) -> String {
+    let largest = choice.shard_bytes() as u64;
+    let after = message.split("can't allocate buffer of size: ").nth(1);
+    let digits = after.map(|text| text.chars().take_while(char::is_ascii_digit).collect::<String>());
+    match digits.and_then(|digits| digits.parse().ok()) {
+        Some(bytes) if bytes > largest => format!(
+            "a buffer of {} could not be allocated, as the device's largest has {}",
+            size(bytes),
+            size(largest)
+        ),
+        Some(bytes) => format!("a buffer of {} could not be allocated", size(bytes)),
+        None => format!("a buffer could not be allocated ({message})"),
+    }
+}
+
+/// What tensors held when there was no room left, and of how much.
+fn held(choice: &DeviceChoice) -> String {
+    // After a failure the device may answer with another one.
+    let id = start(choice);
+    let held = catch_unwind(AssertUnwindSafe(|| choice.memory_bytes())).unwrap_or_default();
+    stop(id);
+    let shown = if held == 0 { "an unknown part".to_owned() } else { size(held) };
+    match choice.total_memory() {
+        Some(total) if held > 0 && held < total => format!(
+            "this run held {shown} of {}, the other {} were free or another program's",
+            size(total),
+            size(total - held)
+        ),
+        Some(total) => format!("this run held {shown} of {}", size(total)),
+        None => format!("this run held {shown}, and the device does not say how much there is"),
+    }
+}
+
 fn hint(choice: &DeviceChoice, message: &str) -> &'static str {
     let message = message.to_lowercase();
     let is_full = ["memory", "alloc", "buffer"].iter().any(|word| message.contains(word));
     match choice {
         DeviceChoice::Wgpu { .. } if is_full => {
-            "the device is probably full: lower --max_length or --batch_size, close other programs, or pass --device cpu"
+            "the device may be full: lower --max_length or --batch_size, close other programs, or pass --device cpu"
         }
         DeviceChoice::Wgpu { .. } => {
             "update the GPU's driver or pass --device cpu; with RUST_BACKTRACE=full it says where it happened"
@@ -181,6 +264,54 @@ mod tests {
         let unwrapped = "called `Result::unwrap()` on an `Err` value: no room\nNo backtrace available";
         assert_eq!(first_cause(unwrapped), "no room");
         assert_eq!(first_cause(&"é".repeat(500)).chars().count(), 401);
+    }
+
+    /// The messages are those of wgpu 29 (`Error::OutOfMemory` in its default handler) and of cubecl 0.10 (`IoError::BufferTooBig`).
+    #[test]
+    fn a_device_thread_without_room_is_out_of_memory() {
+        let device = burn_wgpu::WgpuDevice::IntegratedGpu(77);
+        let id = device.id();
+        let adapter =
+            super::super::Adapter { memory_bytes: Some(8 << 30), ..super::super::Adapter::unknown() };
+        let choice = DeviceChoice::Wgpu { device, adapter: Box::new(adapter) };
+        let fails = |message: &'static str| {
+            guard("training", &choice, || -> Result<()> {
+                doing("step 12 (pairs.jsonl:3)");
+                let name = format!("DSD-{}-{}", id.type_id, id.index_id);
+                let device_thread = thread::Builder::new().name(name).spawn(move || panic!("{message}"));
+                device_thread.unwrap().join().unwrap_err();
+                panic!("the device's thread is gone")
+            })
+            .unwrap_err()
+        };
+        let error = fails("wgpu error: Out of Memory\n");
+        let says = "device wgpu:0 is out of memory in step 12 (pairs.jsonl:3): a buffer could not be allocated (wgpu error: Out of \
+                    Memory); this run held an unknown part of 8 GiB";
+        assert_eq!((error.to_string().as_str(), error.exit_code()), (says, 1));
+        assert!(error.hint().is_some_and(|hint| hint.contains("--quantization_bit")), "{:?}", error.hint());
+        let error = fails(
+            "called `Result::unwrap()` on an `Err` value: can't allocate buffer of size: 3221225472\nBacktrace:\n",
+        );
+        let says =
+            "a buffer of 3 GiB could not be allocated, as the device's largest has 128 MiB; this run held";
+        assert!(error.to_string().contains(says), "{error}");
+        let error = fails("wgpu error: Validation Error");
+        assert!(error.to_string().contains("step 12 (pairs.jsonl:3) failed: wgpu error"), "{error}");
+    }
+
+    #[test]
+    fn a_failure_that_was_handled_is_not_that_of_the_work_around_it() {
+        let outer = guard("outer", &DeviceChoice::Cpu, || {
+            doing("the outer");
+            assert_eq!(guarded(|| panic!("inner")), "device cpu: a test failed: inner");
+            Ok(1)
+        });
+        assert_eq!(outer.unwrap(), 1);
+        let error = guard("outer", &DeviceChoice::Cpu, || -> Result<()> {
+            doing("the outer");
+            guard("inner", &DeviceChoice::Cpu, || -> Result<()> { panic!("Not enough memory left.") })
+        });
+        assert!(error.unwrap_err().to_string().contains("out of memory in inner"), "the inner error stays");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::norm::RmsNorm;
 use super::stored::HostMatrix;
 use super::{LlamaConfig, Precision};
 use crate::ops::quantize::Weight;
-use crate::ops::token_logps::Head;
+use crate::ops::token_logps::{self, Head};
 
 /// The most rows of a shard of the head. Enough for a product to run at full speed; with few, a chunk of logits stays small while it
 /// covers all scored rows, so that the head is read once a batch.
@@ -56,7 +56,7 @@ pub(super) fn assemble<B: Backend>(
         // The head's logits and their softmax are f32, and few rows get there.
         norm: norm("model.norm.weight", DType::F32),
         embed_tokens: parts.embed_tokens,
-        lm_head: Head { shards: parts.head_shards, chunk_bytes: shard_bytes.min(64 << 20) },
+        lm_head: Head { shards: parts.head_shards, chunk_bytes: chunk_bytes(shard_bytes) },
     }
 }
 
@@ -68,7 +68,43 @@ pub(super) fn in_shards<B: Backend>(
     shard_bytes: usize,
     shard: impl Fn(Range<usize>, usize) -> Weight<B>,
 ) -> Vec<Weight<B>> {
-    let shard_rows = (shard_bytes / (n_columns * dtype.size())).clamp(1, MAX_SHARD_ROWS);
+    let shard_rows = max_shard_rows(n_columns, dtype, shard_bytes);
     let starts = (0..n_rows).step_by(shard_rows);
     starts.map(|start| shard(start..(start + shard_rows).min(n_rows), n_columns)).collect()
+}
+
+fn max_shard_rows(n_columns: usize, dtype: DType, shard_bytes: usize) -> usize {
+    (shard_bytes / (n_columns * dtype.size())).clamp(1, MAX_SHARD_ROWS)
+}
+
+/// The most bytes that a chunk of logits may take.
+fn chunk_bytes(shard_bytes: usize) -> usize {
+    shard_bytes.min(64 << 20)
+}
+
+/// What [`Head::logits_bytes`] says of a model that is not loaded.
+pub fn logits_bytes(config: &LlamaConfig, precision: Precision, shard_bytes: usize, n_rows: usize) -> usize {
+    let dtype = precision.dtype;
+    let shard_rows = max_shard_rows(config.hidden_size, dtype, shard_bytes).min(config.vocab_size);
+    token_logps::logits_bytes(shard_rows, chunk_bytes(shard_bytes), dtype, n_rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn_flex::Flex;
+
+    use super::*;
+
+    #[test]
+    fn logits_are_known_before_the_model_is_loaded() {
+        let config = LlamaConfig { num_hidden_layers: 1, ..crate::model::presets::preset("small").unwrap() };
+        let precision = Precision::dense(DType::F32);
+        for shard_bytes in [1 << 30, 1 << 22] {
+            let model = Llama::<Flex>::random(&config, precision, shard_bytes, &Default::default());
+            for n_rows in [1, 100, 5000] {
+                let known = logits_bytes(&config, precision, shard_bytes, n_rows);
+                assert_eq!(known, model.lm_head.logits_bytes(n_rows), "{shard_bytes} {n_rows}");
+            }
+        }
+    }
 }

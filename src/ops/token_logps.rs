@@ -91,21 +91,28 @@ impl<B: Backend> Head<B> {
 }
 
 impl<B: Backend> Head<B> {
-    /// The most bytes that a chunk's logits of `n_rows` rows take, and their exponentials where they are stored in another type.
+    /// See [`logits_bytes`], for `n_rows` rows.
     pub fn logits_bytes(&self, n_rows: usize) -> usize {
         let longest = self.shards.iter().max_by_key(|shard| shard.dims()[0]);
-        let per_logit = |shard: &Weight<B>| {
-            let is_in_place = shard.dtype() == DType::F32;
-            size_of::<f32>() + if is_in_place { 0 } else { shard.dtype().size() }
-        };
-        longest.map_or(0, |shard| chunk_rows(self, n_rows) * shard.dims()[0] * per_logit(shard))
+        longest.map_or(0, |shard| logits_bytes(shard.dims()[0], self.chunk_bytes, shard.dtype(), n_rows))
     }
+}
+
+/// The most bytes that a chunk's logits of `n_rows` rows take, and their exponentials where they are stored in another type, of shards of
+/// at most `shard_rows` tokens in `dtype`.
+pub fn logits_bytes(shard_rows: usize, chunk_bytes: usize, dtype: DType, n_rows: usize) -> usize {
+    let per_logit = size_of::<f32>() + if dtype == DType::F32 { 0 } else { dtype.size() };
+    rows_of_chunk(shard_rows, chunk_bytes, n_rows) * shard_rows * per_logit
 }
 
 /// How many rows' logits for the longest shard take at most the bytes that a chunk may.
 fn chunk_rows<B: Backend>(head: &Head<B>, n_rows: usize) -> usize {
     let shard_rows = head.shards.iter().map(|shard| shard.dims()[0]).max().unwrap_or(1);
-    (head.chunk_bytes / (shard_rows * size_of::<f32>())).clamp(1, n_rows)
+    rows_of_chunk(shard_rows, head.chunk_bytes, n_rows)
+}
+
+fn rows_of_chunk(shard_rows: usize, chunk_bytes: usize, n_rows: usize) -> usize {
+    (chunk_bytes / (shard_rows * size_of::<f32>())).clamp(1, n_rows)
 }
 
 /// Computes the log-probabilities of the scored tokens.

@@ -9,7 +9,7 @@ use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 use orpo_wgpu::data::batch::{LossCompat, pack};
-use orpo_wgpu::data::dataset::{self, Shuffle, Strictness};
+use orpo_wgpu::data::dataset::{self, Location, Shuffle, Strictness};
 use orpo_wgpu::data::template::Template;
 use orpo_wgpu::data::tokenize::{TextTokenizer, TokenizedPair, TruncationStrategy, tokenize_rows};
 use orpo_wgpu::lora;
@@ -245,7 +245,8 @@ fn check_first_gradients<B: Kernels>(device: &B::Device) {
 pub(crate) struct Recorder(pub(crate) Vec<Map<String, Value>>);
 
 impl Observer for Recorder {
-    fn before_step(&mut self, _step: usize) {}
+    fn before_step(&mut self, _step: usize, _rows: &[&Location]) {}
+    fn before_evaluation(&mut self, _step: usize) {}
     fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _n_tokens: usize) {}
     fn on_skip(&mut self, _step: usize, _scale: f64) {}
     fn on_log(&mut self, line: &Map<String, Value>) {

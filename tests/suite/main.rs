@@ -26,6 +26,7 @@ mod infer;
 mod load;
 mod packing;
 mod plain;
+mod plan;
 mod quantized;
 mod shaders;
 mod support;

@@ -1,0 +1,61 @@
+//! The longest micro-batch, tried before anything else: a run that would die of memory dies in its first seconds.
+
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+
+use super::budget::Budget;
+use super::words::thousands;
+use crate::data::batch::Batch;
+use crate::device::{self, DeviceChoice, size};
+use crate::error::Result;
+use crate::lora;
+use crate::model::Llama;
+use crate::ops::Kernels;
+use crate::train::optim::read;
+use crate::train::step::forward_backward;
+
+/// Micro-batches of a run on the CPU from which on the trial is made: it takes a few percent of such a run at most.
+///
+/// A GPU's memory ends at once, and the trial compiles what the first step would compile. The CPU's process dies only when the whole
+/// machine is full, and a short run meets its longest pair soon enough.
+const LEAST_ON_CPU: usize = 100;
+
+/// Whether the longest micro-batch is tried ahead of a run of so many.
+pub fn is_worth_it(choice: &DeviceChoice, n_micro_batches: usize) -> bool {
+    *choice != DeviceChoice::Cpu || n_micro_batches >= LEAST_ON_CPU
+}
+
+/// Runs the batch forward and backward, and forgets what came out; the model stays as it is. Returns what there is to say.
+///
+/// # Errors
+/// If the device fails.
+pub fn try_longest<B: Kernels>(
+    model: &Llama<B>,
+    batch: &Batch,
+    beta: f32,
+    budget: &Budget,
+    accumulates: bool,
+) -> Result<String> {
+    let rows = match batch.locations.as_slice() {
+        [row] => format!("row {row}"),
+        [row, others @ ..] => format!("rows {row} and {} more", others.len()),
+        [] => return Ok("longest  no row".to_owned()),
+    };
+    device::doing(format!("the longest micro-batch ({rows}), tried ahead of the run"));
+    let started = Instant::now();
+    // A step has besides: both moments, the adapter as it began, and gradients that wait.
+    let n_copies = if accumulates { 4 } else { 3 };
+    let copies = (0..n_copies).flat_map(|_| lora::parameters(model));
+    let besides: Vec<Tensor<B, 2>> = copies.map(|adapter| adapter.zeros_like()).collect();
+    let gradients = forward_backward(model, batch, beta, 1.0, budget.keep);
+    read(gradients.stats)?;
+    drop((gradients.lora, besides));
+    let seconds = started.elapsed().as_secs_f64();
+    let predicted = budget.memory.total() as u64;
+    let memory = gradients.peak_bytes.map_or_else(String::new, |peak| {
+        let off = 100.0 * (predicted as f64 / peak as f64 - 1.0);
+        format!(": {} at the fullest, {} predicted ({off:+.1} %)", size(peak), size(predicted))
+    });
+    Ok(format!("longest  {rows} ({} tokens) fits{memory}, {seconds:.1} s", thousands(batch.n_tokens())))
+}

@@ -1,0 +1,312 @@
+//! `orpo-wgpu plan`: what a training run takes of the device, and how long, before anything is loaded.
+
+use burn_flex::Flex;
+use burn_wgpu::Wgpu;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets as styles};
+
+use super::budget::{Budget, Case, Rows, Setting, USABLE, longest_pair};
+use super::limits::best_product;
+use super::nearest::{Nearest, advice, alternatives, nearest};
+use super::open::OpenModel;
+use super::precision;
+use super::rows::{Data, plan_of, shuffle};
+use super::train;
+use super::words::{duration, thousands};
+use crate::config::TrainArgs;
+use crate::data::batch::{LossCompat, pack};
+use crate::data::dataset::{self, Strictness};
+use crate::data::tokenize::TokenizedPair;
+use crate::demo;
+use crate::device::{self, DeviceChoice, size};
+use crate::error::{Error, Result};
+use crate::model::LlamaConfig;
+use crate::model::presets::{PRESETS, preset};
+use crate::train::cost::{StepFlops, StepMemory, StepShape};
+
+/// The share of the best product's rate that a step is taken to run at.
+///
+/// Whole steps were measured at 33 to 85 % of it: norms, attention and the head come in between, and products of few tokens are slow.
+const RATE: f64 = 0.5;
+/// Pairs that are counted where the data set is not known.
+const PAIRS: usize = 1000;
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// What the settings, the model's folder and the data can be wrong in, and a device that is not there.
+pub fn run(args: TrainArgs) -> Result<()> {
+    let args = &train::with_checkpoint(args)?;
+    let source = Source::open(args)?;
+    let selected = device::select(&args.device)?;
+    let is_elsewhere = selected.choice == DeviceChoice::Cpu && args.device.eq_ignore_ascii_case("auto");
+    // Memory of a device that is not here is asked about where none is here.
+    let choice = match args.max_memory.filter(|_| is_elsewhere) {
+        Some(memory) => DeviceChoice::elsewhere(memory.0),
+        None => {
+            selected
+                .note
+                .iter()
+                .for_each(|note| println!("device   {note}; --max_memory 8GB asks about a GPU of 8 GB"));
+            selected.choice
+        }
+    };
+    let is_elsewhere = is_elsewhere && choice != DeviceChoice::Cpu;
+    let rank = train::rank(args)?;
+    let rows = source.pairs.as_deref().map_or(Rows::Longest, Rows::Known);
+    let case = Case::new(args, &source.config, rank, rows, &choice)?;
+    let base = Setting::of(args);
+    let none = || Error::config("no row is left to train on");
+    let chosen = case.predict(&base)?.ok_or_else(none)?;
+
+    println!("model    {}, {:.1} million weights", source.name, source.config.n_weights() as f64 / 1e6);
+    source.print_data(args);
+    print_device(&case, is_elsewhere, &chosen);
+    println!("chosen   {}", base.flags(None));
+    let resumes = args.resume_from_checkpoint.is_some();
+    let mut others = alternatives(&case, &base)?;
+    let nearest = if case.fits(&chosen) { None } else { nearest(&case, &base, resumes)? };
+    if let Some(Nearest { setting, budget, .. }) = &nearest {
+        let is_new = !others.iter().any(|(other, _)| other == setting) && *setting != base;
+        others.extend(is_new.then(|| (setting.clone(), *budget)));
+    }
+    println!("{}", table(&case, &base, &chosen, &others));
+    let embedding = size(2 * (source.config.vocab_size * source.config.hidden_size) as u64);
+    println!(
+        "besides, in the computer's own memory: the embedding, {embedding} where the file has it in 16 bits"
+    );
+    if let Some(nearest) = nearest {
+        println!("nearest  {}", advice(&case, &base, &nearest));
+    }
+    println!();
+    let work = Work::of(args, &case, &source, &chosen)?;
+    println!("run      {}", work.what);
+    let time = match is_elsewhere {
+        true => "unknown: the device is not here to be measured".to_owned(),
+        false => work.time(measure(args, &choice)?),
+    };
+    println!("time     {time}");
+    Ok(())
+}
+
+/// What is planned for.
+struct Source {
+    name: String,
+    config: LlamaConfig,
+    /// Pairs to train on; none where no tokenizer is at hand.
+    pairs: Option<Vec<TokenizedPair>>,
+    /// Pairs to train on, where they can be counted.
+    n_pairs: Option<usize>,
+    /// Rows that `--max_length` leaves out.
+    n_too_long: usize,
+}
+
+impl Source {
+    /// A model folder with its data, the shape of a published model, or the demo.
+    fn open(args: &TrainArgs) -> Result<Self> {
+        if let (Some(name), None) = (&args.model_type, &args.model_id_or_path) {
+            let Some(config) = preset(name) else {
+                let names = PRESETS.map(|(name, _)| name).join(", ");
+                return Err(Error::config(format!("--model_type `{name}`: expected one of {names}"))
+                    .with_hint("of another model, pass the folder as --model_id_or_path; config.json and the tokenizer will do"));
+            };
+            return Ok(Self {
+                name: format!("{name}, the published shape"),
+                config,
+                pairs: None,
+                n_pairs: count_rows(args)?,
+                n_too_long: 0,
+            });
+        }
+        let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
+        let Data { train, skipped, .. } = Data::load(args, &open)?;
+        let is_too_long = |reason: &str| reason.contains("--max_length is");
+        Ok(Self {
+            name: open.name.clone(),
+            config: open.config,
+            n_pairs: Some(train.len()),
+            pairs: Some(train),
+            n_too_long: skipped.iter().filter(|row| is_too_long(&row.reason)).count(),
+        })
+    }
+
+    fn print_data(&self, args: &TrainArgs) {
+        let Some(pairs) = &self.pairs else {
+            println!(
+                "data     every pair is taken as two sequences of {} tokens with nothing in common, the most that --max_length lets \
+                 through; without the model's tokenizer nothing shorter is known",
+                thousands(args.max_length)
+            );
+            return;
+        };
+        let mut lengths: Vec<usize> =
+            pairs.iter().map(|pair| pack(&[pair], LossCompat::Swift).n_tokens()).collect();
+        lengths.sort_unstable();
+        let at = |share: f64| {
+            lengths.get(((lengths.len() - 1) as f64 * share).round() as usize).copied().unwrap_or(0)
+        };
+        println!(
+            "data     {} pairs of {} to {} tokens, median {}, 90 % up to {}; a common prompt counts once; {} left out by --max_length {}",
+            pairs.len(),
+            thousands(at(0.0)),
+            thousands(at(1.0)),
+            thousands(at(0.5)),
+            thousands(at(0.9)),
+            self.n_too_long,
+            args.max_length
+        );
+    }
+}
+
+/// Rows to train on of a data set that cannot be tokenized; none where no data set is named.
+fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
+    if args.dataset.is_empty() || args.dataset == [demo::NAME] {
+        return Ok(None);
+    }
+    let strictness = if args.strict { Strictness::Strict } else { Strictness::Lenient };
+    let columns = args.columns.clone().unwrap_or_default();
+    let rows = dataset::load(&args.dataset, &columns, strictness, args.seed)?.rows;
+    let is_split = args.val_dataset.is_empty();
+    let rows = if is_split { dataset::split(rows, args.dataset_test_ratio, shuffle(args)).0 } else { rows };
+    Ok(Some(rows.len()))
+}
+
+fn print_device(case: &Case<'_>, is_elsewhere: bool, chosen: &Budget) {
+    let device = match is_elsewhere {
+        true => "a GPU that is not here, and is taken to compute in fp16".to_owned(),
+        false => case.choice.describe(),
+    };
+    let memory = match (case.memory, case.usable()) {
+        (Some(memory), Some(usable)) => {
+            let free = if *case.choice == DeviceChoice::Cpu { " free" } else { "" };
+            format!(
+                "{}{free}, of which a run may fill {:.0} %, {}",
+                size(memory),
+                100.0 * USABLE,
+                size(usable)
+            )
+        }
+        _ => "which does not say how much memory it has, so that whether a run fits is unknown".to_owned(),
+    };
+    println!("device   {device}: {memory}");
+    println!(
+        "memory   at the fullest, in a step with the longest pairs ({} tokens), for the chosen settings and others:",
+        thousands(chosen.tokens)
+    );
+}
+
+/// One line for each setting, the chosen one first.
+fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, Budget)]) -> Table {
+    let mut table = Table::new();
+    table.load_style(styles::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header([
+        "settings",
+        "weights",
+        "LoRA + optimizer",
+        "checkpoints",
+        "one live layer",
+        "head chunk",
+        "scratch",
+        "total",
+        "fits",
+    ]);
+    let cells = |flags: String, budget: &Budget| {
+        let StepMemory { weights, adapters, gradients, kept, layer, scratch, head } = budget.memory;
+        let parts = [weights, adapters + gradients, kept, layer, head, scratch, budget.memory.total()];
+        let fits = match case.memory {
+            None => "unknown",
+            Some(_) if case.fits(budget) => "yes",
+            Some(_) => "no",
+        };
+        let sizes = parts.map(|bytes| size(bytes as u64));
+        [flags].into_iter().chain(sizes).chain([fits.to_owned()]).collect::<Vec<_>>()
+    };
+    table.add_row(cells("as chosen".to_owned(), chosen));
+    for (setting, budget) in others {
+        let flags = setting.flags(Some(base));
+        table.add_row(match case.n_left_out(setting.max_length) {
+            0 => cells(flags, budget),
+            n => cells(format!("{flags} (leaves out {} rows)", thousands(n)), budget),
+        });
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// The work of a run.
+struct Work {
+    what: String,
+    flops: f64,
+}
+
+impl Work {
+    fn of(args: &TrainArgs, case: &Case<'_>, source: &Source, chosen: &Budget) -> Result<Self> {
+        let precision =
+            precision::resolve(case.choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
+        let assumed = longest_pair(args.max_length);
+        let assumed = std::slice::from_ref(&assumed);
+        let pairs = source.pairs.as_deref().unwrap_or(assumed);
+        // Everything that is counted grows with tokens, rows and visible pairs, so that an epoch is one long step.
+        let mut tokens = 0;
+        let mut flops = 0.0;
+        for pair in pairs {
+            let batch = pack(&[pair], case.loss_compat);
+            let shape = StepShape::of(&batch, case.rank, precision, chosen.keep, false, 0);
+            tokens += batch.n_tokens();
+            flops += StepFlops::of(case.config, &shape).total();
+        }
+        let (mean_tokens, mean_flops) = (tokens as f64 / pairs.len() as f64, flops / pairs.len() as f64);
+        let Some(n_pairs) = source.n_pairs.or(args.max_steps.map(|steps| steps * Self::pairs_of_step(args)))
+        else {
+            return Ok(Self {
+                what: format!(
+                    "{} pairs, as neither --dataset nor --max_steps says how many: {} tokens, {} TFLOP",
+                    thousands(PAIRS),
+                    thousands((mean_tokens * PAIRS as f64) as usize),
+                    tflop(mean_flops * PAIRS as f64)
+                ),
+                flops: mean_flops * PAIRS as f64,
+            });
+        };
+        let (plan, max_steps) = plan_of(args, n_pairs);
+        let epochs = max_steps as f64 / plan.steps_per_epoch() as f64;
+        let flops = mean_flops * n_pairs as f64 * epochs;
+        let what = format!(
+            "{max_steps} optimizer steps of {} pairs, {epochs:.2} epochs of {} tokens: {} TFLOP",
+            Self::pairs_of_step(args),
+            thousands((mean_tokens * n_pairs as f64) as usize),
+            tflop(flops)
+        );
+        Ok(Self { what, flops })
+    }
+
+    fn pairs_of_step(args: &TrainArgs) -> usize {
+        args.batch_size * args.gradient_accumulation_steps.unwrap_or(1)
+    }
+
+    /// How long it takes on a device with so many operations a second in its best product.
+    fn time(&self, rate: f64) -> String {
+        format!(
+            "about {}, without evaluations and saves: at {:.0} % of the {:.3} TFLOP/s of the best product that was measured here just now \
+             (whole steps were seen at 33 to 85 %; `orpo-wgpu bench` measures one)",
+            duration(self.flops / (RATE * rate)),
+            100.0 * RATE,
+            rate / 1e12
+        )
+    }
+}
+
+/// Operations a second in the device's best product.
+fn measure(args: &TrainArgs, choice: &DeviceChoice) -> Result<f64> {
+    let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
+    device::guard("measuring a product", choice, || match choice {
+        DeviceChoice::Cpu => best_product::<Flex>(precision.dtype, choice, &Default::default()),
+        DeviceChoice::Wgpu { device, .. } => best_product::<Wgpu>(precision.dtype, choice, device),
+    })
+}
+
+fn tflop(flops: f64) -> String {
+    let tflop = flops / 1e12;
+    if tflop < 100.0 { format!("{tflop:.3}") } else { thousands(tflop.round() as usize) }
+}

@@ -1,0 +1,317 @@
+//! `orpo-wgpu plan`, and what `train` does with the same prediction: refuse, try the longest pair first, say what to do.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use burn_flex::Flex;
+use orpo_wgpu::data::batch::LossCompat;
+use orpo_wgpu::data::dataset::{self, Location, Shuffle, Strictness};
+use orpo_wgpu::data::template::Template;
+use orpo_wgpu::data::tokenize::{TextTokenizer, TruncationStrategy, tokenize_rows};
+use orpo_wgpu::device::{self, DeviceChoice};
+use orpo_wgpu::error::{Error, Result};
+use orpo_wgpu::lora::{self, LoraConfig};
+use orpo_wgpu::model::llama::Keep;
+use orpo_wgpu::model::load::{Checkpoint, load_llama};
+use orpo_wgpu::model::{LlamaConfig, Precision};
+use orpo_wgpu::train::metrics::StepMetrics;
+use orpo_wgpu::train::optim::AdamWConfig;
+use orpo_wgpu::train::plan::Plan;
+use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker, newest_checkpoint};
+use orpo_wgpu::train::schedule::{LrSchedulerType, Schedule};
+use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
+use serde_json::{Map, Value};
+
+use crate::support::adapter;
+
+fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(path)
+}
+
+fn orpo_wgpu(args: &[&str], folder: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_orpo-wgpu")).args(args).current_dir(folder).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Runs `plan` with these flags in an empty folder, which stays empty.
+fn plan(flags: &[&str]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let output = orpo_wgpu(&[&["plan"], flags].concat(), folder.path());
+    assert!(output.status.success(), "{flags:?}: {}", text(&output.stderr));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "plan writes nothing");
+    text(&output.stdout)
+}
+
+/// The cells of the row of the table that these flags head.
+fn row(printed: &str, flags: &str) -> Vec<String> {
+    let cells = |line: &str| -> Vec<String> {
+        let inner = line.trim().trim_matches('│').trim();
+        inner.split("   ").map(str::trim).filter(|cell| !cell.is_empty()).map(str::to_owned).collect()
+    };
+    let rows = printed.lines().filter(|line| line.starts_with('│')).map(cells);
+    rows.into_iter()
+        .find(|cells| cells[0] == flags)
+        .unwrap_or_else(|| panic!("no row `{flags}` in {printed}"))
+}
+
+/// `14.0 GiB` in bytes.
+fn bytes(size: &str) -> f64 {
+    let (number, unit) = size.split_once(' ').unwrap();
+    let power = ["B", "KiB", "MiB", "GiB"].iter().position(|name| *name == unit).unwrap();
+    number.parse::<f64>().unwrap() * 1024f64.powi(power as i32)
+}
+
+#[test]
+fn the_demo_is_planned_without_a_file() {
+    let printed = plan(&["--device", "cpu"]);
+    for says in [
+        "429 pairs of 31 to 72 tokens",
+        "0 left out by --max_length 2048",
+        "54 optimizer steps of 8 pairs",
+        "time     about ",
+    ] {
+        assert!(printed.contains(says), "no `{says}` in {printed}");
+    }
+    let chosen = row(&printed, "as chosen");
+    let (parts, total) = (&chosen[1..7], bytes(&chosen[7]));
+    let sum: f64 = parts.iter().map(|part| bytes(part)).sum();
+    assert!((sum / total - 1.0).abs() < 0.03, "the parts make the total: {chosen:?}");
+    assert_eq!(chosen[8], "yes");
+    assert!(bytes(&row(&printed, "--gradient_checkpointing false")[7]) > total);
+    assert!(bytes(&row(&printed, "--batch_size 1 --gradient_accumulation_steps 8")[7]) < total);
+}
+
+#[test]
+fn llama_3_8b_is_planned_by_its_name_alone_for_a_card_that_is_not_here() {
+    let flags =
+        ["--model_type", "llama3-8b-instruct", "--max_length", "2048", "--device", "auto", "--max_memory"];
+    let printed = plan(&[&flags[..], &["12GB"]].concat());
+    assert!(printed.contains("8030.3 million weights"), "{printed}");
+    assert!(printed.contains("two sequences of 2,048 tokens"), "{printed}");
+    let fits = |flags: &str| row(&printed, flags).last().unwrap().clone();
+    assert_eq!(fits("as chosen"), "no");
+    assert_eq!(fits("--quantization_bit 8"), "no");
+    assert_eq!(fits("--quantization_bit 4"), "yes");
+    assert!(printed.contains("nearest  --quantization_bit 4 fits, with"), "{printed}");
+    let small = plan(&[&flags[..], &["2GiB"]].concat());
+    assert!(small.contains("nearest  no settings fit: "), "{small}");
+    let large = plan(&[&flags[..], &["80GB"]].concat());
+    assert!(!large.contains("nearest") && row(&large, "as chosen").last().unwrap() == "yes", "{large}");
+    let steps = plan(&[&flags[..], &["80GB", "--max_steps", "10"]].concat());
+    assert!(steps.contains("10 optimizer steps of 16 pairs"), "{steps}");
+}
+
+#[test]
+fn a_folder_needs_no_weights_and_its_rows_are_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        std::fs::copy(fixture("gqa/model").join(name), folder.path().join(name)).unwrap();
+    }
+    let pairs = fixture("gqa/pairs.jsonl");
+    let flags = ["plan", "--model_id_or_path", ".", "--device", "cpu", "--max_length", "60", "--dataset"];
+    let output = orpo_wgpu(&[&flags[..], &[pairs.to_str().unwrap()]].concat(), folder.path());
+    let printed = text(&output.stdout);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let left_out = text(&output.stderr).matches("left out: ").count();
+    assert!(
+        left_out > 0 && printed.contains(&format!("{left_out} left out by --max_length 60")),
+        "{printed}"
+    );
+    assert!(printed.contains(&format!("data     {} pairs of ", 7 - left_out)), "{printed}");
+}
+
+#[test]
+fn bad_flags_are_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    for (flags, code, says) in [
+        (["--max_memory", "much"], 2, "`much` is no size: expected 24GB"),
+        (["--model_type", "llama9"], 2, "expected one of llama3-8b-instruct"),
+        (["--dtype", "fp8"], 2, "--dtype is `fp8`"),
+        (["--model_id_or_path", "nowhere"], 1, "there is no such folder"),
+    ] {
+        let output = orpo_wgpu(&["plan", flags[0], flags[1]], folder.path());
+        assert_eq!(output.status.code(), Some(code), "{flags:?}");
+        assert!(text(&output.stderr).contains(says), "{flags:?}: {}", text(&output.stderr));
+    }
+}
+
+/// Trains the `gqa` case's model in a folder of its own.
+fn train_gqa(folder: &Path, flags: &[&str]) -> Output {
+    let (model, pairs) = (fixture("gqa/model"), fixture("gqa/pairs.jsonl"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
+    command.arg("train").arg("--model_id_or_path").arg(model).arg("--dataset").arg(pairs);
+    command.args(["--output_dir", "out", "--add_output_dir_suffix", "false", "--warmup_ratio", "0"]);
+    command.args(flags).current_dir(folder).output().unwrap()
+}
+
+#[test]
+fn train_refuses_what_does_not_fit_and_the_flags_that_it_names_fit() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = ["--device", "cpu", "--max_steps", "1", "--max_memory", "1500KB", "--batch_size", "4"];
+    let refused = train_gqa(folder.path(), &base);
+    let message = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{message}");
+    assert!(message.contains("is predicted to take ") && message.contains("(85 % of 1.4 MiB)"), "{message}");
+    assert!(!folder.path().join("out").exists(), "nothing is written");
+    let hint = message.split("hint: ").nth(1).unwrap();
+    let flags: Vec<&str> = hint.split(" fits, with ").next().unwrap().split_whitespace().collect();
+    assert!(flags.contains(&"--batch_size"), "{message}");
+    let flags = [&base[..6], &flags].concat();
+    let taken = train_gqa(folder.path(), &flags);
+    assert!(taken.status.success(), "{flags:?}: {}", text(&taken.stderr));
+    // A device that is said to have more is believed.
+    let more =
+        train_gqa(folder.path(), &[&base[..4], &["--batch_size", "4", "--max_memory", "1GB"]].concat());
+    assert!(more.status.success(), "{}", text(&more.stderr));
+}
+
+#[test]
+fn the_longest_row_is_tried_first_and_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let long = ["--device", "cpu", "--max_steps", "50", "--gradient_accumulation_steps", "2"];
+    let output = train_gqa(folder.path(), &long);
+    let message = text(&output.stderr);
+    assert!(output.status.success(), "{message}");
+    let tried =
+        message.lines().position(|line| line.starts_with("longest  row ") && line.contains(" fits, "));
+    let first_step = message.lines().position(|line| line.starts_with("step "));
+    assert!(tried.is_some() && tried < first_step, "{message}");
+    let short = tempfile::tempdir().unwrap();
+    let flags = ["--device", "cpu", "--max_steps", "2", "--gradient_accumulation_steps", "2"];
+    let flags = [&flags[..], &["--lr_scheduler_type", "constant", "--logging_steps", "1"]].concat();
+    let output = train_gqa(short.path(), &flags);
+    assert!(!text(&output.stderr).contains("longest  "), "a short run on the CPU does without");
+    let first = |folder: &Path| -> Value {
+        let log = std::fs::read_to_string(folder.join("out/logging.jsonl")).unwrap();
+        serde_json::from_str(log.lines().next().unwrap()).unwrap()
+    };
+    let again = tempfile::tempdir().unwrap();
+    let flags = [&long[..], &["--lr_scheduler_type", "constant", "--logging_steps", "1"]].concat();
+    assert!(train_gqa(again.path(), &flags).status.success());
+    for key in ["loss", "grad_norm"] {
+        assert_eq!(first(short.path())[key], first(again.path())[key], "{key} with and without the trial");
+    }
+}
+
+#[test]
+fn the_adapter_s_trial_says_how_far_the_prediction_was_off() {
+    if adapter().is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = train_gqa(folder.path(), &["--device", "wgpu", "--max_steps", "1", "--dtype", "fp32"]);
+    let message = text(&output.stderr);
+    assert!(output.status.success(), "{message}");
+    let line =
+        message.lines().find(|line| line.starts_with("longest  ")).unwrap_or_else(|| panic!("{message}"));
+    let off: f64 = line.split(" predicted (").nth(1).unwrap().split(" %").next().unwrap().parse().unwrap();
+    assert!(off.abs() < 15.0, "{line}");
+}
+
+/// Watches a run and, before a step, lets a thread by the name of the device's own fail as wgpu does when a buffer does not fit.
+struct FullDevice {
+    step: usize,
+    thread: String,
+}
+
+impl Observer for FullDevice {
+    fn before_step(&mut self, step: usize, rows: &[&Location]) {
+        device::doing(format!("step {step} ({})", rows[0]));
+        if step == self.step {
+            let thread = std::thread::Builder::new().name(self.thread.clone());
+            // The text is that of wgpu 29's default handler of errors.
+            thread.spawn(|| panic!("wgpu error: Out of Memory\n")).unwrap().join().unwrap_err();
+            panic!("the device's thread is gone");
+        }
+    }
+    fn before_evaluation(&mut self, _step: usize) {}
+    fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _n_tokens: usize) {}
+    fn on_skip(&mut self, _step: usize, _scale: f64) {}
+    fn on_log(&mut self, _line: &Map<String, Value>) {}
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// Runs the `gqa` case for six steps on a device that is full before the fourth, with a checkpoint every two.
+fn train_until_full(folder: &Path, choice: &DeviceChoice, thread: String) -> Result<()> {
+    let model_folder = fixture("gqa/model");
+    let tokenizer = TextTokenizer::from_folder(&model_folder)?;
+    let specs = [fixture("gqa/pairs.jsonl").display().to_string()];
+    let rows = dataset::load(&specs, &Default::default(), Strictness::Strict, 1)?.rows;
+    let (cut, strict) = (TruncationStrategy::Delete, Strictness::Strict);
+    let (rows, _) = tokenize_rows(&rows, &tokenizer, Template::Llama3, 512, cut, None, strict)?;
+    let config = LlamaConfig::read(&model_folder.join("config.json"))?;
+    let precision = Precision::dense(burn::tensor::DType::F32);
+    let checkpoint = Checkpoint::open_folder(&model_folder)?;
+    let mut model = load_llama::<Flex>(&checkpoint, &config, precision, 1 << 30, &Default::default())?;
+    let lora_config =
+        LoraConfig { r: 4, lora_alpha: 8.0, target_modules: lora::target_modules(&["ALL".to_owned()])? };
+    lora::attach(&mut model, &lora_config, 1);
+    let settings = TrainSettings {
+        plan: Plan {
+            n_rows: rows.len(),
+            batch_size: 1,
+            gradient_accumulation_steps: 1,
+            shuffle: Shuffle::Off,
+        },
+        beta: 0.1,
+        loss_compat: LossCompat::Swift,
+        schedule: Schedule {
+            learning_rate: 1e-3,
+            kind: LrSchedulerType::Constant,
+            warmup_steps: 0,
+            max_steps: 6,
+        },
+        adamw: AdamWConfig {
+            adam_beta1: 0.9,
+            adam_beta2: 0.95,
+            adam_epsilon: 1e-8,
+            weight_decay: 0.1,
+            max_grad_norm: 1.0,
+        },
+        loss_scale: None,
+        keep: Keep::Input,
+        logging_steps: 1,
+        eval_steps: 10,
+        save_steps: 2,
+    };
+    let texts = CheckpointTexts { base_model: "gqa".to_owned(), args: "{}".to_owned(), card: String::new() };
+    let mut run = RunFolder::create(folder, texts, 2, Vec::new(), Tracker::None)?;
+    let mut full = FullDevice { step: 4, thread };
+    let data = TrainData { train: &rows, val: &[] };
+    device::guard("training", choice, || {
+        train(&mut model, &lora_config, data, &settings, &mut run, None, &mut full).map(drop)
+    })
+}
+
+#[test]
+fn a_device_that_runs_out_of_memory_is_an_error_and_the_last_checkpoint_stays() {
+    // The device's own thread is known by its name, which is all that has to be the device's here.
+    let memory = 8 << 30;
+    let choice = DeviceChoice::elsewhere(memory);
+    let DeviceChoice::Wgpu { device, .. } = &choice else { panic!("it is a GPU") };
+    let id = burn::tensor::backend::DeviceOps::id(device);
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let thread = format!("DSD-{}-{}", id.type_id, id.index_id);
+    let error = train_until_full(&run, &choice, thread).unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    assert_eq!(error.exit_code(), 1);
+    let message = error.to_string();
+    for says in ["is out of memory in step 4 (", "pairs.jsonl:4", "could not be allocated", " of 8 GiB"] {
+        assert!(message.contains(says), "no `{says}` in {message}");
+    }
+    assert!(error.hint().is_some_and(|hint| hint.contains("--quantization_bit")), "{:?}", error.hint());
+    let checkpoint = newest_checkpoint([run]).unwrap();
+    assert!(checkpoint.ends_with("checkpoint-2"), "{}", checkpoint.display());
+    let model_folder = fixture("gqa/model");
+    let config = LlamaConfig::read(&model_folder.join("config.json")).unwrap();
+    let weights = Checkpoint::open_folder(&model_folder).unwrap();
+    let precision = Precision::dense(burn::tensor::DType::F32);
+    let mut model = load_llama::<Flex>(&weights, &config, precision, 1 << 30, &Default::default()).unwrap();
+    lora::load(&mut model, &checkpoint).unwrap();
+}
