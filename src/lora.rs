@@ -153,7 +153,7 @@ fn read_config(folder: &Path) -> Result<AdapterConfigFile> {
     let config_path = folder.join(ADAPTER_CONFIG_FILE);
     if !config_path.exists() {
         return Err(Error::file(folder, format!("holds no {ADAPTER_CONFIG_FILE}"))
-            .with_hint("of a run's folder, name one of its checkpoints: FOLDER/checkpoint-100"));
+            .with_hint("name an adapter, or a run that has saved a checkpoint"));
     }
     let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
     let config: AdapterConfigFile = serde_json::from_str(&text)

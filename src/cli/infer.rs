@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
-use super::open::OpenModel;
+use super::open::{OpenModel, adapter_in};
 use super::precision::PrecisionArgs;
 use crate::demo;
 use crate::device::{self, DeviceChoice};
@@ -27,7 +27,7 @@ pub struct InferArgs {
     /// A Hugging Face model folder [default: the demo inside this program]
     #[arg(long)]
     model_id_or_path: Option<PathBuf>,
-    /// A PEFT adapter folder, or `none` [default: none; for the demo its newest one below output/demo]
+    /// A PEFT adapter folder, a run (its newest checkpoint), or `none` [default: none; for the demo its newest one below output/demo]
     #[arg(long)]
     adapters: Option<PathBuf>,
     /// Answer every prompt of this file: one a line, or JSONL with query, and where you like system and history
@@ -88,7 +88,7 @@ impl InferArgs {
     fn adapter(&self) -> Option<PathBuf> {
         match &self.adapters {
             Some(name) if name == Path::new("none") => None,
-            Some(folder) => Some(folder.clone()),
+            Some(folder) => Some(adapter_in(folder)),
             None if self.model_id_or_path.is_none() => {
                 let runs = std::fs::read_dir(Path::new("output").join(demo::NAME));
                 newest_checkpoint(runs.into_iter().flatten().flatten().map(|run| run.path()))

@@ -10,10 +10,12 @@ use crate::data::template::Template;
 use crate::data::tokenize::TextTokenizer;
 use crate::demo;
 use crate::error::{Error, Result};
+use crate::lora;
 use crate::model::config::TokenIds;
 use crate::model::load::{Checkpoint, load_llama};
 use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::Kernels;
+use crate::train::run_folder::newest_checkpoint;
 
 /// A model whose folder has been looked at and whose weights are not loaded.
 pub struct OpenModel {
@@ -135,6 +137,14 @@ impl OpenModel {
             .with_hint("tokenizer.json and config.json are of different models")),
         }
     }
+}
+
+/// The folder itself if it holds an adapter, else the newest checkpoint of the run that it is. Of another folder, loading says what is
+/// missing.
+pub fn adapter_in(folder: &Path) -> PathBuf {
+    let is_adapter = folder.join(lora::ADAPTER_FILE).exists();
+    let newest = if is_adapter { None } else { newest_checkpoint([folder.to_owned()]) };
+    newest.unwrap_or_else(|| folder.to_owned())
 }
 
 fn check_folder(folder: &Path) -> Result<()> {

@@ -9,7 +9,7 @@ use burn_wgpu::Wgpu;
 use super::budget::{Budget, Case, Rows, Setting};
 use super::longest;
 use super::nearest::{check_fits, smaller};
-use super::open::{Loaded, OpenModel};
+use super::open::{Loaded, OpenModel, adapter_in};
 use super::outcome::{answers, print_answers, print_summary};
 use super::precision;
 use super::progress::Progress;
@@ -88,13 +88,15 @@ fn with_advice(error: Error, args: &TrainArgs, case: &Case<'_>) -> Error {
     }
 }
 
-/// The same settings, where `--resume_from_checkpoint` is a checkpoint instead of the run that it is the newest of.
+/// The same settings, where `--resume_from_checkpoint` and `--adapters` are checkpoints instead of the runs that they are the newest
+/// of.
 ///
 /// # Errors
-/// If there is none.
+/// If there is none to resume from.
 pub fn with_checkpoint(args: TrainArgs) -> Result<TrainArgs> {
     let resume_from_checkpoint = args.resume_from_checkpoint.as_deref().map(checkpoint_of).transpose()?;
-    Ok(TrainArgs { resume_from_checkpoint, ..args })
+    let adapters = args.adapters.as_deref().map(adapter_in);
+    Ok(TrainArgs { resume_from_checkpoint, adapters, ..args })
 }
 
 /// The rank of the run's adapters: that of the adapter it starts from, else that of `--lora_rank`.

@@ -405,6 +405,11 @@ fn a_run_writes_the_files_that_it_promises() {
         stdout.contains("orpo-wgpu infer --model_id_or_path model --adapters out/checkpoint-2"),
         "{stdout}"
     );
+    // The run stands for its newest checkpoint.
+    let flags = ["--model_id_or_path", "model", "--adapters", "out", "--max_new_tokens", "1"];
+    let mut infer = orpo_wgpu(&["infer", "--device", "cpu", "hi"]);
+    let output = infer.args(flags).current_dir(workplace.0.path()).output().unwrap();
+    assert!(stderr(&output).contains("model with out/checkpoint-2"), "{}", stderr(&output));
 }
 
 #[test]
