@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use burn::tensor::Tensor;
 
-use super::budget::Budget;
+use super::budget::{Budget, Case};
 use super::words::thousands;
 use crate::data::batch::Batch;
 use crate::device::{self, DeviceChoice, size};
@@ -15,15 +15,17 @@ use crate::ops::Kernels;
 use crate::train::optim::read;
 use crate::train::step::forward_backward;
 
-/// Micro-batches of a run on the CPU from which on the trial is made: it takes a few percent of such a run at most.
+/// The share of the CPU's memory from which on a prediction is worth a trial.
 ///
-/// A GPU's memory ends at once, and the trial compiles what the first step would compile. The CPU's process dies only when the whole
-/// machine is full, and a short run meets its longest pair soon enough.
-const LEAST_ON_CPU: usize = 100;
+/// On a GPU the trial compiles what the first step would compile, and takes as long as one micro-batch. On the CPU the longest pair can
+/// take minutes, and where it is far from filling the machine's memory that tells nothing. What is predicted for the CPU is too little, as
+/// it computes attention in tables of scores, so that the share is small.
+const CPU_SHARE: f64 = 0.25;
 
-/// Whether the longest micro-batch is tried ahead of a run of so many.
-pub fn is_worth_it(choice: &DeviceChoice, n_micro_batches: usize) -> bool {
-    *choice != DeviceChoice::Cpu || n_micro_batches >= LEAST_ON_CPU
+/// Whether the longest micro-batch is tried ahead of a run.
+pub fn is_worth_it(case: &Case<'_>, budget: &Budget) -> bool {
+    let is_near = |memory: u64| budget.memory.total() as f64 >= CPU_SHARE * memory as f64;
+    *case.choice != DeviceChoice::Cpu || case.memory.is_some_and(is_near)
 }
 
 /// Runs the batch forward and backward, and forgets what came out; the model stays as it is. Returns what there is to say.

@@ -74,6 +74,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
     println!(
         "besides, in the computer's own memory: the embedding, {embedding} where the file has it in 16 bits"
     );
+    if choice == DeviceChoice::Cpu {
+        println!(
+            "and more on the CPU, which computes attention in tables of scores, where the GPU's kernels have none"
+        );
+    }
     if let Some(nearest) = nearest {
         println!("nearest  {}", advice(&case, &base, &nearest));
     }

@@ -179,7 +179,7 @@ fn run_on<B: Kernels>(
     describe(args, open, &model, data, &settings, choice, &loaded);
     let n_steps = max_steps - first_step;
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
-    if longest::is_worth_it(choice, n_steps * gradient_accumulation_steps) {
+    if longest::is_worth_it(case, &budget) {
         let batch = case.longest_batch(args.max_length, batch_size);
         let accumulates = gradient_accumulation_steps > 1;
         eprintln!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates)?);
