@@ -50,7 +50,7 @@ pub struct TrainArgs {
     /// Must be 0: ORPO disables dropout, as TRL does
     #[arg(long, default_value_t = Self::default().lora_dropout, help_heading = "Model")]
     pub lora_dropout: f64,
-    /// Data type of the computation: fp16, fp32, bf16 where the device has it, or AUTO for fp16 where a GPU computes in it
+    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
     #[arg(long, default_value = "AUTO", help_heading = "Model")]
     pub dtype: String,
     /// What fp16 multiplies the loss with at first, so that small gradients do not vanish; it falls when gradients overflow

@@ -124,6 +124,7 @@ struct AdapterConfigFile {
     peft_type: Option<String>,
     r: usize,
     lora_alpha: f64,
+    target_modules: Option<serde_json::Value>,
     #[serde(default)]
     use_rslora: bool,
     #[serde(default)]
@@ -137,12 +138,23 @@ struct AdapterConfigFile {
     init_lora_weights: Option<serde_json::Value>,
 }
 
-/// The rank that an adapter folder's `adapter_config.json` names, without its tensors.
+/// The rank of each linear of a layer, in the order of [`LINEAR_NAMES`], where these modules carry an adapter; 0 for none.
+pub fn ranks(r: usize, target_modules: &[String]) -> [usize; LINEAR_NAMES.len()] {
+    LINEAR_NAMES.map(|name| if target_modules.iter().any(|target| target == last_name(name)) { r } else { 0 })
+}
+
+/// [`ranks`] of an adapter folder by its `adapter_config.json`, without its tensors.
 ///
 /// # Errors
 /// As [`load`].
-pub fn rank_of(folder: &Path) -> Result<usize> {
-    Ok(read_config(folder)?.r)
+pub fn ranks_of(folder: &Path) -> Result<[usize; LINEAR_NAMES.len()]> {
+    let config = read_config(folder)?;
+    // PEFT also takes a regular expression, of which the most is assumed.
+    let modules = config.target_modules.as_ref().and_then(serde_json::Value::as_array);
+    let names = modules.map(|modules| modules.iter().filter_map(|m| m.as_str().map(str::to_owned)).collect());
+    let all = || target_modules(&["ALL".to_owned()]);
+    let most = config.rank_pattern.values().copied().fold(config.r, usize::max);
+    Ok(ranks(most, &names.map_or_else(all, Ok)?))
 }
 
 fn read_config(folder: &Path) -> Result<AdapterConfigFile> {

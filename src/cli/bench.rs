@@ -165,6 +165,7 @@ fn run_on<B: Kernels>(
     );
     let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);
     let target_modules = lora::target_modules(&["ALL".to_owned()])?;
+    let ranks = lora::ranks(args.lora_rank, &target_modules);
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
     let mut bench = Bench::new(model, batch, args.keep());
 
@@ -181,7 +182,7 @@ fn run_on<B: Kernels>(
     times.sort_by(f64::total_cmp);
     let step_s = times[times.len() / 2];
     let logits_bytes = bench.model.lm_head.logits_bytes(bench.batch.rows.len());
-    let shape = StepShape::of(&bench.batch, args.lora_rank, precision, args.keep(), false, logits_bytes);
+    let shape = StepShape::of(&bench.batch, ranks, precision, args.keep(), false, logits_bytes);
     let flops = StepFlops::of(config, &shape).total();
     let tokens = bench.batch.n_tokens() as f64;
     println!(

@@ -10,9 +10,9 @@ use crate::data::tokenize::{TokenizedPair, TruncationStrategy, fit};
 use crate::device::DeviceChoice;
 use crate::error::Result;
 use crate::model::LlamaConfig;
-use crate::model::llama::Keep;
+use crate::model::llama::{Keep, LINEAR_NAMES};
 use crate::model::parts::logits_bytes;
-use crate::train::cost::{StepMemory, StepShape};
+use crate::train::cost::{StepMemory, StepShape, largest_tensor};
 
 /// The share of a device's memory that a run may be predicted to fill: drivers, displays and fragments take the rest.
 pub const USABLE: f64 = 0.85;
@@ -98,10 +98,12 @@ pub enum Rows<'a> {
 pub struct Case<'a> {
     /// The model's shape.
     pub config: &'a LlamaConfig,
-    /// Rank of the adapters.
-    pub rank: usize,
+    /// Rank of each linear's adapter; see [`StepShape::ranks`].
+    pub ranks: [usize; LINEAR_NAMES.len()],
     /// The pairs.
     pub rows: Rows<'a>,
+    /// Pairs to evaluate on, which take no more than a step over them would.
+    pub val: &'a [TokenizedPair],
     /// What happens to pairs that are too long.
     pub truncation: TruncationStrategy,
     /// What is scored.
@@ -121,6 +123,8 @@ pub struct Budget {
     pub memory: StepMemory,
     /// Tokens of the longest micro-batch.
     pub tokens: usize,
+    /// What the largest tensor holds, and its bytes.
+    pub largest: (&'static str, usize),
 }
 
 impl<'a> Case<'a> {
@@ -131,14 +135,15 @@ impl<'a> Case<'a> {
     pub fn new(
         args: &TrainArgs,
         config: &'a LlamaConfig,
-        rank: usize,
+        ranks: [usize; LINEAR_NAMES.len()],
         rows: Rows<'a>,
         choice: &'a DeviceChoice,
     ) -> Result<Self> {
         Ok(Self {
             config,
-            rank,
+            ranks,
             rows,
+            val: &[],
             truncation: args.truncation_strategy.parse()?,
             loss_compat: args.loss_compat.parse()?,
             choice,
@@ -146,14 +151,24 @@ impl<'a> Case<'a> {
         })
     }
 
+    /// The case with pairs to evaluate on.
+    pub fn with_val(self, val: &'a [TokenizedPair]) -> Self {
+        Self { val, ..self }
+    }
+
     /// The bytes that a run may be predicted to fill.
     pub fn usable(&self) -> Option<u64> {
         self.memory.map(|bytes| (bytes as f64 * USABLE) as u64)
     }
 
-    /// Whether a prediction fits; a device that does not say how much it has takes everything.
+    /// Whether a prediction fits; a device that does not say how much it has takes everything that fits its buffers.
     pub fn fits(&self, budget: &Budget) -> bool {
-        self.usable().is_none_or(|usable| budget.memory.total() as u64 <= usable)
+        self.usable().is_none_or(|usable| budget.memory.total() as u64 <= usable) && self.fits_buffers(budget)
+    }
+
+    /// Whether every tensor is one that the device takes.
+    pub fn fits_buffers(&self, budget: &Budget) -> bool {
+        budget.largest.1 <= self.choice.shard_bytes()
     }
 
     /// The longest step's memory under these settings; none if they leave out every row.
@@ -177,8 +192,13 @@ impl<'a> Case<'a> {
         let logits = logits_bytes(self.config, precision, self.choice.shard_bytes(), batch.rows.len());
         let accumulates = setting.gradient_accumulation_steps > 1;
         let predict = |keep| {
-            let shape = StepShape::of(&batch, self.rank, precision, keep, accumulates, logits);
-            Budget { keep, memory: StepMemory::of(self.config, &shape), tokens: batch.n_tokens() }
+            let shape = StepShape::of(&batch, self.ranks, precision, keep, accumulates, logits);
+            Budget {
+                keep,
+                memory: StepMemory::of(self.config, &shape),
+                tokens: batch.n_tokens(),
+                largest: largest_tensor(self.config, &shape),
+            }
         };
         if !setting.gradient_checkpointing {
             return Ok(Some(predict(Keep::All)));
@@ -200,35 +220,27 @@ impl<'a> Case<'a> {
     /// How many rows `max_length` leaves out.
     pub fn n_left_out(&self, max_length: usize) -> usize {
         match self.rows {
-            Rows::Known(rows) => rows.iter().filter(|row| self.n_tokens(row, max_length).is_none()).count(),
+            Rows::Known(rows) => rows.iter().filter(|row| self.fitted(row, max_length).is_none()).count(),
             Rows::Longest => 0,
         }
     }
 
-    /// Tokens of a pair's prompt and both answers within `max_length`; none if it is left out.
-    fn n_tokens(&self, pair: &TokenizedPair, max_length: usize) -> Option<usize> {
-        let (prompt, chosen, rejected) = (pair.prompt.len(), pair.chosen.len(), pair.rejected.len());
-        match self.truncation {
-            TruncationStrategy::Delete => {
-                (prompt + chosen.max(rejected) <= max_length).then_some(prompt + chosen + rejected)
-            }
-            TruncationStrategy::TruncationRight => {
-                let room = max_length.checked_sub(prompt).filter(|room| *room > 0)?;
-                Some(prompt + chosen.min(room) + rejected.min(room))
-            }
-        }
+    /// The pair within `max_length`; none if it is left out.
+    fn fitted(&self, pair: &TokenizedPair, max_length: usize) -> Option<TokenizedPair> {
+        fit(pair.clone(), max_length, self.truncation).ok()
     }
 
     /// The micro-batch of the longest pairs.
     pub fn longest_batch(&self, max_length: usize, batch_size: usize) -> Batch {
         let pairs: Vec<TokenizedPair> = match self.rows {
             Rows::Known(rows) => {
-                let within = |pair| self.n_tokens(pair, max_length).map(|n| (n, pair));
-                let mut pairs: Vec<(usize, &TokenizedPair)> = rows.iter().filter_map(within).collect();
-                pairs.sort_by_key(|(n_tokens, _)| std::cmp::Reverse(*n_tokens));
-                let fitted =
-                    pairs.into_iter().map(|(_, pair)| fit(pair.clone(), max_length, self.truncation));
-                fitted.filter_map(std::result::Result::ok).take(batch_size).collect()
+                let all = rows.iter().chain(self.val);
+                let mut pairs: Vec<_> = all.filter_map(|pair| self.fitted(pair, max_length)).collect();
+                // What answers share from their beginning on is computed once, and does not count twice.
+                pairs
+                    .sort_by_cached_key(|pair| std::cmp::Reverse(pack(&[pair], self.loss_compat).n_tokens()));
+                pairs.truncate(batch_size);
+                pairs
             }
             Rows::Longest => vec![longest_pair(max_length); batch_size],
         };
@@ -263,7 +275,7 @@ pub(super) mod tests {
         truncation: TruncationStrategy,
     ) -> Case<'a> {
         let args = TrainArgs { truncation_strategy: truncation.to_string(), ..TrainArgs::default() };
-        Case::new(&args, config, 8, Rows::Known(rows), &DeviceChoice::Cpu).unwrap()
+        Case::new(&args, config, [8; LINEAR_NAMES.len()], Rows::Known(rows), &DeviceChoice::Cpu).unwrap()
     }
 
     #[test]
@@ -280,6 +292,19 @@ pub(super) mod tests {
         let cut = case(&config, &rows, TruncationStrategy::TruncationRight);
         assert_eq!(lines(&cut.longest_batch(10, 2)), [9, 7], "its answers are cut");
         assert_eq!(lines(&cut.longest_batch(9, 2)), [7, 3], "its prompt leaves no room");
+
+        // Two answers that differ in their last token alone are computed nearly once.
+        let answers = |n: usize, same: bool| TokenizedPair {
+            prompt: vec![1],
+            chosen: [vec![2; n], vec![3]].concat(),
+            rejected: [vec![if same { 2 } else { 4 }; n], vec![5]].concat(),
+            ..pair(n)
+        };
+        let rows = [answers(30, true), answers(20, false)];
+        let alike = case(&config, &rows, TruncationStrategy::Delete);
+        assert_eq!(lines(&alike.longest_batch(99, 1)), [20]);
+        let val = [answers(40, false)];
+        assert_eq!(lines(&alike.with_val(&val).longest_batch(99, 1)), [40], "evaluation takes memory too");
     }
 
     #[test]

@@ -38,6 +38,7 @@ pub fn try_longest<B: Kernels>(
     beta: f32,
     budget: &Budget,
     accumulates: bool,
+    choice: &DeviceChoice,
 ) -> Result<String> {
     let rows = match batch.locations.as_slice() {
         [row] => format!("row {row}"),
@@ -57,7 +58,12 @@ pub fn try_longest<B: Kernels>(
     let predicted = budget.memory.total() as u64;
     let memory = gradients.peak_bytes.map_or_else(String::new, |peak| {
         let off = 100.0 * (predicted as f64 / peak as f64 - 1.0);
-        format!(": {} at the fullest, {} predicted ({off:+.1} %)", size(peak), size(predicted))
+        let held = size(choice.memory_bytes());
+        format!(
+            ": {} in tensors at the fullest, {} predicted ({off:+.1} %), {held} held by the allocator",
+            size(peak),
+            size(predicted)
+        )
     });
     Ok(format!("longest  {rows} ({} tokens) fits{memory}, {seconds:.1} s", thousands(batch.n_tokens())))
 }

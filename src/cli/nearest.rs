@@ -2,6 +2,7 @@
 
 use super::budget::{Budget, Case, Setting, USABLE};
 use super::precision;
+use crate::config::ByteSize;
 use crate::device::size;
 use crate::error::{Error, Result};
 
@@ -168,10 +169,23 @@ fn shorten(
 /// # Errors
 /// [`Error::Config`] if it does not fit.
 pub fn check_fits(case: &Case<'_>, base: &Setting, budget: &Budget, resumes: bool) -> Result<()> {
-    let (Some(memory), Some(usable)) = (case.memory, case.usable()) else { return Ok(()) };
     if case.fits(budget) {
         return Ok(());
     }
+    let (name, largest) = budget.largest;
+    let advice =
+        nearest(case, base, resumes)?.map(|nearest| advice(case, base, &nearest) + "; ").unwrap_or_default();
+    let (Some(memory), Some(usable), true) = (case.memory, case.usable(), case.fits_buffers(budget)) else {
+        let what = format!(
+            "in the longest step, {} tokens, {name} take {} in one tensor, and {} ({}) takes {} in one",
+            budget.tokens,
+            size(largest as u64),
+            case.choice,
+            case.choice.describe(),
+            size(case.choice.shard_bytes() as u64)
+        );
+        return Err(Error::config(what).with_hint(advice.trim_end_matches("; ").to_owned()));
+    };
     let what = format!(
         "the longest step, {} tokens, is predicted to take {} of memory on {} ({}), and a run may fill {} ({:.0} % of {})",
         budget.tokens,
@@ -182,8 +196,6 @@ pub fn check_fits(case: &Case<'_>, base: &Setting, budget: &Budget, resumes: boo
         100.0 * USABLE,
         size(memory)
     );
-    let advice =
-        nearest(case, base, resumes)?.map(|nearest| advice(case, base, &nearest) + "; ").unwrap_or_default();
     Err(Error::config(what)
         .with_hint(format!("{advice}--max_memory says how much there is, where the device says too little")))
 }
@@ -218,13 +230,17 @@ const CLEARLY_LESS: f64 = 0.8;
 pub fn smaller(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Option<String>> {
     let Some(before) = case.predict(base)? else { return Ok(None) };
     let enough = (before.memory.total() as f64 * CLEARLY_LESS / USABLE) as u64;
+    // As a number that is easily typed.
+    let enough = enough.next_multiple_of(if enough > 1 << 30 { 1 << 20 } else { 1 << 10 });
     let case = Case { memory: Some(case.memory.map_or(enough, |memory| memory.min(enough))), ..case.clone() };
     let found = nearest(&case, base, resumes)?.map(|found| (found.setting.flags(Some(base)), found.budget));
     Ok(found.filter(|(flags, _)| !flags.is_empty()).map(|(flags, budget)| {
         format!(
-            "by the prediction {flags} takes {} instead of {}; other programs may hold the rest",
+            "by the prediction {flags} takes {} instead of {}, together with --max_memory {} where the device says that it has more; \
+             other programs may hold the rest",
             bytes(&budget),
-            bytes(&before)
+            bytes(&before),
+            ByteSize(enough)
         )
     }))
 }
@@ -237,7 +253,7 @@ fn bytes(budget: &Budget) -> String {
 mod tests {
     use super::*;
     use crate::cli::budget::Rows;
-    use crate::config::{ByteSize, TrainArgs};
+    use crate::config::TrainArgs;
     use crate::device::DeviceChoice;
     use crate::model::LlamaConfig;
     use crate::model::presets::preset;
@@ -252,7 +268,7 @@ mod tests {
         let mut args = TrainArgs { gradient_accumulation_steps: Some(16), ..TrainArgs::default() };
         edit(&mut args);
         let config = llama();
-        let case = Case::new(&args, &config, args.lora_rank, Rows::Longest, &choice).unwrap();
+        let case = Case::new(&args, &config, [args.lora_rank; 7], Rows::Longest, &choice).unwrap();
         let base = Setting::of(&args);
         let nearest = nearest(&case, &base, resumes).unwrap().unwrap();
         assert_eq!(nearest.fits, case.fits(&nearest.budget));
@@ -286,7 +302,7 @@ mod tests {
         let choice = DeviceChoice::elsewhere(8_000_000_000);
         let args = TrainArgs { gradient_accumulation_steps: Some(16), ..TrainArgs::default() };
         let config = llama();
-        let case = Case::new(&args, &config, 8, Rows::Longest, &choice).unwrap();
+        let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
         let head = flags.contains("--quantize_lm_head true");
         let longer = Setting {
             quantization_bit: 4,
@@ -312,7 +328,7 @@ mod tests {
         );
         let choice = DeviceChoice::elsewhere(2_000_000_000);
         let (args, config) = (TrainArgs::default(), llama());
-        let case = Case::new(&args, &config, 8, Rows::Longest, &choice).unwrap();
+        let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
         let base = Setting::of(&args);
         let budget = case.predict(&base).unwrap().unwrap();
         let error = check_fits(&case, &base, &budget, false).unwrap_err();
@@ -321,9 +337,37 @@ mod tests {
     }
 
     #[test]
+    fn a_tensor_beyond_the_largest_buffer_is_refused() {
+        let choice = DeviceChoice::elsewhere(400_000_000_000);
+        let args = TrainArgs { batch_size: 16, max_length: 8192, ..TrainArgs::default() };
+        let config = llama();
+        let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
+        let base = Setting::of(&args);
+        let budget = case.predict(&base).unwrap().unwrap();
+        let error = check_fits(&case, &base, &budget, false).unwrap_err();
+        assert!(error.to_string().contains("take 7.0 GiB in one tensor"), "{error}");
+        assert!(error.hint().unwrap().starts_with("--batch_size 4"), "{:?}", error.hint());
+    }
+
+    #[test]
+    fn adapters_on_few_modules_take_little() {
+        let choice = DeviceChoice::elsewhere(24_000_000_000);
+        let (args, config) = (TrainArgs::default(), llama());
+        let adapters = |modules: &[&str]| {
+            let modules: Vec<String> = modules.iter().map(|m| (*m).to_owned()).collect();
+            let ranks = crate::lora::ranks(256, &modules);
+            let case = Case::new(&args, &config, ranks, Rows::Longest, &choice).unwrap();
+            case.predict(&Setting::of(&args)).unwrap().unwrap().memory.adapters
+        };
+        // q_proj: 4096 + 4096, v_proj: 4096 + 1024; four tensors of f32 of each.
+        assert_eq!(adapters(&["q_proj", "v_proj"]), 4 * 4 * 32 * 256 * (8192 + 5120));
+        assert_eq!(adapters(&["v_proj"]), 4 * 4 * 32 * 256 * 5120);
+    }
+
+    #[test]
     fn a_device_that_does_not_say_takes_everything() {
         let (args, config) = (TrainArgs::default(), llama());
-        let mut case = Case::new(&args, &config, 8, Rows::Longest, &DeviceChoice::Cpu).unwrap();
+        let mut case = Case::new(&args, &config, [8; 7], Rows::Longest, &DeviceChoice::Cpu).unwrap();
         case.memory = None;
         let base = Setting::of(&args);
         let budget = case.predict(&base).unwrap().unwrap();
@@ -342,7 +386,7 @@ mod tests {
             ..TrainArgs::default()
         };
         let config = llama();
-        let case = Case::new(&args, &config, 8, Rows::Longest, &choice).unwrap();
+        let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
         assert_eq!(case.memory, Some(16_000_000_000), "the flag goes over the device");
         let base = Setting::of(&args);
         let flags: Vec<_> =

@@ -20,6 +20,7 @@ use crate::demo;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
+use crate::model::llama::Keep;
 use crate::model::presets::{PRESETS, preset};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
 
@@ -51,9 +52,9 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
     };
     let is_elsewhere = is_elsewhere && choice != DeviceChoice::Cpu;
-    let rank = train::rank(args)?;
+    let ranks = train::ranks(args)?;
     let rows = source.pairs.as_deref().map_or(Rows::Longest, Rows::Known);
-    let case = Case::new(args, &source.config, rank, rows, &choice)?;
+    let case = Case::new(args, &source.config, ranks, rows, &choice)?.with_val(&source.val);
     let base = Setting::of(args);
     let none = || Error::config("no row is left to train on");
     let chosen = case.predict(&base)?.ok_or_else(none)?;
@@ -99,6 +100,8 @@ struct Source {
     config: LlamaConfig,
     /// Pairs to train on; none where no tokenizer is at hand.
     pairs: Option<Vec<TokenizedPair>>,
+    /// Pairs to evaluate on.
+    val: Vec<TokenizedPair>,
     /// Pairs to train on, where they can be counted.
     n_pairs: Option<usize>,
     /// Rows that `--max_length` leaves out.
@@ -118,18 +121,20 @@ impl Source {
                 name: format!("{name}, the published shape"),
                 config,
                 pairs: None,
+                val: Vec::new(),
                 n_pairs: count_rows(args)?,
                 n_too_long: 0,
             });
         }
         let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
-        let Data { train, skipped, .. } = Data::load(args, &open)?;
+        let Data { train, val, skipped } = Data::load(args, &open)?;
         let is_too_long = |reason: &str| reason.contains("--max_length is");
         Ok(Self {
             name: open.name.clone(),
             config: open.config,
             n_pairs: Some(train.len()),
             pairs: Some(train),
+            val,
             n_too_long: skipped.iter().filter(|row| is_too_long(&row.reason)).count(),
         })
     }
@@ -205,6 +210,7 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
     table.load_style(styles::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header([
         "settings",
+        "kept",
         "weights",
         "LoRA + optimizer",
         "checkpoints",
@@ -223,7 +229,12 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
             Some(_) => "no",
         };
         let sizes = parts.map(|bytes| size(bytes as u64));
-        [flags].into_iter().chain(sizes).chain([fits.to_owned()]).collect::<Vec<_>>()
+        let kept = match budget.keep {
+            Keep::Input => "inputs",
+            Keep::Attention => "attention",
+            Keep::All => "all",
+        };
+        [flags, kept.to_owned()].into_iter().chain(sizes).chain([fits.to_owned()]).collect::<Vec<_>>()
     };
     table.add_row(cells("as chosen".to_owned(), chosen));
     for (setting, budget) in others {
@@ -233,7 +244,7 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
             n => cells(format!("{flags} (leaves out {} rows)", thousands(n)), budget),
         });
     }
-    for column in table.column_iter_mut().skip(1) {
+    for column in table.column_iter_mut().skip(2) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
@@ -257,7 +268,7 @@ impl Work {
         let mut flops = 0.0;
         for pair in pairs {
             let batch = pack(&[pair], case.loss_compat);
-            let shape = StepShape::of(&batch, case.rank, precision, chosen.keep, false, 0);
+            let shape = StepShape::of(&batch, case.ranks, precision, chosen.keep, false, 0);
             tokens += batch.n_tokens();
             flops += StepFlops::of(case.config, &shape).total();
         }

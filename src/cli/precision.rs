@@ -47,8 +47,9 @@ pub(super) fn resolve(
         "fp16" if choice.computes_f16() => Precision::dense(DType::F16),
         "fp16" => Precision { dtype: DType::F32, linears: Storage::PackedF16, head: Storage::PackedF16 },
         "bf16" => {
+            let fp16 = if choice.computes_f16() { "fp16" } else { "fp16, as which it stores weights," };
             let what = format!(
-                "--dtype {dtype}: {choice} does not compute in bf16; {} can do fp16 and fp32",
+                "--dtype {dtype}: {choice} does not compute in bf16; {} can do {fp16} and fp32",
                 choice.describe()
             );
             return Err(Error::config(what).with_hint(
@@ -97,7 +98,10 @@ mod tests {
     fn what_there_is_not_is_an_error_that_names_what_there_is() {
         let error =
             |dtype, bits, head| resolve(&DeviceChoice::Cpu, dtype, bits, head).unwrap_err().to_string();
-        assert!(error("bf16", 0, false).contains("the CPU can do fp16 and fp32"), "a type");
+        assert!(
+            error("bf16", 0, false).contains("the CPU can do fp16, as which it stores weights, and fp32"),
+            "a type"
+        );
         assert!(error("fp8", 0, false).contains("expected AUTO, bf16, fp16 or fp32"), "no type");
         assert!(error("fp32", 3, false).contains("expected 0, 4 or 8"), "bits");
         assert!(error("fp32", 0, true).contains("not quantised"), "the head alone");

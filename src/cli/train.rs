@@ -22,7 +22,7 @@ use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
-use crate::model::llama::Keep;
+use crate::model::llama::{Keep, LINEAR_NAMES};
 use crate::ops::Kernels;
 use crate::train::loss_scale::LossScaleConfig;
 use crate::train::optim::AdamWConfig;
@@ -44,13 +44,13 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
     let data = Data::load(&args, &open)?;
-    let rank = rank(&args)?;
+    let ranks = ranks(&args)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
         eprintln!("device   {note}");
     }
     let choice = &selected.choice;
-    let case = Case::new(&args, &open.config, rank, Rows::Known(&data.train), choice)?;
+    let case = Case::new(&args, &open.config, ranks, Rows::Known(&data.train), choice)?.with_val(&data.val);
     device::guard("training", choice, || match choice {
         DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &case),
         DeviceChoice::Wgpu { device, .. } => {
@@ -99,13 +99,15 @@ pub fn with_checkpoint(args: TrainArgs) -> Result<TrainArgs> {
     Ok(TrainArgs { resume_from_checkpoint, adapters, ..args })
 }
 
-/// The rank of the run's adapters: that of the adapter it starts from, else that of `--lora_rank`.
+/// The ranks of the run's adapters: those of the adapter it starts from, else those of `--lora_rank` and `--lora_target_modules`.
 ///
 /// # Errors
-/// If that adapter's configuration cannot be read.
-pub fn rank(args: &TrainArgs) -> Result<usize> {
-    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
-    adapter.map_or(Ok(args.lora_rank), |folder| lora::rank_of(folder))
+/// If that adapter's configuration cannot be read, or there is no such module.
+pub fn ranks(args: &TrainArgs) -> Result<[usize; LINEAR_NAMES.len()]> {
+    match args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref()) {
+        Some(folder) => lora::ranks_of(folder),
+        None => Ok(lora::ranks(args.lora_rank, &lora::target_modules(&args.lora_target_modules)?)),
+    }
 }
 
 /// The folder itself if it is a checkpoint, else the newest one of the run that it is.
@@ -169,8 +171,9 @@ fn run_on<B: Kernels>(
         .with_hint("raise --max_steps or --num_train_epochs"));
     }
     // What the device and the adapter brought along goes over the flags, and into the run's own record.
+    let is_auto = args.dtype.eq_ignore_ascii_case("auto");
     let args = &TrainArgs {
-        dtype: precision.dtype_name().to_owned(),
+        dtype: if is_auto { precision.dtype_name().to_owned() } else { args.dtype.clone() },
         lora_rank: lora_config.r,
         lora_alpha: lora_config.lora_alpha,
         lora_target_modules: lora_config.target_modules.clone(),
@@ -182,7 +185,7 @@ fn run_on<B: Kernels>(
     if longest::is_worth_it(case, &budget) {
         let batch = case.longest_batch(args.max_length, batch_size);
         let accumulates = gradient_accumulation_steps > 1;
-        eprintln!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates)?);
+        eprintln!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates, choice)?);
     }
     device::doing("preparing the run");
     let lengths = data.train.iter().map(|pair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len());

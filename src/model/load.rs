@@ -244,10 +244,25 @@ impl Checkpoint {
         data
     }
 
+    /// Counts values that are quantised as `f32`, but made `f16` for a product.
+    fn count_overflow(&self, name: &str, values: &TensorData) {
+        let values = values.as_slice::<f32>().expect("values were read as f32");
+        let n = values.iter().filter(|v| v.is_finite() && f16::from_f32(**v).is_infinite()).count();
+        if n > 0 {
+            *self.lock_reading().flaws.overflowed.entry(name.to_owned()).or_default() += n;
+        }
+    }
+
     /// Hands a tensor to the device, and waits for the device once much has been handed to it.
     fn upload<B: Backend, const D: usize>(&self, data: TensorData, device: &B::Device) -> Tensor<B, D> {
         let (n_bytes, dtype) = (data.bytes.len(), data.dtype);
         let tensor = Tensor::from_data(data, (device, dtype));
+        self.queued::<B>(n_bytes, device);
+        tensor
+    }
+
+    /// Counts what was handed to the device, and waits for it once that is much.
+    fn queued<B: Backend>(&self, n_bytes: usize, device: &B::Device) {
         let mut reading = self.lock_reading();
         reading.queued_bytes += n_bytes;
         if reading.queued_bytes > MAX_QUEUED_BYTES {
@@ -255,7 +270,6 @@ impl Checkpoint {
             drop(reading);
             settle::<B>(device);
         }
-        tensor
     }
 
     /// A matrix left in host memory.
@@ -281,11 +295,16 @@ impl Checkpoint {
             Storage::F16 => Weight::Dense(self.upload(read(DType::F16), device)),
             Storage::PackedF16 => {
                 let halves = read(DType::F16).into_vec::<f16>().expect("values were read as f16");
-                Weight::packed_f16(&halves, shape, device)
+                let weight = Weight::packed_f16(&halves, shape, device);
+                self.queued::<B>(size_of_val(halves.as_slice()), device);
+                weight
             }
             Storage::Int8 | Storage::Nf4 => Weight::quantize(shape, storage, dtype, |range| {
                 let shape = vec![range.len()];
                 let values = self.read(name, start + range.start..start + range.end, shape, DType::F32);
+                if dtype == DType::F16 {
+                    self.count_overflow(name, &values);
+                }
                 self.upload(values, device)
             }),
         }
@@ -340,7 +359,7 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-/// Loads a Llama model. Matrices that are not to be stored dense are quantised on the device, a few MiB at a time. Those of the
+/// Loads a Llama model. Matrices that are not to be stored dense are quantised on the device, at most 32 MiB at a time. Those of the
 /// vocabulary's size are split into shards of at most `shard_bytes`.
 ///
 /// A tied model may come with `embed_tokens`, with `lm_head` or with both; the embedding counts.

@@ -30,9 +30,7 @@ impl Precision {
         };
         Self { dtype, linears: storage, head: storage }
     }
-}
 
-impl Precision {
     /// What `--dtype` knows it by.
     pub fn dtype_name(&self) -> &'static str {
         let is_packed = [self.linears, self.head].contains(&Storage::PackedF16);

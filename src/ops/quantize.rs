@@ -4,8 +4,8 @@
 //! A block is 64 values in a row, as they follow each other in memory:
 //!
 //! ```text
-//! int8   scale = max |v| · (1/127)     code = ⌊v / scale + ½⌋                          v' = code · scale
-//! NF4    scale = max |v|               code = the nearest of 16 levels to v / scale    v' = level[code] · scale
+//! int8   scale = max |v| · (1/127)     code: (code − ½) · scale ≤ v < (code + ½) · scale    v' = code · scale
+//! NF4    scale = max |v|               code: the nearest of 16 levels to v / scale          v' = level[code] · scale
 //! ```
 //!
 //! NF4's scales are quantised in turn: less their mean, in blocks of 256, to the nearest of 256 levels. A weight costs 8.5 bits in
@@ -170,7 +170,7 @@ impl<B: Backend> Weight<B> {
 }
 
 impl<B: Kernels> Weight<B> {
-    /// Quantises a matrix. `values` gives a range of them, row by row, as `f32`; only a few MiB are asked for at a time.
+    /// Quantises a matrix. `values` gives a range of them, row by row, as `f32`; at most 32 MiB are asked for at a time.
     ///
     /// # Panics
     /// If `storage` is neither [`Int8`](Storage::Int8) nor [`Nf4`](Storage::Nf4).

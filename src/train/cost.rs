@@ -4,7 +4,7 @@
 //! of the packed batch, `R` scored rows, `e` bytes of an activation; sizes of the model as in its configuration.
 
 use crate::data::batch::Batch;
-use crate::model::llama::Keep;
+use crate::model::llama::{Keep, LINEAR_NAMES};
 use crate::model::parts::MAX_SHARD_ROWS;
 use crate::model::{LlamaConfig, Precision};
 use crate::ops::attention::Visible;
@@ -19,8 +19,8 @@ pub struct StepShape {
     pub rows: usize,
     /// (query, key) pairs that attend to each other.
     pub visible: usize,
-    /// Rank of the adapters; 0 for none.
-    pub rank: usize,
+    /// Rank of each linear's adapter, in the order of [`LINEAR_NAMES`]; 0 for none.
+    pub ranks: [usize; LINEAR_NAMES.len()],
     /// Types of activations and weights.
     pub precision: Precision,
     /// What of each layer is kept for backward.
@@ -35,7 +35,7 @@ impl StepShape {
     /// The shape of this batch's step.
     pub fn of(
         batch: &Batch,
-        rank: usize,
+        ranks: [usize; LINEAR_NAMES.len()],
         precision: Precision,
         keep: Keep,
         accumulates: bool,
@@ -46,7 +46,7 @@ impl StepShape {
             tokens: batch.n_tokens(),
             rows: batch.rows.len(),
             visible,
-            rank,
+            ranks,
             precision,
             keep,
             accumulates,
@@ -84,14 +84,14 @@ impl StepFlops {
             Keep::Attention => q + k + v + gate + up,
             Keep::All => 0.0,
         };
-        let thin: usize = config.linear_shapes().iter().map(|[n_out, n_in]| n_out + n_in).sum();
+        let adapter = adapter_values(config, shape) as f64;
         Self {
             // Nothing below the first layer's attention learns.
             linears: 2.0 * layers * layer - (q + k + v),
             recompute: layers * again,
             attention: 7.0 * layers * attention_product,
             head: 4.0 * (shape.rows * config.vocab_size * config.hidden_size) as f64,
-            adapters: layers * 3.0 * 2.0 * tokens * (thin * shape.rank) as f64,
+            adapters: layers * 3.0 * 2.0 * tokens * adapter,
         }
     }
 
@@ -99,6 +99,11 @@ impl StepFlops {
     pub fn total(&self) -> f64 {
         self.linears + self.recompute + self.attention + self.head + self.adapters
     }
+}
+
+/// Values of a layer's adapters.
+fn adapter_values(config: &LlamaConfig, shape: &StepShape) -> usize {
+    config.linear_shapes().iter().zip(shape.ranks).map(|([n_out, n_in], rank)| (n_out + n_in) * rank).sum()
 }
 
 /// Device memory of a run in bytes, at its fullest: when backward has computed the last layer's activations again, or in the head.
@@ -135,12 +140,11 @@ impl StepMemory {
         let dense = |storage: Storage, n_values: usize| if storage.is_dense() { 0 } else { e * n_values };
         let scratch = shapes.iter().map(|[n_out, n_in]| dense(linears, n_out * n_in)).max().unwrap_or(0);
         let shard = dense(head, config.vocab_size.min(MAX_SHARD_ROWS) * hidden);
-        let thin: usize = config.linear_shapes().iter().map(|[n_out, n_in]| n_out + n_in).sum();
-        let adapter = F32 * layers * thin * shape.rank;
+        let adapter = F32 * layers * adapter_values(config, shape);
 
         let stream = F32 * tokens * hidden;
         let attention = tokens * (e * q + F32 * config.num_attention_heads);
-        let rank_r = F32 * tokens * shape.rank * config.linear_shapes().len();
+        let rank_r = F32 * tokens * shape.ranks.iter().sum::<usize>();
         // Two norms' outputs, queries, keys and values, and three of the MLP's width.
         let again = e * tokens * (2 * hidden + q + 2 * kv + 3 * inner) + rank_r;
         let (kept, layer) = match shape.keep {
@@ -172,6 +176,18 @@ impl StepMemory {
     }
 }
 
+/// What the largest tensor of a step holds, and its bytes; the head comes in shards that fit.
+pub fn largest_tensor(config: &LlamaConfig, shape: &StepShape) -> (&'static str, usize) {
+    let e = shape.precision.dtype.size();
+    let matrices = config.linear_shapes().map(|[n_out, n_in]| e * n_out * n_in);
+    let all = [
+        ("the weights of a linear layer", matrices.into_iter().fold(0, usize::max)),
+        ("the MLP's activations", e * shape.tokens * config.intermediate_size),
+        ("the rows of the residual stream", size_of::<f32>() * shape.tokens * config.hidden_size),
+    ];
+    all.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or(("nothing", 0))
+}
+
 #[cfg(test)]
 mod tests {
     use burn::tensor::DType;
@@ -186,7 +202,7 @@ mod tests {
             tokens: 3 * half,
             rows: 2 * half,
             visible: half * half / 2 + 2 * (half * half + half * half / 2),
-            rank: 8,
+            ranks: [8; LINEAR_NAMES.len()],
             precision,
             keep,
             accumulates: true,

@@ -95,10 +95,10 @@ fn what_halves_do_not_hold_is_counted_and_refused() {
     const UP: &str = "model.layers.0.mlp.up_proj.weight";
     const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
     let config = demo::config().unwrap();
-    let load = |checkpoint: &Checkpoint, dtype| {
-        load_llama::<Flex>(checkpoint, &config, Precision::dense(dtype), 1 << 20, &Default::default())
-            .map(drop)
+    let load_as = |checkpoint: &Checkpoint, precision| {
+        load_llama::<Flex>(checkpoint, &config, precision, 1 << 20, &Default::default()).map(drop)
     };
+    let load = |checkpoint: &Checkpoint, dtype| load_as(checkpoint, Precision::dense(dtype));
     // 2⁻²⁵ is halfway between 0 and the least number above it, and rounds to the even one; 0 was 0 before.
     let tiny: &[f32] = &[1e-8, -1e-30, 2f32.powi(-25), 2f32.powi(-24), 0.0];
     let small = wide_checkpoint(&[(UP, tiny)]);
@@ -112,6 +112,12 @@ fn what_halves_do_not_hold_is_counted_and_refused() {
         "{error}"
     );
     load(&wide_checkpoint(&[(DOWN, &[1e6])]), DType::F32).unwrap();
+    // Codes hold it; the f16 that they are made for a product does not.
+    for linears in [Storage::Int8, Storage::Nf4] {
+        let precision = Precision { linears, ..Precision::dense(DType::F16) };
+        let error = load_as(&wide_checkpoint(&[(DOWN, &[1e6])]), precision).unwrap_err().to_string();
+        assert!(error.contains(&format!("1 of them in `{DOWN}`")), "{linears:?}: {error}");
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use orpo_wgpu::data::batch::{LossCompat, pack};
 use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::{Llama, Precision};
 use orpo_wgpu::ops::Kernels;
-use orpo_wgpu::ops::quantize::{Storage, Weight};
+use orpo_wgpu::ops::quantize::{Storage, Weight, dequantize_reference};
 use orpo_wgpu::train::step::forward_backward;
 use serde_json::Value;
 
@@ -24,13 +24,14 @@ const PRECISIONS: [Precision; 3] = [
     Precision { dtype: DType::F32, linears: Storage::PackedF16, head: Storage::PackedF16 },
 ];
 
-/// Makes every matrix what it is made for a product, for good.
+/// Makes every matrix what its codes stand for on the host, for good.
 fn densify<B: Kernels>(model: &mut Llama<B>) {
     let linears = model.layers.iter_mut().flat_map(|layer| layer.linears_mut());
     let weights = linears.map(|(_, linear)| &mut linear.weight).chain(&mut model.lm_head.shards);
     for weight in weights {
-        assert!(matches!(weight, Weight::Packed(_)) || weight.dtype() == DType::F32, "a matrix in codes");
-        *weight = Weight::Dense(weight.to_dense());
+        if let Weight::Packed(packed) = weight {
+            *weight = Weight::Dense(dequantize_reference(packed));
+        }
     }
 }
 
@@ -43,7 +44,7 @@ fn check_dense_self<B: Kernels>(device: &B::Device) {
         (values(grads.stats), grads.lora.into_iter().map(values).collect::<Vec<_>>())
     };
     let (exact, _) = case.adapted::<B>(device);
-    let (_, exact_grads) = step(&exact);
+    let (exact_stats, _) = step(&exact);
     for precision in PRECISIONS {
         let (mut model, _) = case.adapted_in::<B>(precision, device);
         let (stats, grads) = step(&model);
@@ -51,8 +52,15 @@ fn check_dense_self<B: Kernels>(device: &B::Device) {
         let (dense_stats, dense_grads) = step(&model);
         assert_close(&stats, &dense_stats, 1e-6, 1e-6, &format!("{precision}: statistics"));
         assert!(relative_distance(&grads, &dense_grads) < 1e-5, "{precision}: gradients");
-        let lost = relative_distance(&grads, &exact_grads);
-        assert!(lost > 1e-5, "{precision}: {lost:e} off the exact ones, so that nothing was quantised");
+        let lost = relative_distance(&[stats], &[exact_stats.clone()]);
+        let most = match precision.linears {
+            Storage::PackedF16 => 1e-3,
+            Storage::Int8 => 0.05,
+            // A model this small and random feels 16 levels; one that was trained does not, as below.
+            _ => 0.6,
+        };
+        println!("{precision}: {lost:.4} of the statistics lost");
+        assert!(lost > 1e-5 && lost < most, "{precision}: {lost:e} off the exact ones");
     }
 }
 

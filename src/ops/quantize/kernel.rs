@@ -27,6 +27,12 @@ fn code_of(value: f32, scale: f32, borders: &Array<f32>, #[comptime] storage: St
         let mut code = 0.0f32;
         if scale > 0.0 {
             code = (value / scale + 0.5).floor();
+            if value >= (code + 0.5) * scale {
+                code += 1.0;
+            }
+            if value < (code - 0.5) * scale {
+                code -= 1.0;
+            }
         }
         u32::cast_from(i32::cast_from(clamp(code, -127.0, 127.0))) & 0xff
     } else {

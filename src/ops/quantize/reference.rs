@@ -42,7 +42,17 @@ pub fn quantize_reference<B: Backend>(
 pub(super) const INT8_STEP: f32 = 1.0 / 127.0;
 
 fn int8_code(value: f32, scale: f32) -> u32 {
-    let code = if scale > 0.0 { (value / scale + 0.5).floor() } else { 0.0 };
+    if scale == 0.0 {
+        return 0;
+    }
+    let mut code = (value / scale + 0.5).floor();
+    // A quotient is not exact on every device; products are.
+    if value >= (code + 0.5) * scale {
+        code += 1.0;
+    }
+    if value < (code - 0.5) * scale {
+        code -= 1.0;
+    }
     (code.clamp(-127.0, 127.0) as i32 as u32) & 0xff
 }
 
