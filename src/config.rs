@@ -158,7 +158,7 @@ pub struct TrainArgs {
     #[arg(long, default_value = "auto", help_heading = "Training")]
     pub device: String,
     /// Memory that the device is taken to have, as 24GB or 8GiB, instead of what it says
-    #[arg(long, visible_alias = "memory", help_heading = "Training")]
+    #[arg(long, help_heading = "Training")]
     pub max_memory: Option<ByteSize>,
 
     /// Steps between lines of the log

@@ -10,7 +10,7 @@ use super::open::{OpenModel, adapter_in};
 use super::precision::PrecisionArgs;
 use crate::demo;
 use crate::device::{self, DeviceChoice};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::infer::chat::{self, Chat, Manner};
 use crate::infer::generate::GenerationConfig;
 use crate::infer::prompts::{Prompt, answer_prompts, read_prompts};
@@ -145,5 +145,12 @@ fn run_on<B: Kernels>(
             }
             (None, None) => chat::run(&mut chat, &mut stdin().lock(), output, notes, manner),
         }
+    })
+    .map_err(|error| match error {
+        Error::OutOfMemory { .. } => error.with_hint(
+            "--dtype fp16, --quantization_bit 8 or 4 and --quantize_lm_head true make the model smaller, a smaller --max_new_tokens what \
+             is kept of a conversation; other programs may hold the rest",
+        ),
+        other => other,
     })
 }

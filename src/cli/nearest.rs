@@ -6,11 +6,12 @@ use crate::config::ByteSize;
 use crate::device::size;
 use crate::error::{Error, Result};
 
-/// The settings that differ from these in one thing each, those whose prediction there is.
+/// The settings that differ from these in one thing each, those whose prediction there is. A run that is resumed keeps its batches and
+/// its rows.
 ///
 /// # Errors
 /// If the chosen settings are none that the device takes.
-pub fn alternatives(case: &Case<'_>, base: &Setting) -> Result<Vec<(Setting, Budget)>> {
+pub fn alternatives(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Vec<(Setting, Budget)>> {
     let resolved =
         precision::resolve(case.choice, &base.dtype, base.quantization_bit, base.quantize_lm_head)?;
     let mut settings = Vec::new();
@@ -21,9 +22,11 @@ pub fn alternatives(case: &Case<'_>, base: &Setting) -> Result<Vec<(Setting, Bud
         let other = Setting { quantization_bit: bits, quantize_lm_head: head, ..base.clone() };
         settings.extend((other != *base).then_some(other));
     }
-    let half = case.longest_row(base.max_length) / 2;
-    settings.push(Setting { max_length: half, ..base.clone() });
-    settings.push(with_batch(base, 1));
+    if !resumes {
+        let half = case.longest_row(base.max_length) / 2;
+        settings.push(Setting { max_length: half, ..base.clone() });
+        settings.push(with_batch(base, 1));
+    }
     settings.push(Setting { gradient_checkpointing: !base.gradient_checkpointing, ..base.clone() });
     let mut predicted = Vec::new();
     for setting in settings.into_iter().filter(|setting| setting != base) {
@@ -390,7 +393,7 @@ mod tests {
         assert_eq!(case.memory, Some(16_000_000_000), "the flag goes over the device");
         let base = Setting::of(&args);
         let flags: Vec<_> =
-            alternatives(&case, &base).unwrap().iter().map(|(s, _)| s.flags(Some(&base))).collect();
+            alternatives(&case, &base, false).unwrap().iter().map(|(s, _)| s.flags(Some(&base))).collect();
         assert_eq!(
             flags,
             [

@@ -64,7 +64,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     print_device(&case, is_elsewhere, &chosen);
     println!("chosen   {}", base.flags(None));
     let resumes = args.resume_from_checkpoint.is_some();
-    let mut others = alternatives(&case, &base)?;
+    let mut others = alternatives(&case, &base, resumes)?;
     let nearest = if case.fits(&chosen) { None } else { nearest(&case, &base, resumes)? };
     if let Some(Nearest { setting, budget, .. }) = &nearest {
         let is_new = !others.iter().any(|(other, _)| other == setting) && *setting != base;
