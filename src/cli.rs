@@ -60,7 +60,8 @@ struct TrainCommand {
 
 /// The whole command line, with every flag in both spellings.
 pub fn command() -> clap::Command {
-    Cli::command().mut_subcommands(with_dashed_aliases)
+    // A flag that is given again wins, so that one can be added to a command that is repeated.
+    Cli::command().mut_subcommands(|command| with_dashed_aliases(command).args_override_self(true))
 }
 
 /// Parses and runs a command line.

@@ -54,16 +54,16 @@ pub struct TrainArgs {
     #[arg(long, default_value = "AUTO", help_heading = "Model")]
     pub dtype: String,
     /// What fp16 multiplies the loss with at first, so that small gradients do not vanish; it falls when gradients overflow
-    #[arg(long, default_value_t = Self::default().fp16_init_scale, help_heading = "Optimizer")]
+    #[arg(long, default_value_t = Self::default().fp16_init_scale, help_heading = "Training")]
     pub fp16_init_scale: f64,
     /// How much the scale grows after fp16_growth_interval steps without an overflow
-    #[arg(long, default_value_t = Self::default().fp16_growth_factor, help_heading = "Optimizer")]
+    #[arg(long, default_value_t = Self::default().fp16_growth_factor, help_heading = "Training")]
     pub fp16_growth_factor: f64,
     /// What is left of the scale after an overflow, whose step is skipped
-    #[arg(long, default_value_t = Self::default().fp16_backoff_factor, help_heading = "Optimizer")]
+    #[arg(long, default_value_t = Self::default().fp16_backoff_factor, help_heading = "Training")]
     pub fp16_backoff_factor: f64,
     /// Steps in a row without an overflow before the scale grows
-    #[arg(long, default_value_t = Self::default().fp16_growth_interval, help_heading = "Optimizer")]
+    #[arg(long, default_value_t = Self::default().fp16_growth_interval, help_heading = "Training")]
     pub fp16_growth_interval: usize,
     /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
     #[arg(long, default_value_t = Self::default().quantization_bit, help_heading = "Model")]

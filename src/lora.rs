@@ -41,16 +41,18 @@ pub struct LoraConfig {
 /// Names every unknown module and the known ones.
 pub fn target_modules(names: &[String]) -> Result<Vec<String>> {
     let known: Vec<&str> = LINEAR_NAMES.iter().map(|name| last_name(name)).collect();
-    if names.iter().any(|name| ["ALL", "all-linear"].contains(&name.as_str())) {
-        return Ok(known.iter().map(|name| (*name).to_owned()).collect());
-    }
-    let unknown: Vec<&str> = names.iter().map(String::as_str).filter(|n| !known.contains(n)).collect();
+    let all = ["ALL", "all-linear"];
+    let is_known = |name: &&str| known.contains(name) || all.contains(name);
+    let unknown: Vec<&str> = names.iter().map(String::as_str).filter(|n| !is_known(n)).collect();
     if !unknown.is_empty() || names.is_empty() {
         return Err(Error::config(format!(
             "--lora_target_modules: no module named `{}`",
             unknown.join("`, `")
         ))
         .with_hint(format!("the modules are ALL, or some of {}", known.join(", "))));
+    }
+    if names.iter().any(|name| all.contains(&name.as_str())) {
+        return Ok(known.into_iter().map(str::to_owned).collect());
     }
     Ok(known.into_iter().filter(|k| names.iter().any(|n| n == k)).map(str::to_owned).collect())
 }

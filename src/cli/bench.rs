@@ -15,7 +15,8 @@ use crate::data::tokenize::TokenizedPair;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
-use crate::model::llama::Keep;
+use crate::model::llama::{Keep, LINEAR_NAMES};
+use crate::model::parts::logits_bytes;
 use crate::model::presets::{PRESETS, preset};
 use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::adamw::grad_norm;
@@ -75,6 +76,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let choice = &selected.choice;
     let precision = args.precision.resolve(choice)?;
+    args.check_fits(&config, precision, choice)?;
     device::guard("the bench", choice, || match choice {
         DeviceChoice::Cpu => run_on::<Flex>(args, &config, precision, &Default::default(), choice),
         DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &config, precision, device, choice),
@@ -105,6 +107,28 @@ impl BenchArgs {
         }
         let num_hidden_layers = self.num_hidden_layers.unwrap_or(config.num_hidden_layers);
         Ok(LlamaConfig { num_hidden_layers, ..config })
+    }
+
+    /// Refuses a model that does not fit the device's memory.
+    fn check_fits(&self, config: &LlamaConfig, precision: Precision, choice: &DeviceChoice) -> Result<()> {
+        let Some(memory) = choice.total_memory() else { return Ok(()) };
+        let batch = self.batch(config);
+        let logits_bytes = logits_bytes(config, precision, choice.shard_bytes(), batch.rows.len());
+        let ranks = [self.lora_rank; LINEAR_NAMES.len()];
+        let shape = StepShape::of(&batch, ranks, precision, self.keep(), false, logits_bytes);
+        let predicted = StepMemory::of(config, &shape).total() as u64;
+        if predicted <= memory {
+            return Ok(());
+        }
+        let what = format!(
+            "a step is predicted to take {} of memory, and {choice} ({}) has {}",
+            size(predicted),
+            choice.describe(),
+            size(memory)
+        );
+        Err(Error::config(what).with_hint(
+            "--num_hidden_layers 2 measures a slice of the model; --quantization_bit 8 or 4, a smaller --max_length or --batch_size take less",
+        ))
     }
 
     fn keep(&self) -> Keep {
@@ -169,7 +193,7 @@ fn run_on<B: Kernels>(
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
     let mut bench = Bench::new(model, batch, args.keep());
 
-    println!("warm-up  the first step, which compiles the kernels");
+    println!("warm-up  the first step, in which a GPU's kernels are compiled");
     let (first_s, _) = bench.timed_step()?;
     println!("         took {first_s:.2} s");
     let mut times = Vec::with_capacity(args.max_steps);

@@ -89,9 +89,19 @@ pub fn print_summary(summary: &Summary, args: &TrainArgs) {
     }
     println!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
     println!("adapter: {}", summary.checkpoint.display());
+    // On the weights that it was trained on.
+    let bits = match args.quantization_bit {
+        0 => String::new(),
+        bits if args.quantize_lm_head => format!("--quantization_bit {bits} --quantize_lm_head true "),
+        bits => format!("--quantization_bit {bits} "),
+    };
     let model = args.model_id_or_path.as_ref();
     let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();
     // As the program was called, so that the line can be pasted.
     let program = std::env::args_os().next().unwrap_or_else(|| env!("CARGO_PKG_NAME").into());
-    println!("talk to it: {} infer {model}--adapters {}", program.display(), summary.checkpoint.display());
+    println!(
+        "talk to it: {} infer {model}{bits}--adapters {}",
+        program.display(),
+        summary.checkpoint.display()
+    );
 }

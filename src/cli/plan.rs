@@ -26,7 +26,7 @@ use crate::train::cost::{StepFlops, StepMemory, StepShape};
 
 /// The share of the best product's rate that a step is taken to run at.
 ///
-/// Whole steps were measured at 33 to 85 % of it: norms, attention and the head come in between, and products of few tokens are slow.
+/// Whole steps were measured at 28 to 85 % of it: norms, attention and the head come in between, and products of few tokens are slow.
 const RATE: f64 = 0.5;
 /// Pairs that are counted where the data set is not known.
 const PAIRS: usize = 1000;
@@ -47,7 +47,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
             selected
                 .note
                 .iter()
-                .for_each(|note| println!("device   {note}; --max_memory 8GB asks about a GPU of 8 GB"));
+                .for_each(|note| println!("device   {note}; --max_memory 8GiB asks about a GPU of 8 GiB"));
             selected.choice
         }
     };
@@ -61,7 +61,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
 
     println!("model    {}, {:.1} million weights", source.name, source.config.n_weights() as f64 / 1e6);
     source.print_data(args);
-    print_device(&case, is_elsewhere, &chosen);
+    print_device(args, &case, is_elsewhere, &chosen);
     println!("chosen   {}", base.flags(None));
     let resumes = args.resume_from_checkpoint.is_some();
     let mut others = alternatives(&case, &base, resumes)?;
@@ -180,14 +180,17 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
     Ok(Some(rows.len()))
 }
 
-fn print_device(case: &Case<'_>, is_elsewhere: bool, chosen: &Budget) {
+fn print_device(args: &TrainArgs, case: &Case<'_>, is_elsewhere: bool, chosen: &Budget) {
     let device = match is_elsewhere {
         true => "a GPU that is not here, and is taken to compute in fp16".to_owned(),
         false => case.choice.describe(),
     };
     let memory = match (case.memory, case.usable()) {
         (Some(memory), Some(usable)) => {
-            let free = if *case.choice == DeviceChoice::Cpu { " free" } else { "" };
+            let free = match case.choice {
+                DeviceChoice::Cpu if args.max_memory.is_none() => " free",
+                _ => "",
+            };
             format!(
                 "{}{free}, of which a run may fill {:.0} %, {}",
                 size(memory),
@@ -305,7 +308,7 @@ impl Work {
     fn time(&self, rate: f64) -> String {
         format!(
             "about {}, without evaluations and saves: at {:.0} % of the {:.3} TFLOP/s of the best product that was measured here just now \
-             (whole steps were seen at 33 to 85 %; `orpo-wgpu bench` measures one)",
+             (whole steps were seen at 28 to 85 %, and far below with models of a few million weights; `orpo-wgpu bench` measures one)",
             duration(self.flops / (RATE * rate)),
             100.0 * RATE,
             rate / 1e12

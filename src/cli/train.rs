@@ -184,6 +184,9 @@ fn run_on<B: Kernels>(
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     if longest::is_worth_it(case, &budget) {
         let batch = case.longest_batch(args.max_length, batch_size);
+        eprintln!(
+            "longest  the longest row is tried first; what the device has not run yet is compiled on the way"
+        );
         let accumulates = gradient_accumulation_steps > 1;
         eprintln!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates, choice)?);
     }
@@ -209,6 +212,7 @@ fn run_on<B: Kernels>(
     let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
     let texts = texts(args, open, &lora_config);
     let mut run = RunFolder::create(&folder, texts, args.save_total_limit, history, tracker)?;
+    eprintln!("output   {}", folder.display());
     let memory = || choice.memory_bytes();
     let mut progress = Progress::new(settings.schedule.max_steps, first_step, args.profile, &memory);
     let data = TrainData { train: &data.train, val: &data.val };

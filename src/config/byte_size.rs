@@ -27,16 +27,21 @@ impl FromStr for ByteSize {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let fails = || {
-            format!("`{text}` is no size: expected 24GB (1 GB = 10^9 bytes), 8GiB (1 GiB = 2^30) or bytes")
+            format!(
+                "`{text}` is no size: expected 24GiB (1 GiB = 2^30 bytes, as cards are sold), 24GB (1 GB = 10^9) or bytes"
+            )
         };
         let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let (number, unit) = (&text[..end], text[end..].trim());
         let factor = match unit {
             "" | "B" => 1,
+            // As cards are sold: 24 G are 24 GiB.
+            "G" | "g" => 1 << 30,
             unit => UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit)).ok_or_else(fails)?.1,
         };
         let bytes = number.parse::<f64>().map_err(|_| fails())? * factor as f64;
-        if bytes >= 1.0 && bytes < u64::MAX as f64 { Ok(Self(bytes as u64)) } else { Err(fails()) }
+        // Less than a KiB is a unit that was forgotten.
+        if bytes >= 1024.0 && bytes < u64::MAX as f64 { Ok(Self(bytes as u64)) } else { Err(fails()) }
     }
 }
 
@@ -72,6 +77,7 @@ mod tests {
         for (text, bytes) in [
             ("24GB", 24_000_000_000),
             ("8GiB", 8 << 30),
+            ("24G", 24 << 30),
             ("1.5 gb", 1_500_000_000),
             ("700mib", 700 << 20),
             ("4096", 4096),
@@ -81,8 +87,8 @@ mod tests {
             assert_eq!(size.to_string().parse::<ByteSize>(), Ok(size), "{text}");
         }
         assert_eq!(ByteSize(24_000_000_000).to_string(), "24GB");
-        for text in ["", "GB", "24G", "0GB", "-1GB", "1.2.3GB", "1e9"] {
-            assert!(text.parse::<ByteSize>().unwrap_err().contains("expected 24GB"), "{text}");
+        for text in ["", "GB", "24", "24T", "0GB", "-1GB", "1.2.3GB", "1e9"] {
+            assert!(text.parse::<ByteSize>().unwrap_err().contains("expected 24GiB"), "{text}");
         }
     }
 }
