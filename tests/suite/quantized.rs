@@ -52,7 +52,7 @@ fn check_dense_self<B: Kernels>(device: &B::Device) {
         let (dense_stats, dense_grads) = step(&model);
         assert_close(&stats, &dense_stats, 1e-6, 1e-6, &format!("{precision}: statistics"));
         assert!(relative_distance(&grads, &dense_grads) < 1e-5, "{precision}: gradients");
-        let lost = relative_distance(&[stats], &[exact_stats.clone()]);
+        let lost = relative_distance(&[stats], std::slice::from_ref(&exact_stats));
         let most = match precision.linears {
             Storage::PackedF16 => 1e-3,
             Storage::Int8 => 0.05,
