@@ -47,18 +47,32 @@ pub(crate) fn adapter() -> Option<WgpuDevice> {
     static DEVICE: LazyLock<Option<WgpuDevice>> =
         LazyLock::new(|| match device::select("wgpu").ok()?.choice {
             DeviceChoice::Wgpu { device, .. } => Some(device),
-            DeviceChoice::Cpu => None,
+            _ => None,
         });
-    if DEVICE.is_some() {
-        return DEVICE.clone();
+    if DEVICE.is_none() {
+        may_be_left_out("no wgpu adapter; a software one will do");
     }
+    DEVICE.clone()
+}
+
+/// The same of CUDA: its first GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda() -> Option<burn_cuda::CudaDevice> {
+    static GPUS: LazyLock<device::CudaGpus> = LazyLock::new(device::gpus);
+    match &*GPUS {
+        Ok(gpus) => Some(gpus[0].device()),
+        Err(missing) => {
+            may_be_left_out(&format!("no CUDA: {}; {}", missing.problem, missing.hint));
+            None
+        }
+    }
+}
+
+/// Leaves the test out, where that is allowed.
+fn may_be_left_out(why: &str) {
     let is_allowed = std::env::var("ORPO_WGPU_SKIP_GPU").is_ok_and(|value| value == "1");
-    assert!(
-        is_allowed,
-        "no wgpu adapter; a software one will do, and ORPO_WGPU_SKIP_GPU=1 leaves these tests out"
-    );
-    left_out("there is no wgpu adapter");
-    None
+    assert!(is_allowed, "{why}; ORPO_WGPU_SKIP_GPU=1 leaves these tests out");
+    left_out(why);
 }
 
 /// Says that this test is left out, and why.
