@@ -43,10 +43,7 @@ impl Budget {
             return predict(Keep::All);
         }
         let more = predict(Keep::Attention);
-        let room = match choice {
-            DeviceChoice::Cpu => None,
-            DeviceChoice::Wgpu { adapter, .. } => adapter.memory_bytes.map(|bytes| bytes as f64 * USABLE),
-        };
+        let room = choice.device_memory().map(|bytes| bytes as f64 * USABLE);
         match room {
             Some(room) if more.memory.total() as f64 <= room => more,
             _ => predict(Keep::Input),

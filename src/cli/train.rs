@@ -56,6 +56,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
         DeviceChoice::Wgpu { device, .. } => {
             run_on::<Wgpu>(&args, &open, target_modules, &data, device, choice)
         }
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(gpu) => {
+            run_on::<burn_cuda::Cuda>(&args, &open, target_modules, &data, &gpu.device(), choice)
+        }
     })
 }
 
@@ -127,8 +131,8 @@ fn run_on<B: Kernels>(
         ..args.clone()
     };
     describe(args, open, &model, data, &settings, choice, &loaded);
-    if let DeviceChoice::Wgpu { adapter, .. } = choice {
-        let room = adapter.memory_bytes.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
+    if *choice != DeviceChoice::Cpu {
+        let room = choice.device_memory().map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
         let kept = match budget.keep {
             Keep::Input => "layers run again in backward",
             Keep::Attention => "layers run again in backward, but for attention",
