@@ -10,7 +10,7 @@ use crate::ops::quantize::Storage;
 /// The flags of `infer` and `bench`; `train` has them among its own.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct PrecisionArgs {
-    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
+    /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
     #[arg(long, default_value = "AUTO")]
     dtype: String,
     /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
@@ -30,7 +30,7 @@ impl PrecisionArgs {
 
 /// The precision of a model on a device.
 ///
-/// `AUTO` is fp16 on a GPU that computes in it. A software adapter converts every value, and is faster in fp32. On a device that does
+/// `AUTO` is bf16 on a GPU that computes in it, else fp16 likewise. A software adapter converts every value, and is faster in fp32. On a device that does
 /// not compute in fp16, that is how weights are stored.
 ///
 /// # Errors
@@ -42,10 +42,12 @@ pub(super) fn resolve(
     quantize_lm_head: bool,
 ) -> Result<Precision> {
     let precision = match dtype.to_ascii_lowercase().as_str() {
+        "auto" if choice.computes_bf16() => Precision::dense(DType::BF16),
         "auto" if choice.computes_f16() && !choice.is_software() => Precision::dense(DType::F16),
         "auto" | "fp32" => Precision::dense(DType::F32),
         "fp16" if choice.computes_f16() => Precision::dense(DType::F16),
         "fp16" => Precision { dtype: DType::F32, linears: Storage::PackedF16, head: Storage::PackedF16 },
+        "bf16" if choice.computes_bf16() => Precision::dense(DType::BF16),
         "bf16" => {
             let what = format!(
                 "--dtype {dtype}: {choice} does not compute in bf16; {} can do fp16 and fp32",
