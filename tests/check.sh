@@ -24,8 +24,10 @@ done
 set -x
 cargo fmt --check
 cargo clippy --locked --all-targets -- -D warnings
-cargo test --locked
-suite=$(cargo test --locked --no-run --test suite --message-format=json | grep -o '"executable":"[^"]*/suite-[^"]*"' | cut -d '"' -f 4)
+cargo clippy --locked --all-targets --features cuda -- -D warnings
+# With CUDA compiled in, so that dependencies are built once; the tests under cuda:: need an NVIDIA GPU.
+cargo test --locked --features cuda -- --skip cuda::
+suite=$(cargo test --locked --features cuda --no-run --test suite --message-format=json | grep -o '"executable":"[^"]*/suite-[^"]*"' | cut -d '"' -f 4)
 if command -v apt-get >/dev/null; then
     ORPO_WGPU_NEED_MATRICES=1 bash tests/newer_mesa.sh "$suite" --exact gpu::product::every_matrix_variant_multiplies \
         gpu::lora_linear::on_matrices gpu::token_logps::gpu_takes_a_weight_of_halves | tee target/matrices.log

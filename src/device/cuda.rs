@@ -82,8 +82,8 @@ mod found {
 
     const DRIVER: &str = "install NVIDIA's driver; on Debian `apt-get install nvidia-driver`, on Ubuntu \
                           `ubuntu-drivers install`; --device wgpu and cpu need none";
-    const TOOLKIT: &str = "install CUDA 12, or of its packages cuda-nvrtc-12-8 and cuda-cudart-dev-12-8; where it is not in \
-                           /usr/local/cuda, CUDA_PATH names its folder and LD_LIBRARY_PATH that of NVRTC";
+    const TOOLKIT: &str = "install CUDA 12, or the Python packages nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12; where it is \
+                           not in /usr/local/cuda, CUDA_PATH names the folder that has include, LD_LIBRARY_PATH that of NVRTC";
 
     /// See the function of this name without the feature.
     ///

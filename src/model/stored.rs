@@ -159,3 +159,31 @@ impl fmt::Debug for HostMatrix {
         write!(f, "HostMatrix({:?} {:?})", self.0.dtype, self.0.shape)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(bytes: Vec<u8>, dtype: Dtype) -> StoredTensor {
+        let range = 0..bytes.len();
+        let n_values = bytes.len() * 8 / dtype.bitsize();
+        StoredTensor { bytes: Arc::new(bytes), range, dtype, shape: vec![n_values] }
+    }
+
+    #[test]
+    fn stored_brain_floats_are_copied_bit_by_bit() {
+        // Every pattern, with infinities, NaNs and subnormals; more than a block of them.
+        let bits: Vec<u16> = (0..=u16::MAX).collect();
+        let tensor = stored(bits.iter().flat_map(|b| b.to_le_bytes()).collect(), Dtype::BF16);
+        let got: Vec<u16> = tensor.brain_floats(1..bits.len()).iter().map(|value| value.to_bits()).collect();
+        assert_eq!(got, bits[1..]);
+    }
+
+    #[test]
+    fn other_types_are_rounded_to_brain_floats() {
+        let values: Vec<f32> = (0..2 * BLOCK + 3).map(|i| 1.0 + i as f32 / 1000.0).collect();
+        let tensor = stored(values.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::F32);
+        let want: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
+        assert_eq!(tensor.brain_floats(0..values.len()), want);
+    }
+}

@@ -13,7 +13,7 @@ mod gpu {
     mod on {
         pub(super) use burn_wgpu::{Wgpu as Gpu, WgpuDevice as GpuDevice, WgpuRuntime as GpuRuntime};
 
-        pub(super) use crate::support::adapter;
+        pub(crate) use crate::support::{STORED, adapter};
     }
     mod adamw;
     mod attention;
@@ -35,7 +35,7 @@ mod gpu {
 mod plain_engine {
     mod on {
         pub(super) use crate::plain_runtime::{Plain as GpuRuntime, PlainBackend as Gpu};
-        pub(super) use crate::support::adapter;
+        pub(crate) use crate::support::{STORED, adapter};
         pub(super) use burn_wgpu::WgpuDevice as GpuDevice;
     }
     #[expect(clippy::duplicate_mod, reason = "the same tests on another backend")]
@@ -52,7 +52,7 @@ mod cuda {
         pub(super) use burn::cubecl::cuda::CudaRuntime as GpuRuntime;
         pub(super) use burn_cuda::{Cuda as Gpu, CudaDevice as GpuDevice};
 
-        pub(super) use crate::support::cuda as adapter;
+        pub(crate) use crate::support::{STORED_ON_CUDA as STORED, cuda as adapter};
     }
     mod adamw;
     mod attention;
@@ -64,6 +64,7 @@ mod cuda {
     mod swiglu;
     mod tensors;
     mod token_logps;
+    mod training;
 }
 mod infer;
 mod load;

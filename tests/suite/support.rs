@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::sync::LazyLock;
 
+use burn::tensor::DType;
 use burn_wgpu::WgpuDevice;
 use orpo_wgpu::device::{self, DeviceChoice};
 
@@ -36,6 +37,13 @@ pub(crate) fn assert_close(got: &[f32], want: &[f32], atol: f32, rtol: f32, what
         );
     }
 }
+
+/// The types that activations are stored in, with the relative error that a result of them may have.
+pub(crate) const STORED: &[(DType, f32)] = &[(DType::F32, 1e-4), (DType::F16, 2e-3)];
+/// The same on CUDA.
+#[cfg(feature = "cuda")]
+pub(crate) const STORED_ON_CUDA: &[(DType, f32)] =
+    &[(DType::F32, 1e-4), (DType::F16, 2e-3), (DType::BF16, 1.6e-2)];
 
 /// Gives the device to test on: the first adapter, software or not. It is looked up once, as listing the adapters loads every driver.
 ///

@@ -4,13 +4,13 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
-use half::f16;
+use half::{bf16, f16};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::lora_linear::{
     InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
 };
 
-use super::on::{Gpu, GpuDevice, GpuRuntime, adapter};
+use super::on::{Gpu, GpuDevice, GpuRuntime, STORED, adapter};
 use crate::gpu::product::{ATOL, ATOL_F16, ATOL_MATRICES, RTOL, RTOL_F16, RTOL_MATRICES, matrix_sizes};
 use crate::support::{Numbers, assert_close, has_matrices};
 
@@ -50,6 +50,10 @@ pub(super) struct Types {
 }
 
 pub(super) const F32: Types = Types { x: DType::F32, weight: DType::F32, dy: DType::F32, out: DType::F32 };
+/// The last bit of a bf16, of sums whose terms were rounded to it.
+const ATOL_BF16: f32 = 1e-2;
+const RTOL_BF16: f32 = 8e-3;
+
 const F16: Types = Types { x: DType::F16, weight: DType::F16, dy: DType::F16, out: DType::F16 };
 
 /// What the gradient by the input is to be.
@@ -89,11 +93,13 @@ impl<B: Backend> Inputs<B> {
         let mut numbers = Numbers::new(7);
         let mut typed = |rows: usize, columns: usize, size: f32, dtype: DType| {
             let mut values = numbers.vec(rows * columns, size);
-            if dtype == DType::F16 {
-                values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32());
+            match dtype {
+                DType::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+                DType::BF16 => values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
+                _ => {}
             }
             let tensor = Tensor::<B, 2>::from_data(TensorData::new(values, [rows, columns]), device);
-            if is_f32 || dtype == DType::F32 { tensor } else { tensor.cast(FloatDType::F16) }
+            if is_f32 || dtype == DType::F32 { tensor } else { tensor.cast(FloatDType::from(dtype)) }
         };
         let root = |n: usize| 1.0 / (n as f32).sqrt();
         Self {
@@ -181,6 +187,8 @@ pub(super) fn compare(case: Case, device: &GpuDevice) {
         let (atol, rtol) = match dtype {
             _ if rounds(which) => (ATOL_MATRICES, RTOL_MATRICES),
             DType::F16 => (ATOL_F16, RTOL_F16),
+            // Also of what is `f32` and was rounded on its way to a product with such a weight.
+            _ if [types.weight, dtype].contains(&DType::BF16) => (ATOL_BF16, RTOL_BF16),
             _ => (ATOL, RTOL),
         };
         assert_close(got, want, atol, rtol, what);
@@ -220,17 +228,21 @@ fn without_an_adapter() {
 #[test]
 fn with_16_bit_floats() {
     let Some(device) = adapter() else { return };
-    let mixes = [
-        F16,
-        Types { out: DType::F32, ..F16 },
-        Types { weight: DType::F16, ..F32 },
-        Types { weight: DType::F32, ..F16 },
-        Types { dy: DType::F32, ..F16 },
-        Types { out: DType::F16, ..F32 },
-    ];
+    let mixes = |half| {
+        let halves = Types { x: half, weight: half, dy: half, out: half };
+        [
+            halves,
+            Types { out: DType::F32, ..halves },
+            Types { weight: half, ..F32 },
+            Types { weight: DType::F32, ..halves },
+            Types { dy: DType::F32, ..halves },
+            Types { out: half, ..F32 },
+        ]
+    };
     let shapes = [[7, 107, 331, 5], [65, 64, 256, 8], [130, 331, 107, 100], [1100, 24, 40, 4]];
-    for shape in shapes {
-        for (i, types) in mixes.into_iter().enumerate() {
+    let halves = STORED.iter().map(|(dtype, _)| *dtype).filter(|dtype| *dtype != DType::F32);
+    for (half, shape) in halves.flat_map(|half| shapes.map(|shape| (half, shape))) {
+        for (i, types) in mixes(half).into_iter().enumerate() {
             let (has_adapter, has_residual) = (i % 3 < 2, i % 2 == 1);
             let input = if has_residual { Input::AddTo } else { Input::New };
             compare(Case { shape, has_adapter, has_residual, input, types }, &device);

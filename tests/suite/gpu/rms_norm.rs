@@ -62,7 +62,7 @@ fn reference(shape: [usize; 2], dtype: DType) -> [Vec<f32>; 3] {
 #[test]
 fn output_and_gradient() {
     let Some(device) = adapter() else { return };
-    for (dtype, rtol) in STORED {
+    for &(dtype, rtol) in STORED {
         let n_shapes = if dtype == DType::F32 { SHAPES.len() } else { SHAPES.len() - 1 };
         for shape in SHAPES.into_iter().take(n_shapes) {
             let Inputs { x, weight, dy, sum } = inputs::<Gpu>(shape, dtype, &device);

@@ -42,7 +42,7 @@ fn reference(shape: [usize; 3], dtype: DType) -> [Vec<f32>; 2] {
 #[test]
 fn output_and_gradient() {
     let Some(device) = adapter() else { return };
-    for (dtype, rtol) in STORED {
+    for &(dtype, rtol) in STORED {
         for shape in SHAPES {
             let (table, x, dy) = inputs::<Gpu>(shape, dtype, &device);
             // Held twice here, so that nothing is written over; given away below, so that everything is.

@@ -37,7 +37,7 @@ fn reference(shape: [usize; 2], dtype: DType) -> [Vec<f32>; 3] {
 #[test]
 fn output_and_gradients() {
     let Some(device) = adapter() else { return };
-    for (dtype, rtol) in STORED {
+    for &(dtype, rtol) in STORED {
         for shape in &SHAPES[..7] {
             let [dh, gate, up] = inputs::<Gpu>(*shape, dtype, &device);
             // Held twice here, so that nothing is written over; given away below, so that everything is.
