@@ -95,6 +95,21 @@ mod tests {
         assert_eq!(cpu("auto", 8, false).unwrap().linears, Storage::Int8);
     }
 
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn auto_is_bf16_from_ampere_on_and_fp16_before() {
+        let resolved = |compute_capability, dtype, bits| {
+            let name = "a GPU".to_owned();
+            let gpu = crate::device::CudaGpu { index: 0, name, memory_bytes: 1 << 34, compute_capability };
+            resolve(&DeviceChoice::Cuda(gpu), dtype, bits, false)
+        };
+        assert_eq!(resolved((8, 0), "AUTO", 0).unwrap(), Precision::dense(DType::BF16));
+        assert_eq!(resolved((8, 9), "bf16", 4).unwrap().to_string(), "bf16 with NF4 linear layers");
+        assert_eq!(resolved((8, 0), "fp16", 0).unwrap(), Precision::dense(DType::F16));
+        assert_eq!(resolved((7, 5), "AUTO", 0).unwrap(), Precision::dense(DType::F16));
+        assert!(resolved((7, 5), "bf16", 0).unwrap_err().to_string().contains("does not compute in bf16"));
+    }
+
     #[test]
     fn what_there_is_not_is_an_error_that_names_what_there_is() {
         let error =

@@ -71,7 +71,6 @@ pub use found::gpus;
 #[cfg(feature = "cuda")]
 mod found {
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::path::Path;
 
     use burn::cubecl::cuda::install;
     use cudarc::driver::result::{self as driver, DriverError};
@@ -82,8 +81,11 @@ mod found {
 
     const DRIVER: &str = "install NVIDIA's driver; on Debian `apt-get install nvidia-driver`, on Ubuntu \
                           `ubuntu-drivers install`; --device wgpu and cpu need none";
-    const TOOLKIT: &str = "install CUDA 12, or the Python packages nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12; where it is \
-                           not in /usr/local/cuda, CUDA_PATH names the folder that has include, LD_LIBRARY_PATH that of NVRTC";
+    const TOOLKIT: &str = "install CUDA 12, of which its NVRTC and header files are used; where it is not in /usr/local/cuda, \
+                           CUDA_PATH names its folder and LD_LIBRARY_PATH that of NVRTC";
+
+    /// Of CUDA's parts for the runtime and, for tensor cores, for its compiler.
+    const HEADERS: [&str; 3] = ["cuda_runtime.h", "cuda_fp16.h", "crt/mma.h"];
 
     /// See the function of this name without the feature.
     ///
@@ -116,20 +118,16 @@ mod found {
                 TOOLKIT,
             );
         }
-        match install::cuda_path() {
-            Some(path) if has_headers(&path) => Ok(gpus),
-            Some(path) => missing(
-                format!("there is no include/cuda_fp16.h in {}, which the kernels need", path.display()),
+        let Some(path) = install::cuda_path() else {
+            return missing("there are no CUDA headers, which the kernels need".to_owned(), TOOLKIT);
+        };
+        match HEADERS.iter().find(|header| !path.join("include").join(header).exists()) {
+            Some(header) => missing(
+                format!("{} has no include/{header}, which the kernels need", path.display()),
                 TOOLKIT,
             ),
-            None => {
-                missing("there are no CUDA headers (cuda_fp16.h), which the kernels need".to_owned(), TOOLKIT)
-            }
+            None => Ok(gpus),
         }
-    }
-
-    fn has_headers(path: &Path) -> bool {
-        path.join("include/cuda_fp16.h").exists()
     }
 
     fn list() -> Result<Vec<CudaGpu>, DriverError> {
