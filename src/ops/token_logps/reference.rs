@@ -6,7 +6,7 @@ use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
 use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
 use crate::ops::{Kernels, to_f32};
 
-/// [`Kernels::token_logps_forward`](crate::ops::Kernels::token_logps_forward) in plain burn tensors.
+/// [`Kernels::token_logps_forward`] in plain burn tensors.
 pub fn token_logps_reference<B: Kernels>(
     hidden: Tensor<B, 2>,
     head: &Head<B>,
@@ -85,7 +85,7 @@ impl<B: Backend> PartialSoftmax<B> {
     }
 }
 
-/// [`Kernels::token_logps_backward`](crate::ops::Kernels::token_logps_backward) in plain burn tensors.
+/// [`Kernels::token_logps_backward`] in plain burn tensors.
 pub fn token_logps_backward_reference<B: Kernels>(
     dlogps: Tensor<B, 1>,
     expected: ExpectedRows<B>,
