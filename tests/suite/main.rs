@@ -13,7 +13,7 @@ mod gpu {
     mod on {
         pub(super) use burn_wgpu::{Wgpu as Gpu, WgpuDevice as GpuDevice, WgpuRuntime as GpuRuntime};
 
-        pub(crate) use crate::support::{STORED, adapter};
+        pub(crate) use crate::support::{adapter, stored_types};
     }
     mod adamw;
     mod attention;
@@ -35,7 +35,7 @@ mod gpu {
 mod plain_engine {
     mod on {
         pub(super) use crate::plain_runtime::{Plain as GpuRuntime, PlainBackend as Gpu};
-        pub(crate) use crate::support::{STORED, adapter};
+        pub(crate) use crate::support::{adapter, stored_types};
         pub(super) use burn_wgpu::WgpuDevice as GpuDevice;
     }
     #[expect(clippy::duplicate_mod, reason = "the same tests on another backend")]
@@ -52,7 +52,7 @@ mod cuda {
         pub(super) use burn::cubecl::cuda::CudaRuntime as GpuRuntime;
         pub(super) use burn_cuda::{Cuda as Gpu, CudaDevice as GpuDevice};
 
-        pub(crate) use crate::support::{STORED_ON_CUDA as STORED, cuda as adapter};
+        pub(crate) use crate::support::{cuda as adapter, stored_types_on_cuda as stored_types};
     }
     mod adamw;
     mod attention;

@@ -10,7 +10,7 @@ use orpo_wgpu::ops::lora_linear::{
     InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
 };
 
-use super::on::{Gpu, GpuDevice, GpuRuntime, STORED, adapter};
+use super::on::{Gpu, GpuDevice, GpuRuntime, adapter, stored_types};
 use crate::gpu::product::{ATOL, ATOL_F16, ATOL_MATRICES, RTOL, RTOL_F16, RTOL_MATRICES, matrix_sizes};
 use crate::support::{Numbers, assert_close, has_matrices};
 
@@ -240,7 +240,7 @@ fn with_16_bit_floats() {
         ]
     };
     let shapes = [[7, 107, 331, 5], [65, 64, 256, 8], [130, 331, 107, 100], [1100, 24, 40, 4]];
-    let halves = STORED.iter().map(|(dtype, _)| *dtype).filter(|dtype| *dtype != DType::F32);
+    let halves = stored_types().into_iter().map(|(dtype, _)| dtype).filter(|dtype| *dtype != DType::F32);
     for (half, shape) in halves.flat_map(|half| shapes.map(|shape| (half, shape))) {
         for (i, types) in mixes(half).into_iter().enumerate() {
             let (has_adapter, has_residual) = (i % 3 < 2, i % 2 == 1);

@@ -8,7 +8,7 @@ use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::rope::{RopeTable, rope, rope_backward, rope_reference};
 
 use super::on::{Gpu, adapter};
-use super::tensors::{STORED, bits, random, values};
+use super::tensors::{bits, random, stored_types, values};
 use crate::support::{Numbers, assert_close};
 
 const ATOL: f32 = 1e-6;
@@ -42,7 +42,7 @@ fn reference(shape: [usize; 3], dtype: DType) -> [Vec<f32>; 2] {
 #[test]
 fn output_and_gradient() {
     let Some(device) = adapter() else { return };
-    for &(dtype, rtol) in STORED {
+    for (dtype, rtol) in stored_types() {
         for shape in SHAPES {
             let (table, x, dy) = inputs::<Gpu>(shape, dtype, &device);
             // Held twice here, so that nothing is written over; given away below, so that everything is.

@@ -8,7 +8,7 @@ use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::swiglu::{swiglu, swiglu_backward, swiglu_reference};
 
 use super::on::{Gpu, adapter};
-use super::tensors::{STORED, bits, central_differences, random, stored, values};
+use super::tensors::{bits, central_differences, random, stored, stored_types, values};
 use crate::support::{Numbers, assert_close};
 
 const ATOL: f32 = 1e-6;
@@ -37,7 +37,7 @@ fn reference(shape: [usize; 2], dtype: DType) -> [Vec<f32>; 3] {
 #[test]
 fn output_and_gradients() {
     let Some(device) = adapter() else { return };
-    for &(dtype, rtol) in STORED {
+    for (dtype, rtol) in stored_types() {
         for shape in &SHAPES[..7] {
             let [dh, gate, up] = inputs::<Gpu>(*shape, dtype, &device);
             // Held twice here, so that nothing is written over; given away below, so that everything is.

@@ -3,7 +3,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 
-pub(crate) use super::on::STORED;
+pub(crate) use super::on::stored_types;
 use crate::support::Numbers;
 
 /// Numbers in `[-size, size)`, stored in `dtype`.
