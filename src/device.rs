@@ -4,16 +4,19 @@
 //! Metal). Other APIs are never loaded: they would list the same GPUs again and write noise to headless terminals.
 
 mod adapter;
+mod cuda;
 mod guard;
 mod room;
 
 use std::fmt;
 use std::str::FromStr;
 
+use burn::cubecl::Runtime;
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 pub use adapter::{Adapter, DeviceType, adapters, api};
+pub use cuda::{CudaGpu, CudaGpus, Missing, gpus};
 pub use guard::{doing, guard};
 
 use crate::error::{Error, Result};
@@ -64,6 +67,9 @@ pub enum DeviceChoice {
         /// What is known of it.
         adapter: Box<Adapter>,
     },
+    /// An NVIDIA GPU through CUDA.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaGpu),
 }
 
 impl fmt::Display for DeviceChoice {
@@ -71,6 +77,8 @@ impl fmt::Display for DeviceChoice {
         match self {
             Self::Cpu => f.write_str("cpu"),
             Self::Wgpu { adapter, .. } => write!(f, "wgpu:{}", adapter.index),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => write!(f, "cuda:{}", gpu.index),
         }
     }
 }
@@ -81,12 +89,28 @@ impl DeviceChoice {
         match self {
             Self::Cpu => "the CPU".to_owned(),
             Self::Wgpu { adapter, .. } => format!("{}, {}", adapter.name, adapter.api),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => format!("{}, CUDA", gpu.name),
         }
     }
 
     /// Whether it computes in `f16`.
     pub fn computes_f16(&self) -> bool {
-        matches!(self, Self::Wgpu { adapter, .. } if adapter.f16)
+        match self {
+            Self::Cpu => false,
+            Self::Wgpu { adapter, .. } => adapter.f16,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => gpu.computes_f16(),
+        }
+    }
+
+    /// Whether it computes in `bf16`, which neither WGSL nor the CPU's kernels know.
+    pub fn computes_bf16(&self) -> bool {
+        match self {
+            Self::Cpu | Self::Wgpu { .. } => false,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => gpu.computes_bf16(),
+        }
     }
 
     /// Whether it is a processor behind a GPU's interface.
@@ -101,6 +125,8 @@ impl DeviceChoice {
             Self::Wgpu { adapter, .. } => {
                 usize::try_from(adapter.shard_bytes()).unwrap_or(isize::MAX as usize)
             }
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => usize::try_from(gpu.shard_bytes()).unwrap_or(isize::MAX as usize),
         }
     }
 
@@ -109,12 +135,15 @@ impl DeviceChoice {
     pub fn memory_bytes(&self) -> u64 {
         match self {
             Self::Cpu => memory_stats::memory_stats().map_or(0, |stats| stats.physical_mem as u64),
-            Self::Wgpu { device, .. } => {
-                let client = <WgpuRuntime as burn::cubecl::Runtime>::client(device);
-                client.memory_usage().map_or(0, |usage| usage.bytes_reserved)
-            }
+            Self::Wgpu { device, .. } => reserved::<WgpuRuntime>(device),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => reserved::<burn::cubecl::cuda::CudaRuntime>(&gpu.device()),
         }
     }
+}
+
+fn reserved<R: Runtime>(device: &R::Device) -> u64 {
+    R::client(device).memory_usage().map_or(0, |usage| usage.bytes_reserved)
 }
 
 /// What [`select`] found.
@@ -134,17 +163,26 @@ pub fn select(text: &str) -> Result<Selected> {
     match text.parse()? {
         // Asked for the CPU, no driver is so much as loaded.
         DeviceRequest::Cpu => Ok(Selected { choice: DeviceChoice::Cpu, note: None }),
-        request => select_from(request, &adapters()),
+        DeviceRequest::Cuda(index) => take_cuda(index, &gpus()),
+        request @ DeviceRequest::Wgpu(_) => select_from(request, &gpus(), &adapters()),
+        DeviceRequest::Auto => {
+            let gpus = gpus();
+            // Nor is Vulkan, where CUDA is taken.
+            let adapters = if gpus.is_ok() { Vec::new() } else { adapters() };
+            select_from(DeviceRequest::Auto, &gpus, &adapters)
+        }
     }
 }
 
-/// [`select`] among these adapters.
+/// [`select`] among these GPUs and adapters.
 ///
 /// # Errors
 /// As [`select`].
-pub fn select_from(request: DeviceRequest, adapters: &[Adapter]) -> Result<Selected> {
+pub fn select_from(request: DeviceRequest, gpus: &CudaGpus, adapters: &[Adapter]) -> Result<Selected> {
     match request {
         DeviceRequest::Cpu => Ok(Selected { choice: DeviceChoice::Cpu, note: None }),
+        DeviceRequest::Cuda(index) => take_cuda(index, gpus),
+        DeviceRequest::Auto if gpus.is_ok() => take_cuda(None, gpus),
         DeviceRequest::Auto => match best(adapters) {
             Some(adapter) if adapter.device_type != DeviceType::Software => take(adapter),
             other => Ok(Selected { choice: DeviceChoice::Cpu, note: Some(why_cpu(other)) }),
@@ -157,12 +195,33 @@ pub fn select_from(request: DeviceRequest, adapters: &[Adapter]) -> Result<Selec
             Some(adapter) => take(adapter),
             None => Err(missing(&format!("wgpu:{index}"), adapters)),
         },
-        DeviceRequest::Cuda(index) => Err(Error::Device {
-            device: index.map_or_else(|| "cuda".to_owned(), |index| format!("cuda:{index}")),
-            problem: "this build has no CUDA".to_owned(),
-            hint: Some(format!("--device wgpu runs NVIDIA GPUs through {}", api())),
-        }),
     }
+}
+
+/// The GPU of this index, without one the first.
+fn take_cuda(index: Option<usize>, gpus: &CudaGpus) -> Result<Selected> {
+    let fails = |problem: String, hint: &str| Error::Device {
+        device: index.map_or_else(|| "cuda".to_owned(), |index| format!("cuda:{index}")),
+        problem,
+        hint: Some(hint.to_owned()),
+    };
+    let gpus = gpus.as_ref().map_err(|missing| fails(missing.problem.clone(), missing.hint))?;
+    let found = || gpus.iter().map(|gpu| format!("cuda:{} ({})", gpu.index, gpu.name)).collect::<Vec<_>>();
+    let gpu = gpus.iter().find(|gpu| index.is_none_or(|index| gpu.index == index)).ok_or_else(|| {
+        let problem = format!("there is no such GPU, only {}", found().join(", "));
+        fails(problem, "`orpo-wgpu devices` lists what is there")
+    })?;
+    take_gpu(gpu)
+}
+
+#[cfg(feature = "cuda")]
+fn take_gpu(gpu: &CudaGpu) -> Result<Selected> {
+    Ok(Selected { choice: DeviceChoice::Cuda(gpu.clone()), note: None })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn take_gpu(gpu: &CudaGpu) -> Result<Selected> {
+    unreachable!("a build without CUDA lists no GPU such as {}", gpu.name)
 }
 
 /// The first of the best kind: discrete, integrated, virtual, unknown, software.
@@ -263,8 +322,12 @@ mod tests {
         Adapter { index, name: format!("{device_type:?} {index}"), device_type, device, ..Adapter::unknown() }
     }
 
+    fn no_cuda() -> CudaGpus {
+        Err(Missing { problem: "no driver".to_owned(), hint: "install it" })
+    }
+
     fn taken(request: &str, adapters: &[Adapter]) -> String {
-        select_from(request.parse().unwrap(), adapters).unwrap().choice.to_string()
+        select_from(request.parse().unwrap(), &no_cuda(), adapters).unwrap().choice.to_string()
     }
 
     #[test]
@@ -291,7 +354,7 @@ mod tests {
         assert_eq!(taken("wgpu:4", &all), "wgpu:4");
         assert_eq!(taken("cpu", &all), "cpu");
         for few in [&all[..1], &[]] {
-            let selected = select_from(DeviceRequest::Auto, few).unwrap();
+            let selected = select_from(DeviceRequest::Auto, &no_cuda(), few).unwrap();
             assert_eq!(selected.choice, DeviceChoice::Cpu);
             assert!(selected.note.unwrap().contains("the CPU"), "a sentence says that the CPU computes");
         }
@@ -302,7 +365,7 @@ mod tests {
         let software =
             [adapter(0, DeviceType::Software, Some(WgpuDevice::Cpu)), adapter(1, DeviceType::Software, None)];
         let error = |request: &str, adapters: &[Adapter]| {
-            select_from(request.parse().unwrap(), adapters).unwrap_err().to_string()
+            select_from(request.parse().unwrap(), &no_cuda(), adapters).unwrap_err().to_string()
         };
         assert_eq!(
             error("wgpu:7", &software[..1]),
@@ -313,7 +376,35 @@ mod tests {
             error("wgpu:1", &software).contains("second software adapter"),
             "burn cannot name the second"
         );
-        assert!(error("cuda:0", &software).contains("no CUDA"), "not in this build");
+        assert_eq!(error("cuda:0", &software), "device cuda:0: no driver");
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_build_without_cuda_says_how_to_build_it_in() {
+        let error = select("cuda").unwrap_err();
+        assert_eq!(error.to_string(), "device cuda: this build has no CUDA");
+        assert!(error.hint().unwrap().contains("--features cuda"));
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn auto_prefers_cuda_where_it_is_whole() {
+        let gpu = |index, major| CudaGpu {
+            index,
+            name: format!("GPU {index}"),
+            memory_bytes: 16 << 30,
+            compute_capability: (major, 5),
+        };
+        let gpus = Ok(vec![gpu(0, 7), gpu(1, 8)]);
+        let discrete = [adapter(0, DeviceType::Discrete, Some(WgpuDevice::DiscreteGpu(0)))];
+        let take = |request: &str| select_from(request.parse().unwrap(), &gpus, &discrete);
+        let names = ["auto", "cuda", "cuda:1", "wgpu"].map(|request| take(request).unwrap().choice);
+        assert_eq!(names.each_ref().map(ToString::to_string), ["cuda:0", "cuda:0", "cuda:1", "wgpu:0"]);
+        assert_eq!(names.each_ref().map(DeviceChoice::computes_bf16), [false, false, true, false]);
+        assert_eq!(names[0].shard_bytes(), 4 << 30);
+        let error = take("cuda:2").unwrap_err().to_string();
+        assert_eq!(error, "device cuda:2: there is no such GPU, only cuda:0 (GPU 0), cuda:1 (GPU 1)");
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //!
 //! An op's file holds the formula and its source, the public functions for forward and backward, and a `_reference` in plain burn
 //! tensors. [`Kernels`] is what a runtime brings: forward and backward of every op as separate calls. Its default bodies are the
-//! references, which is what the CPU runs; `wgpu.rs` launches the project's kernels instead. A backward that has no short formula of
+//! references, which is what the CPU runs; `gpu.rs` launches the project's kernels instead, on every runtime of CubeCL, with the
+//! products and the loss of its [`Engine`](engine::Engine). A backward that has no short formula of
 //! its own is the reference under burn's autodiff.
 //!
-//! Activations and frozen weights are `f32` or `f16`; the residual stream, adapters, statistics and every sum are `f32`.
+//! Activations and frozen weights are `f32`, `f16` or `bf16`; the residual stream, adapters, statistics and every sum are `f32`.
 
 pub mod adamw;
 pub mod attention;
@@ -19,6 +20,8 @@ pub mod swiglu;
 pub mod token_logps;
 
 mod cube;
+pub mod engine;
+mod gpu;
 pub mod kernel;
 mod product;
 pub mod profile;

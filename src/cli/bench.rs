@@ -80,6 +80,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     device::guard("the bench", choice, || match choice {
         DeviceChoice::Cpu => run_on::<Flex>(args, &config, precision, &Default::default(), choice),
         DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &config, precision, device, choice),
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(gpu) => run_on::<burn_cuda::Cuda>(args, &config, precision, &gpu.device(), choice),
     })
 }
 
@@ -165,7 +167,7 @@ fn run_on<B: Kernels>(
     let batch = args.batch(config);
     let place = match choice {
         DeviceChoice::Cpu => choice.describe(),
-        DeviceChoice::Wgpu { .. } => format!("{choice} ({})", choice.describe()),
+        _ => format!("{choice} ({})", choice.describe()),
     };
     println!(
         "model    {}, {} layer{}, {:.2} billion weights, random, {precision}, on {place}",

@@ -3,7 +3,7 @@
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 
-use crate::device::{self, Adapter, DeviceRequest, Selected, size};
+use crate::device::{self, Adapter, CudaGpu, DeviceRequest, Selected, size};
 use crate::error::Result;
 
 /// What `orpo-wgpu devices` is told.
@@ -20,15 +20,23 @@ pub struct DevicesArgs {
 /// None: a machine without adapters has the CPU.
 pub fn run(args: &DevicesArgs) -> Result<()> {
     let adapters = device::adapters();
-    let selected = device::select_from(DeviceRequest::Auto, &adapters)?;
+    let gpus = device::gpus();
+    let selected = device::select_from(DeviceRequest::Auto, &gpus, &adapters)?;
     if args.json {
-        println!("{:#}", json!({ "adapters": adapters, "auto": selected.choice.to_string() }));
+        println!(
+            "{:#}",
+            json!({ "adapters": adapters, "cuda": gpus.unwrap_or_default(), "auto": selected.choice.to_string() })
+        );
         return Ok(());
     }
     if adapters.is_empty() {
         println!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER);
     } else {
         println!("{}\n", table(&adapters));
+    }
+    match &gpus {
+        Ok(gpus) => println!("{}\n", cuda_table(gpus)),
+        Err(missing) => println!("no CUDA: {}\nhint: {}\n", missing.problem, missing.hint),
     }
     println!("{}", auto(&selected));
     Ok(())
@@ -39,6 +47,26 @@ fn auto(Selected { choice, note }: &Selected) -> String {
         None => format!("--device auto takes {choice} ({})", choice.describe()),
         Some(note) => format!("--device auto takes {note}"),
     }
+}
+
+fn cuda_table(gpus: &[CudaGpu]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["--device", "name", "memory", "largest tensor", "kernels"]);
+    for gpu in gpus {
+        let (major, minor) = gpu.compute_capability;
+        let types = [(gpu.computes_f16(), "f16"), (gpu.computes_bf16(), "bf16")];
+        let types =
+            types.iter().filter(|(has, _)| *has).map(|(_, name)| format!(", {name}")).collect::<String>();
+        table.add_row([
+            format!("cuda:{}", gpu.index),
+            gpu.name.clone(),
+            size(gpu.memory_bytes),
+            size(gpu.shard_bytes()),
+            format!("compute capability {major}.{minor}{types}"),
+        ]);
+    }
+    table
 }
 
 fn table(adapters: &[Adapter]) -> Table {

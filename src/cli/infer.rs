@@ -113,6 +113,10 @@ pub fn run(args: &InferArgs) -> Result<()> {
     match &selected.choice {
         choice @ DeviceChoice::Cpu => run_on::<Flex>(args, &prompts, &open, &Default::default(), choice),
         choice @ DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &prompts, &open, device, choice),
+        #[cfg(feature = "cuda")]
+        choice @ DeviceChoice::Cuda(gpu) => {
+            run_on::<burn_cuda::Cuda>(args, &prompts, &open, &gpu.device(), choice)
+        }
     }
 }
 

@@ -124,7 +124,7 @@ fn changes(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Vec<Change>
     }
     let resolved =
         precision::resolve(case.choice, &base.dtype, base.quantization_bit, base.quantize_lm_head)?;
-    if resolved.dtype_name() != "fp16" {
+    if resolved.dtype_name() == "fp32" {
         changes.push(Box::new(|s| s.dtype = "fp16".to_owned()));
     }
     for bits in [8, 4].into_iter().filter(|bits| base.quantization_bit == 0 || *bits < base.quantization_bit)

@@ -322,6 +322,8 @@ fn measure(args: &TrainArgs, choice: &DeviceChoice) -> Result<f64> {
     device::guard("measuring a product", choice, || match choice {
         DeviceChoice::Cpu => best_product::<Flex>(precision.dtype, choice, &Default::default()),
         DeviceChoice::Wgpu { device, .. } => best_product::<Wgpu>(precision.dtype, choice, device),
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(gpu) => best_product::<burn_cuda::Cuda>(precision.dtype, choice, &gpu.device()),
     })
 }
 

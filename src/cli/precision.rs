@@ -10,7 +10,7 @@ use crate::ops::quantize::Storage;
 /// The flags of `infer` and `bench`; `train` has them among its own.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct PrecisionArgs {
-    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
+    /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
     #[arg(long, default_value = "AUTO")]
     dtype: String,
     /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
@@ -30,8 +30,8 @@ impl PrecisionArgs {
 
 /// The precision of a model on a device.
 ///
-/// `AUTO` is fp16 on a GPU that computes in it. A software adapter converts every value, and is faster in fp32. On a device that does
-/// not compute in fp16, that is how weights are stored.
+/// `AUTO` is bf16 on a GPU that computes in it, else fp16 likewise. A software adapter converts every value, and is faster in fp32. On a
+/// device that does not compute in fp16, that is how weights are stored.
 ///
 /// # Errors
 /// If there is no such type, or the device does not have it.
@@ -42,10 +42,12 @@ pub(super) fn resolve(
     quantize_lm_head: bool,
 ) -> Result<Precision> {
     let precision = match dtype.to_ascii_lowercase().as_str() {
+        "auto" if choice.computes_bf16() => Precision::dense(DType::BF16),
         "auto" if choice.computes_f16() && !choice.is_software() => Precision::dense(DType::F16),
         "auto" | "fp32" => Precision::dense(DType::F32),
         "fp16" if choice.computes_f16() => Precision::dense(DType::F16),
         "fp16" => Precision { dtype: DType::F32, linears: Storage::PackedF16, head: Storage::PackedF16 },
+        "bf16" if choice.computes_bf16() => Precision::dense(DType::BF16),
         "bf16" => {
             let fp16 = if choice.computes_f16() { "fp16" } else { "fp16, as which it stores weights," };
             let what = format!(
@@ -92,6 +94,21 @@ mod tests {
         let nf4 = cpu("FP16", 4, true).unwrap();
         assert_eq!((nf4.dtype, nf4.linears, nf4.head), (DType::F32, Storage::Nf4, Storage::Int8));
         assert_eq!(cpu("auto", 8, false).unwrap().linears, Storage::Int8);
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn auto_is_bf16_from_ampere_on_and_fp16_before() {
+        let resolved = |compute_capability, dtype, bits| {
+            let name = "a GPU".to_owned();
+            let gpu = crate::device::CudaGpu { index: 0, name, memory_bytes: 1 << 34, compute_capability };
+            resolve(&DeviceChoice::Cuda(gpu), dtype, bits, false)
+        };
+        assert_eq!(resolved((8, 0), "AUTO", 0).unwrap(), Precision::dense(DType::BF16));
+        assert_eq!(resolved((8, 9), "bf16", 4).unwrap().to_string(), "bf16 with NF4 linear layers");
+        assert_eq!(resolved((8, 0), "fp16", 0).unwrap(), Precision::dense(DType::F16));
+        assert_eq!(resolved((7, 5), "AUTO", 0).unwrap(), Precision::dense(DType::F16));
+        assert!(resolved((7, 5), "bf16", 0).unwrap_err().to_string().contains("does not compute in bf16"));
     }
 
     #[test]

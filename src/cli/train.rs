@@ -56,6 +56,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
         DeviceChoice::Wgpu { device, .. } => {
             run_on::<Wgpu>(&args, &open, target_modules, &data, device, &case)
         }
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(gpu) => {
+            run_on::<burn_cuda::Cuda>(&args, &open, target_modules, &data, &gpu.device(), &case)
+        }
     })
     .map_err(|error| with_advice(error, &args, &case))
 }

@@ -92,6 +92,11 @@ fn start(choice: &DeviceChoice) -> u64 {
             let id = device.id();
             Some(format!("-{}-{}", id.type_id, id.index_id))
         }
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(gpu) => {
+            let id = gpu.device().id();
+            Some(format!("-{}-{}", id.type_id, id.index_id))
+        }
     };
     let mut watches = watches();
     watches.n_started += 1;
@@ -220,14 +225,14 @@ fn hint(choice: &DeviceChoice, message: &str) -> &'static str {
     let message = message.to_lowercase();
     let is_full = ["memory", "alloc", "buffer"].iter().any(|word| message.contains(word));
     match choice {
-        DeviceChoice::Wgpu { .. } if is_full => {
-            "the device may be full: lower --max_length or --batch_size, close other programs, or pass --device cpu"
-        }
-        DeviceChoice::Wgpu { .. } => {
-            "update the GPU's driver or pass --device cpu; with RUST_BACKTRACE=full it says where it happened"
-        }
         DeviceChoice::Cpu => {
             "this is a fault of this program: with RUST_BACKTRACE=full it says where it happened"
+        }
+        _ if is_full => {
+            "the device is probably full: lower --max_length or --batch_size, close other programs, or pass --device cpu"
+        }
+        _ => {
+            "update the GPU's driver or pass --device cpu; with RUST_BACKTRACE=full it says where it happened"
         }
     }
 }

@@ -8,6 +8,8 @@ impl DeviceChoice {
         match self {
             Self::Cpu => available(&std::fs::read_to_string("/proc/meminfo").ok()?),
             Self::Wgpu { adapter, .. } => adapter.memory_bytes,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => Some(gpu.memory_bytes),
         }
     }
 

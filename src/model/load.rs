@@ -224,7 +224,8 @@ impl Checkpoint {
                 let (halves, lost) = stored.halves(elements);
                 (TensorData::new(halves, shape), lost)
             }
-            _ => panic!("weights are read as f32 or f16, not {dtype:?}"),
+            DType::BF16 => (TensorData::new(stored.brain_floats(elements), shape), Lost::default()),
+            _ => panic!("weights are read as f32, f16 or bf16, not {dtype:?}"),
         };
         let (read_bytes, total_bytes) = {
             let mut reading = self.lock_reading();
@@ -293,6 +294,7 @@ impl Checkpoint {
         match storage {
             Storage::F32 => Weight::Dense(self.upload(read(DType::F32), device)),
             Storage::F16 => Weight::Dense(self.upload(read(DType::F16), device)),
+            Storage::Bf16 => Weight::Dense(self.upload(read(DType::BF16), device)),
             Storage::PackedF16 => {
                 let halves = read(DType::F16).into_vec::<f16>().expect("values were read as f16");
                 let weight = Weight::packed_f16(&halves, shape, device);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{DType, Distribution, Tensor};
-use half::f16;
+use half::{bf16, f16};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -32,7 +32,7 @@ impl<B: Kernels> Llama<B> {
         let Precision { dtype, linears, head } = precision;
         let normal = Distribution::Normal(0.0, STANDARD_DEVIATION);
         let weight = |[n_out, n_in]: [usize; 2], storage: Storage| match storage {
-            Storage::F32 | Storage::F16 => {
+            Storage::F32 | Storage::F16 | Storage::Bf16 => {
                 Weight::Dense(Tensor::random([n_out, n_in], normal, (device, dtype)))
             }
             Storage::PackedF16 => {
@@ -65,6 +65,7 @@ fn random_embedding(shape: [usize; 2], dtype: DType) -> HostMatrix {
         let value: f32 = rng.random_range(-bound..bound);
         match dtype {
             DType::F16 => period.extend(f16::from_f32(value).to_le_bytes()),
+            DType::BF16 => period.extend(bf16::from_f32(value).to_le_bytes()),
             _ => period.extend(value.to_le_bytes()),
         }
     }

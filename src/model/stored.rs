@@ -66,6 +66,24 @@ impl StoredTensor {
         (halves, lost)
     }
 
+    /// Values as `bf16`: those of a file in it as they are, others rounded. It has the range of `f32`, and all but nothing is lost.
+    pub(super) fn brain_floats(&self, elements: Range<usize>) -> Vec<bf16> {
+        let mut floats: Vec<bf16> = vec![0u16; elements.len()].reinterpret_into();
+        let stored = self.stored(elements).chunks(BLOCK * self.width());
+        let mut block = [0.0; BLOCK];
+        for (floats, stored) in floats.chunks_mut(BLOCK).zip(stored) {
+            if self.dtype == Dtype::BF16 {
+                let pairs = stored.chunks_exact(2).map(|b| [b[0], b[1]]);
+                floats.iter_mut().zip(pairs).for_each(|(float, b)| *float = bf16::from_le_bytes(b));
+            } else {
+                let values = &mut block[..floats.len()];
+                widen(stored, self.dtype, values);
+                floats.convert_from_f32_slice(values);
+            }
+        }
+        floats
+    }
+
     fn stored(&self, elements: Range<usize>) -> &[u8] {
         let stored = &(*self.bytes).as_ref()[self.range.clone()];
         &stored[elements.start * self.width()..elements.end * self.width()]
@@ -113,12 +131,13 @@ impl HostMatrix {
     /// A matrix of little-endian values, row by row.
     ///
     /// # Panics
-    /// If there are more or fewer bytes than the shape takes, or the dtype is neither `f32` nor `f16`.
+    /// If there are more or fewer bytes than the shape takes, or the dtype is none of `f32`, `f16` and `bf16`.
     pub(super) fn new(bytes: Vec<u8>, dtype: DType, shape: [usize; 2]) -> Self {
         let stored = match dtype {
             DType::F32 => Dtype::F32,
             DType::F16 => Dtype::F16,
-            _ => panic!("a matrix in host memory is f32 or f16, not {dtype:?}"),
+            DType::BF16 => Dtype::BF16,
+            _ => panic!("a matrix in host memory is f32, f16 or bf16, not {dtype:?}"),
         };
         assert_eq!(bytes.len(), shape[0] * shape[1] * dtype.size(), "bytes of a matrix of {shape:?}");
         let range = 0..bytes.len();
@@ -143,5 +162,33 @@ impl HostMatrix {
 impl fmt::Debug for HostMatrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "HostMatrix({:?} {:?})", self.0.dtype, self.0.shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(bytes: Vec<u8>, dtype: Dtype) -> StoredTensor {
+        let range = 0..bytes.len();
+        let n_values = bytes.len() * 8 / dtype.bitsize();
+        StoredTensor { bytes: Arc::new(bytes), range, dtype, shape: vec![n_values] }
+    }
+
+    #[test]
+    fn stored_brain_floats_are_copied_bit_by_bit() {
+        // Every pattern, with infinities, NaNs and subnormals; more than a block of them.
+        let bits: Vec<u16> = (0..=u16::MAX).collect();
+        let tensor = stored(bits.iter().flat_map(|b| b.to_le_bytes()).collect(), Dtype::BF16);
+        let got: Vec<u16> = tensor.brain_floats(1..bits.len()).iter().map(|value| value.to_bits()).collect();
+        assert_eq!(got, bits[1..]);
+    }
+
+    #[test]
+    fn other_types_are_rounded_to_brain_floats() {
+        let values: Vec<f32> = (0..2 * BLOCK + 3).map(|i| 1.0 + i as f32 / 1000.0).collect();
+        let tensor = stored(values.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::F32);
+        let want: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
+        assert_eq!(tensor.brain_floats(0..values.len()), want);
     }
 }

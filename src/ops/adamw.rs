@@ -18,7 +18,7 @@ use burn::tensor::{Bool, DType, Shape, Tensor};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::cube::{THREADS, bytes, cube_sum, empty, lane_sum, one_thread_each, vector_width};
+use super::cube::{THREADS, bytes, cube_sum, empty, lane_sum, one_thread_each, owned, vector_width};
 use super::{Kernels, profile};
 
 /// One step's settings.
@@ -252,8 +252,7 @@ pub(super) fn launch_update<R: CubeRuntime>(
     norm: CubeTensor<R>,
     step: &AdamWStep,
 ) -> (CubeTensor<R>, [CubeTensor<R>; 2]) {
-    let own = |tensor: CubeTensor<R>| if tensor.can_mut() { tensor } else { tensor.copy() };
-    let (parameter, m, v) = (own(parameter), own(m), own(v));
+    let (parameter, m, v) = (owned(parameter), owned(m), owned(v));
     let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t, loss_scale } =
         step;
     let [correction1, correction2] = [beta1, beta2].map(|beta| 1.0 - beta.powi(t as i32));

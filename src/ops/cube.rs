@@ -4,6 +4,7 @@
 
 use burn::cubecl;
 use burn::cubecl::calculate_cube_count_elemwise;
+use burn::cubecl::features::TypeUsage;
 use burn::cubecl::prelude::*;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
@@ -19,9 +20,20 @@ pub(super) fn is_software<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
     client.properties().hardware.plane_size_max <= 16
 }
 
-/// The tensor as a kernel reads it: contiguous, of one of the two storage types, not empty.
+/// Whether the device computes in this type, and its buffers hold it.
+pub(super) fn computes_in<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DType) -> bool {
+    let usage = client.properties().type_usage(dtype.into());
+    usage.is_superset(TypeUsage::Arithmetic | TypeUsage::Conversion | TypeUsage::Buffer)
+}
+
+/// The tensor as a kernel reads it: contiguous, of one of the storage types, not empty.
 pub(super) fn readable<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<R> {
-    assert!(matches!(tensor.dtype, DType::F32 | DType::F16), "the kernels take no {:?}", tensor.dtype);
+    let takes = |dtype: DType| match dtype {
+        DType::F32 | DType::F16 => true,
+        DType::BF16 => computes_in(&tensor.client, dtype),
+        _ => false,
+    };
+    assert!(takes(tensor.dtype), "the kernels take no {:?} here", tensor.dtype);
     assert!(!tensor.meta.shape().contains(&0), "the kernels take no empty tensor: {:?}", tensor.meta.shape());
     into_contiguous(tensor)
 }
@@ -36,6 +48,11 @@ pub(super) fn readable_f32<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<
 pub(super) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, shape: Shape, dtype: DType) -> CubeTensor<R> {
     let handle = like.client.empty(shape.num_elements() * dtype.size());
     CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
+}
+
+/// The tensor where nobody else holds it, else a copy. CUDA gives burn's own copies rows with gaps between them.
+pub(super) fn owned<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<R> {
+    if tensor.can_mut() { tensor } else { into_contiguous(tensor.copy()) }
 }
 
 /// What the tensors take.

@@ -85,6 +85,26 @@ fn check_spans(n_entries: usize, pairs: &[PairSpan]) {
     }
 }
 
+/// Words of a span as the kernels have it.
+pub(super) const SPAN_WORDS: usize = 8;
+
+/// The kernels hold no index against the number of entries: the spans have to be in order, and the last within it.
+pub(super) fn check_order(pairs: &[PairSpan], n_entries: usize) {
+    let ends = pairs.iter().flat_map(|p| [p.nll_start, p.chosen_start, p.rejected_start, p.end]);
+    assert!(
+        ends.clone().is_sorted() && ends.last().is_some_and(|end| end as usize <= n_entries),
+        "orpo_loss: spans out of order or past {n_entries} entries: {pairs:?}"
+    );
+}
+
+/// A pair's span as the kernels have it.
+pub(super) fn span_words(pairs: &[PairSpan]) -> Vec<[u32; SPAN_WORDS]> {
+    pairs
+        .iter()
+        .map(|p| [p.nll_start, p.chosen_start, p.rejected_start, p.end, p.nll_weight.to_bits(), 0, 0, 0])
+        .collect()
+}
+
 /// `log(1 − eˣ)` for `x < 0`, in plain burn tensors, with the switch at −ln 2 (cran.r-project.org/package=Rmpfr, log1mexp-note).
 ///
 /// `1 − eˣ = −2t / (1 − t)` with `t = tanh(x / 2)` serves the near side, as burn has no `expm1`. Each branch sees only arguments of

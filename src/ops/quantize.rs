@@ -42,6 +42,8 @@ pub enum Storage {
     F32,
     /// As `f16`, in which it is multiplied.
     F16,
+    /// As `bf16`, likewise.
+    Bf16,
     /// As `f16`, two in a word, on a device that has no arithmetic for them.
     PackedF16,
     /// Eight bits a value and an `f32` a block.
@@ -57,7 +59,7 @@ impl Storage {
         let n_blocks = n_values.div_ceil(BLOCK);
         match self {
             Self::F32 => size_of::<f32>() * n_values,
-            Self::F16 => size_of::<f16>() * n_values,
+            Self::F16 | Self::Bf16 => size_of::<f16>() * n_values,
             Self::PackedF16 => WORD * self.n_words(n_values),
             Self::Int8 => WORD * (self.n_words(n_values) + n_blocks),
             Self::Nf4 => {
@@ -68,14 +70,14 @@ impl Storage {
 
     /// Whether it is multiplied as it is stored.
     pub fn is_dense(self) -> bool {
-        matches!(self, Self::F32 | Self::F16)
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
     }
 
     /// Bits of a code.
     fn bits(self) -> usize {
         match self {
             Self::F32 => 32,
-            Self::F16 | Self::PackedF16 => 16,
+            Self::F16 | Self::Bf16 | Self::PackedF16 => 16,
             Self::Int8 => 8,
             Self::Nf4 => 4,
         }
@@ -91,7 +93,7 @@ impl Storage {
 /// A frozen matrix on a device.
 #[derive(Debug, Clone)]
 pub enum Weight<B: Backend> {
-    /// Multiplied as it is stored, in `f32` or `f16`.
+    /// Multiplied as it is stored, in `f32`, `f16` or `bf16`.
     Dense(Tensor<B, 2>),
     /// Made dense for every product.
     Packed(Packed<B>),
@@ -104,7 +106,7 @@ pub struct Packed<B: Backend> {
     pub shape: [usize; 2],
     /// [`PackedF16`](Storage::PackedF16), [`Int8`](Storage::Int8) or [`Nf4`](Storage::Nf4).
     pub storage: Storage,
-    /// What it is made for a product: `f32` or `f16`.
+    /// What it is made for a product: `f32`, `f16` or `bf16`.
     pub dtype: DType,
     /// The codes, the first one in the lowest bits of the first word, each block in words of its own.
     pub codes: Tensor<B, 1, Int>,

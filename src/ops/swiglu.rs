@@ -68,7 +68,8 @@ pub fn swiglu_backward_reference<B: Backend>(
 #[cube]
 fn logistic<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
     let one = Vector::<f32, N>::new(1.0);
-    one / (one + (-x).exp())
+    // A difference, as cubecl's CUDA has no sign for a vector.
+    one / (one + (Vector::new(0.0) - x).exp())
 }
 
 #[cube(launch_unchecked)]
@@ -86,8 +87,9 @@ fn forward_kernel<F: Float, N: Size>(
         if comptime!(saturates) {
             // Comparisons instead of a clamp, which may turn NaN into a number.
             let most = Vector::<f32, N>::new(F16_MAX);
+            let least = Vector::<f32, N>::new(-F16_MAX);
             product = select_many(product.greater_than(most), most, product);
-            product = select_many(product.less_than(-most), -most, product);
+            product = select_many(product.less_than(least), least, product);
         }
         h[ABSOLUTE_POS] = Vector::cast_from(product);
     }

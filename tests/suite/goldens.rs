@@ -157,7 +157,7 @@ fn rows_become_the_ids_that_trl_saw() {
 }
 
 /// Logits and log-probabilities of a sequence, with and without the adapter, against transformers and PEFT.
-fn check_forward<B: Kernels>(device: &B::Device) {
+pub(crate) fn check_forward<B: Kernels>(device: &B::Device) {
     for name in CASES {
         let case = Case::open(name);
         let forward = &case.golden["forward"];
@@ -203,10 +203,12 @@ pub(crate) fn relative_distance(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
 }
 
 /// Every gradient of the first step, tensor by tensor, against TRL's.
-fn check_first_gradients<B: Kernels>(device: &B::Device) {
+pub(crate) fn check_first_gradients<B: Kernels>(dtype: DType, device: &B::Device) {
+    // Eight bits instead of eleven: on the CPU 8 % at worst and 3 % in the middle, where fp16 is off by 0.7 % and 0.35 %.
+    let farthest = if dtype == DType::BF16 { 0.12 } else { 1e-4 };
     for name in CASES {
         let case = Case::open(name);
-        let (model, _) = case.adapted::<B>(device);
+        let (model, _) = case.adapted_in::<B>(Precision::dense(dtype), device);
         for (compat, file) in
             [(LossCompat::Trl, "grads.safetensors"), (LossCompat::Swift, "grads_swift.safetensors")]
         {
@@ -231,7 +233,7 @@ fn check_first_gradients<B: Kernels>(device: &B::Device) {
                     let want = values(golden.tensor::<B, 2>(tensor, device));
                     let distance = relative_distance(&[values(grad)], &[want]);
                     assert!(
-                        distance < 1e-4,
+                        distance < farthest,
                         "{name} {compat} {keep:?} {tensor}: off by {distance:e} of its norm"
                     );
                 }
@@ -258,7 +260,7 @@ impl Observer for Recorder {
 }
 
 /// Ten steps in each form of the loss, every logged figure against TRL's.
-fn check_trajectories<B: Kernels>(device: &B::Device) {
+pub(crate) fn check_trajectories<B: Kernels>(device: &B::Device) {
     for name in CASES {
         let case = Case::open(name);
         for compat in LossCompat::ALL {
@@ -309,7 +311,12 @@ fn cpu_forward_is_that_of_transformers() {
 
 #[test]
 fn cpu_first_gradients_are_those_of_trl() {
-    check_first_gradients::<Flex>(&Default::default());
+    check_first_gradients::<Flex>(DType::F32, &Default::default());
+}
+
+#[test]
+fn cpu_first_gradients_in_bf16_are_near_those_of_trl() {
+    check_first_gradients::<Flex>(DType::BF16, &Default::default());
 }
 
 #[test]
@@ -327,7 +334,7 @@ fn gpu_forward_is_that_of_transformers() {
 #[test]
 fn gpu_first_gradients_are_those_of_trl() {
     if let Some(device) = adapter() {
-        check_first_gradients::<Wgpu>(&device);
+        check_first_gradients::<Wgpu>(DType::F32, &device);
     }
 }
 

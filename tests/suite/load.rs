@@ -52,7 +52,7 @@ fn check_dtypes<B: Backend>(model: &Llama<B>, dtype: DType, shard_bytes: usize) 
 fn a_loaded_model_keeps_its_matrices_in_the_dtype_that_was_asked_for() {
     let (checkpoint, config) = (demo::checkpoint().unwrap(), demo::config().unwrap());
     let shard_bytes = 100 * 4 * config.hidden_size;
-    let [full, half] = [DType::F32, DType::F16].map(|dtype| {
+    let [full, half, brain] = [DType::F32, DType::F16, DType::BF16].map(|dtype| {
         let model = load_llama::<Flex>(
             &checkpoint,
             &config,
@@ -69,6 +69,7 @@ fn a_loaded_model_keeps_its_matrices_in_the_dtype_that_was_asked_for() {
     });
     let largest = full.iter().fold(0f32, |max, v| max.max(v.abs()));
     assert_close(&half, &full, 1e-2 * largest, 0.0, "logits in halves");
+    assert_close(&brain, &full, 5e-2 * largest, 0.0, "logits in brain floats");
 }
 
 /// A checkpoint of the demo's shapes with some weights of bf16's range.
@@ -277,6 +278,11 @@ fn a_random_model_trains_on_the_cpu() {
 #[test]
 fn a_random_model_of_halves_trains_on_the_cpu() {
     check_random::<Flex>(DType::F16, &Default::default());
+}
+
+#[test]
+fn a_random_model_of_brain_floats_trains_on_the_cpu() {
+    check_random::<Flex>(DType::BF16, &Default::default());
 }
 
 #[test]

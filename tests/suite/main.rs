@@ -8,12 +8,18 @@ mod demo;
 mod device;
 mod fp16;
 mod goldens;
+/// The ops on wgpu.
 mod gpu {
+    mod on {
+        pub(super) use burn_wgpu::{Wgpu as Gpu, WgpuDevice as GpuDevice, WgpuRuntime as GpuRuntime};
+
+        pub(crate) use crate::support::{adapter, stored_types};
+    }
     mod adamw;
     mod attention;
     mod lora_linear;
     mod orpo_loss;
-    mod product;
+    pub(crate) mod product;
     mod profile;
     mod quantize;
     mod rms_norm;
@@ -21,11 +27,50 @@ mod gpu {
     mod swiglu;
     mod tensors;
     mod token_logps;
+    mod tune;
+}
+/// The ops that a runtime may have an engine for, on wgpu's devices with that of a runtime that brings none: CUDA's, but for its
+/// compiler.
+#[path = "gpu"]
+mod plain_engine {
+    mod on {
+        pub(super) use crate::plain_runtime::{Plain as GpuRuntime, PlainBackend as Gpu};
+        pub(crate) use crate::support::{adapter, stored_types};
+        pub(super) use burn_wgpu::WgpuDevice as GpuDevice;
+    }
+    #[expect(clippy::duplicate_mod, reason = "the same tests on another backend")]
+    mod lora_linear;
+    #[expect(clippy::duplicate_mod, reason = "the same tests on another backend")]
+    mod orpo_loss;
+}
+/// The ops and the whole of training on CUDA.
+#[cfg(feature = "cuda")]
+#[path = "gpu"]
+#[expect(clippy::duplicate_mod, reason = "the same tests on another backend")]
+mod cuda {
+    mod on {
+        pub(super) use burn::cubecl::cuda::CudaRuntime as GpuRuntime;
+        pub(super) use burn_cuda::{Cuda as Gpu, CudaDevice as GpuDevice};
+
+        pub(crate) use crate::support::{cuda as adapter, stored_types_on_cuda as stored_types};
+    }
+    mod adamw;
+    mod attention;
+    mod lora_linear;
+    mod orpo_loss;
+    mod quantize;
+    mod rms_norm;
+    mod rope;
+    mod swiglu;
+    mod tensors;
+    mod token_logps;
+    mod training;
 }
 mod infer;
 mod load;
 mod packing;
 mod plain;
+mod plain_runtime;
 mod plan;
 mod quantized;
 mod shaders;

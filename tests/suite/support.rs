@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::sync::LazyLock;
 
+use burn::tensor::DType;
 use burn_wgpu::WgpuDevice;
 use orpo_wgpu::device::{self, DeviceChoice};
 
@@ -37,6 +38,28 @@ pub(crate) fn assert_close(got: &[f32], want: &[f32], atol: f32, rtol: f32, what
     }
 }
 
+/// The types that activations are stored in, with the relative error that a result of them may have.
+pub(crate) fn stored_types() -> Vec<(DType, f32)> {
+    vec![(DType::F32, 1e-4), (DType::F16, 2e-3)]
+}
+
+/// The same on CUDA's first GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn stored_types_on_cuda() -> Vec<(DType, f32)> {
+    let bf16 = has_bf16().then_some((DType::BF16, 1.6e-2));
+    stored_types().into_iter().chain(bf16).collect()
+}
+
+/// Whether CUDA's first GPU computes in bf16, of which the test is told; before Ampere none does.
+#[cfg(feature = "cuda")]
+pub(crate) fn has_bf16() -> bool {
+    let has = GPUS.as_ref().is_ok_and(|gpus| gpus[0].computes_bf16());
+    if !has {
+        left_out("the GPU does not compute in bf16; what there is of it in other types is tested");
+    }
+    has
+}
+
 /// Gives the device to test on: the first adapter, software or not. It is looked up once, as listing the adapters loads every driver.
 ///
 /// `None` leaves the test out, which happens only where there is no adapter and `ORPO_WGPU_SKIP_GPU=1` allows it.
@@ -47,18 +70,34 @@ pub(crate) fn adapter() -> Option<WgpuDevice> {
     static DEVICE: LazyLock<Option<WgpuDevice>> =
         LazyLock::new(|| match device::select("wgpu").ok()?.choice {
             DeviceChoice::Wgpu { device, .. } => Some(device),
-            DeviceChoice::Cpu => None,
+            _ => None,
         });
-    if DEVICE.is_some() {
-        return DEVICE.clone();
+    if DEVICE.is_none() {
+        may_be_left_out("no wgpu adapter; a software one will do");
     }
+    DEVICE.clone()
+}
+
+#[cfg(feature = "cuda")]
+static GPUS: LazyLock<device::CudaGpus> = LazyLock::new(device::gpus);
+
+/// The same of CUDA: its first GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda() -> Option<burn_cuda::CudaDevice> {
+    match &*GPUS {
+        Ok(gpus) => Some(gpus[0].device()),
+        Err(missing) => {
+            may_be_left_out(&format!("no CUDA: {}; {}", missing.problem, missing.hint));
+            None
+        }
+    }
+}
+
+/// Leaves the test out, where that is allowed.
+fn may_be_left_out(why: &str) {
     let is_allowed = std::env::var("ORPO_WGPU_SKIP_GPU").is_ok_and(|value| value == "1");
-    assert!(
-        is_allowed,
-        "no wgpu adapter; a software one will do, and ORPO_WGPU_SKIP_GPU=1 leaves these tests out"
-    );
-    left_out("there is no wgpu adapter");
-    None
+    assert!(is_allowed, "{why}; ORPO_WGPU_SKIP_GPU=1 leaves these tests out");
+    left_out(why);
 }
 
 /// Says that this test is left out, and why.

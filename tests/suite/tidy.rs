@@ -109,7 +109,7 @@ fn the_readme_names_every_flag_that_it_shows() {
     let known: BTreeSet<String> = command
         .get_subcommands()
         .flat_map(|c| c.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect::<Vec<_>>())
-        .chain(["help", "release", "local-dir"].map(str::to_owned))
+        .chain(["features", "help", "local-dir", "release", "test"].map(str::to_owned))
         .collect();
     let words = readme.split(|c: char| c.is_whitespace() || "`(),;:".contains(c));
     for flag in words.filter_map(|word| word.strip_prefix("--")).filter(|flag| !flag.is_empty()) {

@@ -55,8 +55,8 @@ impl Visible {
 pub struct AttentionMask<B: Backend> {
     /// By query.
     pub visible: Vec<Visible>,
-    /// The same for the kernels, which read it once for all layers; `[rows, 4]`.
-    table: Tensor<B, 2, Int>,
+    /// The same for the kernels, which read it once for all layers: rows of four. As a matrix, CUDA would leave gaps between them.
+    table: Tensor<B, 1, Int>,
     /// One past the last key that any query sees.
     n_seen: usize,
 }
@@ -72,7 +72,7 @@ impl<B: Backend> AttentionMask<B> {
             assert!(is_ordered, "attention: query {i} sees {v:?}");
         }
         let words: Vec<i32> = table(&visible).into_iter().flatten().map(|n| n as i32).collect();
-        let table = Tensor::from_data(TensorData::new(words.clone(), [words.len() / 4, 4]), device);
+        let table = Tensor::from_data(TensorData::new(words.clone(), [words.len()]), device);
         Self { n_seen: n_seen(&visible), visible, table }
     }
 

@@ -12,7 +12,7 @@ use burn_cubecl::tensor::CubeTensor;
 use super::entries::{Entries, Slots};
 use super::kernel::{ROW_THREADS, add_targets, log_probabilities, merge, softmax_shard, subtract_expected};
 use super::{Expected, ExpectedRows, Head, ScoredToken, TokenLogps, chunk_rows};
-use crate::ops::cube::{bytes, empty, readable, vector_width};
+use crate::ops::cube::{bytes, empty, owned, readable, vector_width};
 use crate::ops::kernel::MAX_WORKGROUPS;
 use crate::ops::{Kernels, profile, to_f32};
 
@@ -215,7 +215,7 @@ pub(in crate::ops) fn backward<R: CubeRuntime, B: Kernels + Backend<FloatTensorP
     scored: &[ScoredToken],
 ) -> Tensor<B, 2> {
     let (dlogps, weighted, sum) = (primitive(dlogps), primitive(expected.weighted), primitive(expected.sum));
-    let dhidden = if weighted.can_mut() { weighted } else { weighted.copy() };
+    let dhidden = owned(weighted);
     let [n_rows, n_hidden] = [0, 1].map(|i| dhidden.meta.shape()[i]);
     let client = dhidden.client.clone();
 

@@ -2,12 +2,12 @@
 
 use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
-use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::adamw::{AdamWStep, adamw, grad_norm};
 
+use super::on::{Gpu, GpuDevice, adapter};
 use super::tensors::{bits, random, stored, values};
-use crate::support::{Numbers, adapter, assert_close};
+use crate::support::{Numbers, assert_close};
 
 /// Of a tensor of the adapter.
 const SHAPES: [[usize; 2]; 5] = [[1, 1], [1, 7], [8, 64], [3, 107], [16, 4096]];
@@ -86,7 +86,7 @@ fn follows_torch() {
     for shape in SHAPES {
         // Without clipping, with it in some steps, with it in all.
         for max_grad_norm in [0.0, 1.0, 1e-4] {
-            follow::<Wgpu>(shape, max_grad_norm, 6, &device);
+            follow::<Gpu>(shape, max_grad_norm, 6, &device);
             follow::<Flex>(shape, max_grad_norm, 6, &Default::default());
         }
     }
@@ -95,7 +95,7 @@ fn follows_torch() {
 #[test]
 fn more_cubes_than_one_dimension_has() {
     let Some(device) = adapter() else { return };
-    let ones = || Tensor::<Wgpu, 2>::ones([257, 65_537], &device);
+    let ones = || Tensor::<Gpu, 2>::ones([257, 65_537], &device);
     let norm = grad_norm(&[ones()]);
     assert_close(&values(norm.clone()), &[(257.0f32 * 65_537.0).sqrt()], 0.0, 1e-6, "norm");
     let mut want = Loop { p: vec![1.0], m: vec![1.0], v: vec![1.0] };
@@ -107,9 +107,9 @@ fn more_cubes_than_one_dimension_has() {
     }
 }
 
-fn state(device: &WgpuDevice) -> (Tensor<Wgpu, 2>, Tensor<Wgpu, 2>, [Tensor<Wgpu, 2>; 2]) {
+fn state(device: &GpuDevice) -> (Tensor<Gpu, 2>, Tensor<Gpu, 2>, [Tensor<Gpu, 2>; 2]) {
     let mut numbers = Numbers::new(4);
-    let mut tensor = || random::<Wgpu, 2>(&mut numbers, [8, 107], 1.0, DType::F32, device);
+    let mut tensor = || random::<Gpu, 2>(&mut numbers, [8, 107], 1.0, DType::F32, device);
     let (parameter, grad, m, v) = (tensor(), tensor(), tensor(), tensor());
     (parameter, grad, [m, v.clone() * v])
 }
@@ -120,7 +120,7 @@ fn a_norm_that_is_no_number_leaves_everything() {
     for norm in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for max_grad_norm in [0.0, 1.0] {
             let (parameter, grad, moments) = state(&device);
-            let norm_tensor = Tensor::<Wgpu, 1>::from_floats([norm], &device);
+            let norm_tensor = Tensor::<Gpu, 1>::from_floats([norm], &device);
             let (p, [m, v]) =
                 adamw(parameter, grad * f32::NAN, moments, norm_tensor, &step(max_grad_norm, 3));
             let (parameter, _, [m_before, v_before]) = state(&device);
@@ -135,7 +135,7 @@ fn what_others_hold_stays() {
     let Some(device) = adapter() else { return };
     let (parameter, grad, [m, v]) = state(&device);
     let norm = grad_norm(std::slice::from_ref(&grad));
-    let update = |p: Tensor<Wgpu, 2>, m: Tensor<Wgpu, 2>, v: Tensor<Wgpu, 2>| {
+    let update = |p: Tensor<Gpu, 2>, m: Tensor<Gpu, 2>, v: Tensor<Gpu, 2>| {
         let (p, [m, v]) = adamw(p, grad.clone(), [m, v], norm.clone(), &step(1.0, 3));
         [p, m, v].map(bits)
     };
@@ -160,7 +160,7 @@ fn from_views() {
         let (p, [m, v]) = adamw(sliced, turned, moments, norm.clone(), &step(1.0, 2));
         [p, m, v, all, norm.unsqueeze()].map(values).concat()
     }
-    assert_close(&run::<Wgpu>(&device), &run::<Flex>(&Default::default()), 1e-6, 1e-5, "from views");
+    assert_close(&run::<Gpu>(&device), &run::<Flex>(&Default::default()), 1e-6, 1e-5, "from views");
 }
 
 #[test]
@@ -181,7 +181,7 @@ fn norms() {
         let tensors: Vec<_> = shapes
             .iter()
             .zip(&grads)
-            .map(|(&shape, grad)| stored::<Wgpu, 2>(grad.clone(), shape, DType::F32, &device))
+            .map(|(&shape, grad)| stored::<Gpu, 2>(grad.clone(), shape, DType::F32, &device))
             .collect();
         let want = norm_of(&grads.iter().map(Vec::as_slice).collect::<Vec<_>>()) as f32;
         let [first, second] = [(); 2].map(|()| grad_norm(&tensors));
@@ -189,7 +189,7 @@ fn norms() {
         assert_eq!(bits(first), bits(second), "{shapes:?}: the same bits");
         for (i, tensor) in tensors.iter().enumerate() {
             let mut broken = tensors.clone();
-            let hole = Tensor::<Wgpu, 2>::full([1, 1], f32::NAN, &device);
+            let hole = Tensor::<Gpu, 2>::full([1, 1], f32::NAN, &device);
             let [rows, columns] = tensor.dims();
             broken[i] = tensor.clone().slice_assign([rows - 1..rows, columns - 1..columns], hole);
             assert!(values(grad_norm(&broken))[0].is_nan(), "{shapes:?}: NaN at the end of tensor {i}");

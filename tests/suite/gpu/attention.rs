@@ -1,16 +1,16 @@
-//! `attention` on wgpu against the reference on the CPU under burn's autodiff: the output, the log-sum-exp and every gradient.
+//! `attention` on a GPU against the reference on the CPU under burn's autodiff: the output, the log-sum-exp and every gradient.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{FloatDType, Tensor, TensorData, TensorPrimitive};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
-use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::attention::{
     AttentionMask, AttentionOutput, Tile, Visible, attention, attention_backward, attention_reference, launch,
 };
 
-use crate::support::{Numbers, adapter, assert_close};
+use super::on::{Gpu, GpuDevice, GpuRuntime, adapter};
+use crate::support::{Numbers, assert_close};
 
 /// Sums of up to some hundred products of numbers around one, in another order than the reference's.
 const ATOL: f32 = 1e-5;
@@ -112,11 +112,11 @@ struct Outcome {
 }
 
 /// Forward and backward of the op; of the kernels with this tile, where one is given.
-fn run(case: &Case, is_half: bool, tile: Option<Tile>, device: &WgpuDevice) -> Outcome {
+fn run(case: &Case, is_half: bool, tile: Option<Tile>, device: &GpuDevice) -> Outcome {
     let inputs = Inputs::new(case, is_half);
     let dtype = if is_half { FloatDType::F16 } else { FloatDType::F32 };
-    let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<Wgpu, 3>(t, device).cast(dtype));
-    let dout = tensor::<Wgpu, 2>(&inputs.dout, device).cast(dtype);
+    let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<Gpu, 3>(t, device).cast(dtype));
+    let dout = tensor::<Gpu, 2>(&inputs.dout, device).cast(dtype);
     let mask = AttentionMask::new(case.visible.clone(), device);
     let (output, grads) = match tile {
         None => {
@@ -124,7 +124,7 @@ fn run(case: &Case, is_half: bool, tile: Option<Tile>, device: &WgpuDevice) -> O
             (output.clone(), attention_backward(dout, q, k, v, output, &mask))
         }
         Some(tile) => {
-            let mask = mask.launch_mask::<WgpuRuntime>();
+            let mask = mask.launch_mask::<GpuRuntime>();
             let qkv = [q, k, v].map(|t| t.into_primitive().tensor());
             let (out, lse) = launch::attention_forward(qkv.clone(), &mask, tile);
             let dout = dout.into_primitive().tensor();
@@ -180,7 +180,7 @@ impl Scores {
     }
 }
 
-fn compare(case: &Case, is_half: bool, tile: Option<Tile>, device: &WgpuDevice) {
+fn compare(case: &Case, is_half: bool, tile: Option<Tile>, device: &GpuDevice) {
     let got = run(case, is_half, tile, device);
     let want = run_reference(case, is_half);
     let Case { heads, kv_heads, head_dim, visible, size } = case;
@@ -338,7 +338,7 @@ fn from_tensors_that_lie_otherwise() {
         let grads = attention_backward(dout, q, k, v, output.clone(), &mask);
         [vec![values(output.out)], grads.map(values).into()].concat()
     }
-    let got = outcome::<Wgpu>(&device);
+    let got = outcome::<Gpu>(&device);
     let want = outcome::<Flex>(&Default::default());
     for (got, want) in got.iter().zip(&want) {
         assert_close(got, want, ATOL, RTOL, "out and gradients");

@@ -1,12 +1,12 @@
-//! `orpo_loss` on wgpu against the reference on the CPU and against `f64` with central differences.
+//! `orpo_loss` on a GPU against the reference on the CPU and against `f64` with central differences.
 
 use burn::tensor::{Tensor, TensorData};
 use burn_flex::Flex;
-use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::orpo_loss::{MEAN_LOGP_MAX, PairSpan, orpo_loss, orpo_loss_backward};
 
-use crate::support::{Numbers, adapter, assert_close};
+use super::on::{Gpu, GpuDevice, adapter};
+use crate::support::{Numbers, assert_close};
 
 const BETA: f32 = 0.1;
 const GRAD_SCALE: f32 = 3.0;
@@ -37,8 +37,8 @@ fn run<B: Kernels>(logps: &[f32], pairs: &[PairSpan], device: &B::Device) -> (Ve
     (loss.stats.into_data().to_vec().unwrap(), dlogps.into_data().to_vec().unwrap())
 }
 
-fn compare(logps: &[f32], pairs: &[PairSpan], device: &WgpuDevice) {
-    let (stats, dlogps) = run::<Wgpu>(logps, pairs, device);
+fn compare(logps: &[f32], pairs: &[PairSpan], device: &GpuDevice) {
+    let (stats, dlogps) = run::<Gpu>(logps, pairs, device);
     let (want_stats, want_dlogps) = run::<Flex>(logps, pairs, &Default::default());
     assert_close(&stats, &want_stats, ATOL, RTOL, "stats");
     assert_close(&dlogps, &want_dlogps, ATOL, RTOL, "dlogps");
@@ -106,7 +106,7 @@ fn odds_gradient(chosen: f64, rejected: f64) -> [f64; 2] {
 #[test]
 fn equals_f64_from_a_memorised_answer_to_a_hopeless_one() {
     if let Some(device) = adapter() {
-        check_f64::<Wgpu>(&device);
+        check_f64::<Gpu>(&device);
     }
 }
 
@@ -161,7 +161,7 @@ fn check_f64<B: Kernels>(device: &B::Device) {
 fn a_mean_above_the_largest_counts_as_that() {
     let Some(device) = adapter() else { return };
     let pairs = spans(&[[0, 1, 1], [0, 1, 1]]);
-    let (stats, dlogps) = run::<Wgpu>(&[0.0, -1.0, -1.0, 0.0], &pairs, &device);
+    let (stats, dlogps) = run::<Gpu>(&[0.0, -1.0, -1.0, 0.0], &pairs, &device);
     assert!(stats.iter().chain(&dlogps).all(|v| v.is_finite()), "{stats:?} {dlogps:?}");
     compare(&[0.0, -1.0, -1.0, 0.0], &pairs, &device);
 }
@@ -171,7 +171,7 @@ fn a_nan_reaches_the_loss() {
     let Some(device) = adapter() else { return };
     let pairs = spans(&[[0, 2, 2], [0, 2, 2]]);
     let logps = [-1.0, -1.0, -1.0, f32::NAN, -1.0, -1.0, -1.0, -1.0];
-    let (stats, _) = run::<Wgpu>(&logps, &pairs, &device);
+    let (stats, _) = run::<Gpu>(&logps, &pairs, &device);
     assert!(stats[2].is_nan() && stats[3].is_nan() && stats[4].is_nan(), "{stats:?}");
     assert!(stats[5..].iter().all(|v| v.is_finite()), "{stats:?}");
 }

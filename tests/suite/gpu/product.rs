@@ -12,14 +12,14 @@ use orpo_wgpu::ops::kernel::{self, BAND, Cut, Element, Elements, Layout, MatrixT
 use crate::support::{Numbers, adapter, assert_close, has_matrices};
 
 /// Sums of up to 331 products of numbers around one, in another order than the reference's.
-pub(super) const ATOL: f32 = 1e-5;
-pub(super) const RTOL: f32 = 1e-4;
+pub(crate) const ATOL: f32 = 1e-5;
+pub(crate) const RTOL: f32 = 1e-4;
 /// The last bit of an f16, and its last of a number around zero.
-pub(super) const ATOL_F16: f32 = 1e-5;
-pub(super) const RTOL_F16: f32 = 1e-3;
+pub(crate) const ATOL_F16: f32 = 1e-5;
+pub(crate) const RTOL_F16: f32 = 1e-3;
 /// A prologue's operands rounded to f16, as matrices take them, and sums that go out as f16.
-pub(super) const ATOL_MATRICES: f32 = 2e-3;
-pub(super) const RTOL_MATRICES: f32 = 2e-3;
+pub(crate) const ATOL_MATRICES: f32 = 2e-3;
+pub(crate) const RTOL_MATRICES: f32 = 2e-3;
 
 /// One product of one variant, in two splits of the depth where it has no prologue.
 fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice) -> (Vec<f32>, Vec<f32>) {
@@ -140,9 +140,9 @@ fn every_mix_of_quads_multiplies() {
 }
 
 /// The matrix sizes that the device has, with f16 operands and f32 sums.
-pub(super) fn matrix_sizes(device: &WgpuDevice) -> Vec<u32> {
+pub(crate) fn matrix_sizes<R: Runtime>(device: &R::Device) -> Vec<u32> {
     let [f16, f32] = [FloatKind::F16, FloatKind::F32].map(|kind| StorageType::from(ElemType::Float(kind)));
-    let client = WgpuRuntime::client(device);
+    let client = R::client(device);
     let shapes = &client.properties().features.matmul.cmma;
     let has = |shape: &MmaConfig, n| (shape.m, shape.n, shape.k) == (n, n, n);
     let fits = |shape: &MmaConfig| shape.a_type == f16 && shape.b_type == f16 && shape.cd_type == f32;
@@ -154,7 +154,7 @@ pub(super) fn matrix_sizes(device: &WgpuDevice) -> Vec<u32> {
 #[test]
 fn every_matrix_variant_multiplies() {
     let Some(device) = adapter() else { return };
-    let sizes = matrix_sizes(&device);
+    let sizes = matrix_sizes::<WgpuRuntime>(&device);
     if !has_matrices(&sizes) {
         return;
     }

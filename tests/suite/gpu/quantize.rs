@@ -5,14 +5,14 @@ use std::path::Path;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::Flex;
-use burn_wgpu::Wgpu;
 use half::f16;
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::lora_linear::{InputGrad, Lora, lora_linear, lora_linear_backward};
 use orpo_wgpu::ops::quantize::{BLOCK, DYNAMIC_LEVELS, NF4_LEVELS, Packed, Scales, Storage, Weight};
 
+use super::on::{Gpu, adapter};
 use super::tensors::values;
-use crate::support::{Numbers, adapter, assert_close};
+use crate::support::{Numbers, assert_close};
 
 const FIXTURE: &str = "tests/fixtures/quantize/quantize.safetensors";
 const CASES: [&str; 3] = ["usual", "outliers", "awkward"];
@@ -135,7 +135,7 @@ fn the_host_quantises_as_bitsandbytes_and_numpy_do() {
 #[test]
 fn kernels_quantise_as_bitsandbytes_and_numpy_do() {
     if let Some(device) = adapter() {
-        check_fixture::<Wgpu>(5e-7, &device);
+        check_fixture::<Gpu>(5e-7, &device);
     }
 }
 
@@ -157,7 +157,7 @@ fn kernels_make_what_the_host_makes() {
                 if storage == Storage::PackedF16 && dtype == DType::F16 {
                     continue;
                 }
-                let ours = quantized::<Wgpu>(&numbers, shape, storage, dtype, &device);
+                let ours = quantized::<Gpu>(&numbers, shape, storage, dtype, &device);
                 let host = quantized::<Flex>(&numbers, shape, storage, dtype, &Default::default());
                 assert!(codes(&ours) == codes(&host), "{storage:?} of {shape:?}: codes");
                 let (got, want) = (ours.to_dense(), host.to_dense());
@@ -219,7 +219,7 @@ fn products_go_through_the_same_weights_in_both_directions() {
     for [tokens, n_in, n_out, rank] in [[33, 128, 192, 8], [7, 107, 65, 3]] {
         for storage in STORAGES {
             let numbers = Numbers::new(5).vec(n_out * n_in, 0.1);
-            let ours = quantized::<Wgpu>(&numbers, [n_out, n_in], storage, DType::F32, &device);
+            let ours = quantized::<Gpu>(&numbers, [n_out, n_in], storage, DType::F32, &device);
             let host = quantized::<Flex>(&numbers, [n_out, n_in], storage, DType::F32, &Default::default());
             let got = layer(&ours, [tokens, n_in, n_out, rank], &device);
             let dense = Weight::Dense(host.to_dense());

@@ -1,18 +1,18 @@
-//! `rms_norm` on wgpu against the reference on the CPU under burn's autodiff: the output and the gradient.
+//! `rms_norm` on a GPU against the reference on the CPU under burn's autodiff: the output and the gradient.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor, TensorPrimitive};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
-use burn_wgpu::Wgpu;
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::rms_norm::{
     GPU_THREADS, SOFTWARE_THREADS, launch_backward, launch_forward, rms_norm, rms_norm_backward,
     rms_norm_reference,
 };
 
-use super::tensors::{STORED, bits, central_differences, random, stored, values};
-use crate::support::{Numbers, adapter, assert_close};
+use super::on::{Gpu, adapter};
+use super::tensors::{bits, central_differences, random, stored, stored_types, values};
+use crate::support::{Numbers, assert_close};
 
 const ATOL: f32 = 1e-5;
 const EPS: f64 = 1e-5;
@@ -62,10 +62,10 @@ fn reference(shape: [usize; 2], dtype: DType) -> [Vec<f32>; 3] {
 #[test]
 fn output_and_gradient() {
     let Some(device) = adapter() else { return };
-    for (dtype, rtol) in STORED {
+    for (dtype, rtol) in stored_types() {
         let n_shapes = if dtype == DType::F32 { SHAPES.len() } else { SHAPES.len() - 1 };
         for shape in SHAPES.into_iter().take(n_shapes) {
-            let Inputs { x, weight, dy, sum } = inputs::<Wgpu>(shape, dtype, &device);
+            let Inputs { x, weight, dy, sum } = inputs::<Gpu>(shape, dtype, &device);
             let y = rms_norm(x.clone(), weight.clone(), EPS, dtype);
             assert_eq!(y.dtype(), dtype, "type of y");
             // The sum is held twice here, so that nothing is written over; given away below, so that it is.
@@ -76,7 +76,7 @@ fn output_and_gradient() {
                 let rtol = if *name == "y" { rtol } else { 1e-4 };
                 assert_close(got, want, ATOL, rtol, &format!("{shape:?}, {dtype:?}: {name}"));
             }
-            let again = inputs::<Wgpu>(shape, dtype, &device);
+            let again = inputs::<Gpu>(shape, dtype, &device);
             assert_eq!(bits(sum.clone()), bits(again.sum), "the sum was written over");
             assert_eq!(bits(x.clone()), bits(again.x), "x was written over");
             assert_eq!(got[2], values(backward(Some(sum))), "{shape:?}, {dtype:?}: in place");
@@ -90,14 +90,14 @@ fn every_number_of_threads() {
     let Some(device) = adapter() else { return };
     for most_threads in [SOFTWARE_THREADS, GPU_THREADS] {
         for shape in &SHAPES[..10] {
-            let Inputs { x, weight, dy, sum } = inputs::<Wgpu>(*shape, DType::F32, &device);
+            let Inputs { x, weight, dy, sum } = inputs::<Gpu>(*shape, DType::F32, &device);
             let [x, dy, sum] = [x, dy, sum].map(|t| t.into_primitive().tensor());
             let weight = weight.into_primitive().tensor();
             let y = launch_forward(x.clone(), weight.clone(), EPS, DType::F32, most_threads);
             let dx = launch_backward(dy, x, weight, EPS, Some(sum), most_threads);
             let [want_y, _, want_dx] = reference(*shape, DType::F32);
             for (name, got, want) in [("y", y, want_y), ("sum + dx", dx, want_dx)] {
-                let got = values(Tensor::<Wgpu, 2>::from_primitive(TensorPrimitive::Float(got)));
+                let got = values(Tensor::<Gpu, 2>::from_primitive(TensorPrimitive::Float(got)));
                 assert_close(&got, &want, ATOL, 1e-4, &format!("{shape:?}, {most_threads}: {name}"));
             }
         }
@@ -119,7 +119,7 @@ fn large_and_small_rows() {
         let [x, weight, dy] = [size, 1.0, 1.0].map(|size| numbers.vec(hidden, size));
         let wide = |values: &[f32]| values.iter().copied().map(f64::from).collect::<Vec<_>>();
         let [x64, weight64, dy64] = [&x, &weight, &dy].map(|v| wide(v));
-        let tensor = |values: &[f32]| stored::<Wgpu, 2>(values.to_vec(), [1, hidden], DType::F32, &device);
+        let tensor = |values: &[f32]| stored::<Gpu, 2>(values.to_vec(), [1, hidden], DType::F32, &device);
         let weight = tensor(&weight).reshape([hidden]);
         let y = rms_norm(tensor(&x), weight.clone(), EPS, DType::F32);
         let want: Vec<_> = formula(&x64, &weight64).into_iter().map(|y| y as f32).collect();
@@ -142,7 +142,7 @@ fn large_and_small_rows() {
 #[test]
 fn the_gradient_is_that_of_the_formula() {
     let Some(device) = adapter() else { return };
-    let Inputs { x, weight, dy, .. } = inputs::<Wgpu>([1, 7], DType::F32, &device);
+    let Inputs { x, weight, dy, .. } = inputs::<Gpu>([1, 7], DType::F32, &device);
     let wide = |values: Vec<f32>| values.into_iter().map(f64::from).collect::<Vec<_>>();
     let (x64, weight64, dy64) =
         (wide(values(x.clone())), wide(values(weight.clone())), wide(values(dy.clone())));
@@ -173,14 +173,14 @@ fn from_views() {
         ];
         tensors.map(values).concat()
     }
-    assert_close(&run::<Wgpu>(&device), &run::<Flex>(&Default::default()), ATOL, 1e-5, "from views");
+    assert_close(&run::<Gpu>(&device), &run::<Flex>(&Default::default()), ATOL, 1e-5, "from views");
 }
 
 #[test]
 fn the_same_input_gives_the_same_bits() {
     let Some(device) = adapter() else { return };
     let [first, second] = [(); 2].map(|()| {
-        let Inputs { x, weight, dy, sum } = inputs::<Wgpu>([130, 1022], DType::F32, &device);
+        let Inputs { x, weight, dy, sum } = inputs::<Gpu>([130, 1022], DType::F32, &device);
         let y = rms_norm(x.clone(), weight.clone(), EPS, DType::F32);
         [y, rms_norm_backward(dy, x, weight, EPS, Some(sum))].map(bits)
     });

@@ -1,15 +1,15 @@
-//! `rope` on wgpu against the reference on the CPU under burn's autodiff: the output and the gradient.
+//! `rope` on a GPU against the reference on the CPU under burn's autodiff: the output and the gradient.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
-use burn_wgpu::Wgpu;
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::rope::{RopeTable, rope, rope_backward, rope_reference};
 
-use super::tensors::{STORED, bits, random, values};
-use crate::support::{Numbers, adapter, assert_close};
+use super::on::{Gpu, adapter};
+use super::tensors::{bits, random, stored_types, values};
+use crate::support::{Numbers, assert_close};
 
 const ATOL: f32 = 1e-6;
 
@@ -42,9 +42,9 @@ fn reference(shape: [usize; 3], dtype: DType) -> [Vec<f32>; 2] {
 #[test]
 fn output_and_gradient() {
     let Some(device) = adapter() else { return };
-    for (dtype, rtol) in STORED {
+    for (dtype, rtol) in stored_types() {
         for shape in SHAPES {
-            let (table, x, dy) = inputs::<Wgpu>(shape, dtype, &device);
+            let (table, x, dy) = inputs::<Gpu>(shape, dtype, &device);
             // Held twice here, so that nothing is written over; given away below, so that everything is.
             let (y, dx) = (rope(x.clone(), &table), rope_backward(dy.clone(), &table));
             assert!(y.dtype() == dtype && dx.dtype() == dtype, "{dtype:?}: type of a result");
@@ -55,7 +55,7 @@ fn output_and_gradient() {
                 let atol = if dtype == DType::F32 { ATOL } else { 1e-3 };
                 assert_close(got, want, atol, rtol, &format!("{shape:?}, {dtype:?}: {name}"));
             }
-            assert_eq!(bits(x.clone()), bits(inputs::<Wgpu>(shape, dtype, &device).1), "x was written over");
+            assert_eq!(bits(x.clone()), bits(inputs::<Gpu>(shape, dtype, &device).1), "x was written over");
             let in_place = [rope(x, &table), rope_backward(dy, &table)].map(values);
             assert_eq!(got, in_place, "{shape:?}, {dtype:?}: in place");
         }
@@ -71,10 +71,10 @@ fn rotates_by_the_angle_and_back() {
     let angles: Vec<f64> = numbers.vec(tokens * half, 3.0).into_iter().map(f64::from).collect();
     let table = |f: fn(f64) -> f64| {
         let values: Vec<f32> = angles.iter().map(|&angle| f(angle) as f32).collect();
-        super::tensors::stored::<Wgpu, 2>(values, [tokens, half], DType::F32, &device)
+        super::tensors::stored::<Gpu, 2>(values, [tokens, half], DType::F32, &device)
     };
     let table = RopeTable { cos: table(f64::cos), sin: table(f64::sin) };
-    let tensor = super::tensors::stored::<Wgpu, 3>(x.clone(), [tokens, heads, 2 * half], DType::F32, &device);
+    let tensor = super::tensors::stored::<Gpu, 3>(x.clone(), [tokens, heads, 2 * half], DType::F32, &device);
     let y = rope(tensor, &table);
     let mut want = vec![0.0; x.len()];
     for token in 0..tokens {
@@ -105,7 +105,7 @@ fn from_views() {
         let y = [rope(turned, &table), rope(sliced.clone(), &table), rope_backward(sliced, &table), rows];
         y.map(values).concat()
     }
-    assert_close(&run::<Wgpu>(&device), &run::<Flex>(&Default::default()), ATOL, 1e-5, "from views");
+    assert_close(&run::<Gpu>(&device), &run::<Flex>(&Default::default()), ATOL, 1e-5, "from views");
 }
 
 #[test]

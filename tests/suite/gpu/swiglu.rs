@@ -1,15 +1,15 @@
-//! `swiglu` on wgpu against the reference on the CPU under burn's autodiff: the output and both gradients.
+//! `swiglu` on a GPU against the reference on the CPU under burn's autodiff: the output and both gradients.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
-use burn_wgpu::Wgpu;
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::swiglu::{swiglu, swiglu_backward, swiglu_reference};
 
-use super::tensors::{STORED, bits, central_differences, random, stored, values};
-use crate::support::{Numbers, adapter, assert_close};
+use super::on::{Gpu, adapter};
+use super::tensors::{bits, central_differences, random, stored, stored_types, values};
+use crate::support::{Numbers, assert_close};
 
 const ATOL: f32 = 1e-6;
 
@@ -37,9 +37,9 @@ fn reference(shape: [usize; 2], dtype: DType) -> [Vec<f32>; 3] {
 #[test]
 fn output_and_gradients() {
     let Some(device) = adapter() else { return };
-    for (dtype, rtol) in STORED {
+    for (dtype, rtol) in stored_types() {
         for shape in &SHAPES[..7] {
-            let [dh, gate, up] = inputs::<Wgpu>(*shape, dtype, &device);
+            let [dh, gate, up] = inputs::<Gpu>(*shape, dtype, &device);
             // Held twice here, so that nothing is written over; given away below, so that everything is.
             let h = swiglu(gate.clone(), up.clone());
             let (dgate, dup) = swiglu_backward(dh.clone(), gate.clone(), up.clone());
@@ -50,7 +50,7 @@ fn output_and_gradients() {
             for ((name, got), want) in names.iter().zip(&got).zip(&want) {
                 assert_close(got, want, ATOL, rtol, &format!("{shape:?}, {dtype:?}: {name}"));
             }
-            let [_, gate_again, up_again] = inputs::<Wgpu>(*shape, dtype, &device);
+            let [_, gate_again, up_again] = inputs::<Gpu>(*shape, dtype, &device);
             assert_eq!(bits(gate.clone()), bits(gate_again.clone()), "gate was written over");
             assert_eq!(bits(up.clone()), bits(up_again.clone()), "up was written over");
             let (dgate, dup) = swiglu_backward(dh, gate, up);
@@ -64,7 +64,7 @@ fn output_and_gradients() {
 fn more_cubes_than_one_dimension_has() {
     let Some(device) = adapter() else { return };
     let shape = SHAPES[7];
-    let gate = Tensor::<Wgpu, 2>::ones(shape, &device);
+    let gate = Tensor::<Gpu, 2>::ones(shape, &device);
     let h = swiglu(gate.clone(), gate * 3.0);
     let want = 3.0 / (1.0 + (-1.0f32).exp());
     let [low, high] = [h.clone().min(), h.max()].map(|t| t.into_scalar());
@@ -78,7 +78,7 @@ fn gradients_are_those_of_the_formula() {
         let terms = gate.iter().zip(up).zip(dh);
         terms.map(|((gate, up), dh)| dh * up * gate / (1.0 + (-gate).exp())).sum::<f64>()
     };
-    let tensors = inputs::<Wgpu>([3, 7], DType::F32, &device);
+    let tensors = inputs::<Gpu>([3, 7], DType::F32, &device);
     let [dh, gate, up] = tensors.clone().map(|t| values(t).into_iter().map(f64::from).collect::<Vec<_>>());
     let [dh_tensor, gate_tensor, up_tensor] = tensors;
     let (dgate, dup) = swiglu_backward(dh_tensor, gate_tensor, up_tensor);
@@ -91,7 +91,7 @@ fn gradients_are_those_of_the_formula() {
 #[test]
 fn a_stored_product_saturates_and_nan_stays() {
     let Some(device) = adapter() else { return };
-    let tensor = |values: [f32; 6]| stored::<Wgpu, 2>(values.to_vec(), [2, 3], DType::F16, &device);
+    let tensor = |values: [f32; 6]| stored::<Gpu, 2>(values.to_vec(), [2, 3], DType::F16, &device);
     let gate = tensor([300.0, 300.0, 60_000.0, -5.0, f32::NAN, 1.0]);
     let up = tensor([300.0, -300.0, 1.0, 60_000.0, 1.0, 0.0]);
     let h = values(swiglu(gate, up));
@@ -115,13 +115,13 @@ fn from_views() {
         let (dgate, dup) = swiglu_backward(random([20, 64]).slice([4..16, 0..64]), gate.clone(), up.clone());
         [swiglu(gate, up), dgate, dup].map(values).concat()
     }
-    assert_close(&run::<Wgpu>(&device), &run::<Flex>(&Default::default()), ATOL, 1e-5, "from views");
+    assert_close(&run::<Gpu>(&device), &run::<Flex>(&Default::default()), ATOL, 1e-5, "from views");
 }
 
 #[test]
 fn of_one_tensor_twice() {
     let Some(device) = adapter() else { return };
-    let x = random::<Wgpu, 2>(&mut Numbers::new(2), [3, 64], 1.0, DType::F32, &device);
+    let x = random::<Gpu, 2>(&mut Numbers::new(2), [3, 64], 1.0, DType::F32, &device);
     let want: Vec<_> = values(x.clone()).into_iter().map(|x| x * x / (1.0 + (-x).exp())).collect();
     assert_close(&values(swiglu(x.clone(), x)), &want, ATOL, 1e-5, "h");
 }

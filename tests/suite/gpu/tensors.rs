@@ -3,10 +3,8 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
 
+pub(crate) use super::on::stored_types;
 use crate::support::Numbers;
-
-/// The types that activations are stored in, with the relative error that a result of them may have.
-pub(crate) const STORED: [(DType, f32); 2] = [(DType::F32, 1e-4), (DType::F16, 2e-3)];
 
 /// Numbers in `[-size, size)`, stored in `dtype`.
 pub(crate) fn random<B: Backend, const D: usize>(

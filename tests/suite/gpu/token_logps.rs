@@ -4,13 +4,13 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Distribution, FloatDType, Int, Tensor, TensorData};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
-use burn_wgpu::{Wgpu, WgpuDevice};
 use half::f16;
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::quantize::Weight;
 use orpo_wgpu::ops::token_logps::{Expected, Head, ScoredToken, token_logps, token_logps_backward};
 
-use crate::support::{Numbers, adapter, assert_close};
+use super::on::{Gpu, GpuDevice, adapter};
+use crate::support::{Numbers, assert_close};
 
 /// A head, hidden states and scored tokens in no order: rows without a target, rows with two, targets in every shard.
 struct Case {
@@ -166,14 +166,14 @@ fn cpu_takes_a_weight_of_halves() {
 #[test]
 fn gpu_equals_the_whole_log_softmax() {
     if let Some(device) = adapter() {
-        check::<Wgpu>(DType::F32, &device);
+        check::<Gpu>(DType::F32, &device);
     }
 }
 
 #[test]
 fn gpu_takes_a_weight_of_halves() {
     if let Some(device) = adapter() {
-        check::<Wgpu>(DType::F16, &device);
+        check::<Gpu>(DType::F16, &device);
     }
 }
 
@@ -193,7 +193,7 @@ fn gpu_equals_the_formula_in_f64() {
         let slope = (loss(1e-4) - loss(-1e-4)) / 2e-4;
         assert!((slope - dhidden[i]).abs() < 1e-6, "dhidden {i}: {} against the slope {slope}", dhidden[i]);
     }
-    let (got_logps, got_dhidden) = case.run::<Wgpu>([20, 3], DType::F32, &device);
+    let (got_logps, got_dhidden) = case.run::<Gpu>([20, 3], DType::F32, &device);
     assert_close(&got_logps, &narrow(&logps), 2e-6, 1e-5, "logps");
     assert_close(&got_dhidden, &narrow(&dhidden), 1e-5, 1e-4, "dhidden");
 }
@@ -202,7 +202,7 @@ fn gpu_equals_the_formula_in_f64() {
 fn gpu_gives_the_same_bits_twice() {
     let Some(device) = adapter() else { return };
     let case = Case::new(23, 40, 331);
-    let runs: Vec<_> = (0..3).map(|_| case.run::<Wgpu>([100, 7], DType::F32, &device)).collect();
+    let runs: Vec<_> = (0..3).map(|_| case.run::<Gpu>([100, 7], DType::F32, &device)).collect();
     assert!(runs.iter().all(|run| *run == runs[0]), "the bits differ from run to run");
 }
 
@@ -220,7 +220,7 @@ const REAL: [usize; 3] = [128_256, 4096, 8192];
 /// Log-probabilities and gradient of the real head, from its shards one after the other on the CPU, merged in `f64`.
 fn by_shard(
     hidden: &Tensor<Flex, 2>,
-    shards: impl Iterator<Item = Weight<Wgpu>>,
+    shards: impl Iterator<Item = Weight<Gpu>>,
     scored: &[ScoredToken],
     dlogps: &[f32],
 ) -> (Vec<f32>, Vec<f32>) {
@@ -267,12 +267,12 @@ fn by_shard(
     (logps, dhidden.into_iter().map(|d| d as f32).collect())
 }
 
-fn check_the_real_head(dtype: DType, device: &WgpuDevice) {
+fn check_the_real_head(dtype: DType, device: &GpuDevice) {
     let [vocab, n_hidden, shard_rows] = REAL;
     let n_rows = 5;
     let shards = (0..vocab).step_by(shard_rows).map(|first_id| {
         let shape = [shard_rows.min(vocab - first_id), n_hidden];
-        let shard = Tensor::<Wgpu, 2>::random(shape, Distribution::Uniform(-0.1, 0.1), device);
+        let shard = Tensor::<Gpu, 2>::random(shape, Distribution::Uniform(-0.1, 0.1), device);
         Weight::Dense(shard.cast(FloatDType::from(dtype)))
     });
     let head = Head { shards: shards.collect(), chunk_bytes: 64 << 20 };

@@ -1,0 +1,158 @@
+//! NVIDIA GPUs through CUDA: those of this machine, or what it lacks for them.
+//!
+//! The program is linked to nothing of CUDA. When it runs it needs the driver, NVRTC, which compiles its kernels, and the header files
+//! that these include.
+
+use serde::Serialize;
+
+/// An NVIDIA GPU that CUDA computes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CudaGpu {
+    /// Its place in CUDA's list: `--device cuda:{index}`.
+    pub index: usize,
+    /// The device's name, as its driver spells it.
+    pub name: String,
+    /// Its memory, in bytes.
+    pub memory_bytes: u64,
+    /// The compute capability, major and minor.
+    pub compute_capability: (u32, u32),
+}
+
+impl CudaGpu {
+    /// Whether it computes in `f16`, on tensor cores: from Volta on.
+    pub fn computes_f16(&self) -> bool {
+        self.compute_capability >= (7, 0)
+    }
+
+    /// Whether it computes in `bf16`: from Ampere on.
+    pub fn computes_bf16(&self) -> bool {
+        self.compute_capability >= (8, 0)
+    }
+
+    /// Its name in burn.
+    #[cfg(feature = "cuda")]
+    pub fn device(&self) -> burn_cuda::CudaDevice {
+        burn_cuda::CudaDevice::new(self.index)
+    }
+
+    /// The largest tensor: cubecl's largest page.
+    pub fn shard_bytes(&self) -> u64 {
+        self.memory_bytes / 4
+    }
+}
+
+/// What is missing for CUDA.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Missing {
+    /// What there is not.
+    pub problem: String,
+    /// How to come by it.
+    pub hint: &'static str,
+}
+
+/// The GPUs, or why there are none.
+pub type CudaGpus = Result<Vec<CudaGpu>, Missing>;
+
+/// Lists the GPUs that CUDA computes on; at least one, or what is missing.
+///
+/// # Errors
+/// If this build has no CUDA, or the machine lacks the driver, a GPU, NVRTC or the headers.
+#[cfg(not(feature = "cuda"))]
+pub fn gpus() -> CudaGpus {
+    Err(Missing {
+        problem: "this build has no CUDA".to_owned(),
+        hint: "`cargo build --release --features cuda` builds it in; --device wgpu runs NVIDIA GPUs without",
+    })
+}
+
+#[cfg(feature = "cuda")]
+pub use found::gpus;
+
+#[cfg(feature = "cuda")]
+mod found {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use burn::cubecl::cuda::install;
+    use cudarc::driver::result::{self as driver, DriverError};
+    use cudarc::driver::sys::{self, CUdevice_attribute};
+    use cudarc::nvrtc;
+
+    use super::{CudaGpu, CudaGpus, Missing};
+
+    const DRIVER: &str = "install NVIDIA's driver; on Debian `apt-get install nvidia-driver`, on Ubuntu \
+                          `ubuntu-drivers install`; --device wgpu and cpu need none";
+    const TOOLKIT: &str = "install CUDA 12, of which its NVRTC and header files are used; where it is not in /usr/local/cuda, \
+                           CUDA_PATH names its folder and LD_LIBRARY_PATH that of NVRTC";
+
+    /// Of CUDA's parts for the runtime and, for tensor cores, for its compiler.
+    const HEADERS: [&str; 3] = ["cuda_runtime.h", "cuda_fp16.h", "crt/mma.h"];
+
+    /// See the function of this name without the feature.
+    ///
+    /// # Errors
+    /// If the machine lacks the driver, a GPU, NVRTC or the headers.
+    pub fn gpus() -> CudaGpus {
+        // cudarc panics over a library that lacks a symbol, as that of a very old driver may.
+        catch_unwind(AssertUnwindSafe(find)).unwrap_or_else(|_| {
+            let problem = "the NVIDIA driver lacks functions of CUDA 12.8".to_owned();
+            Err(Missing { problem, hint: "update the driver" })
+        })
+    }
+
+    fn find() -> CudaGpus {
+        let missing = |problem: String, hint| Err(Missing { problem, hint });
+        #[expect(unsafe_code, reason = "loading a library runs its initialisers")]
+        // SAFETY: they are NVIDIA's own, which every use of CUDA runs.
+        let (has_driver, has_nvrtc) = unsafe { (sys::is_culib_present(), nvrtc::sys::is_culib_present()) };
+        if !has_driver {
+            return missing("there is no NVIDIA driver (libcuda)".to_owned(), DRIVER);
+        }
+        let gpus = match list() {
+            Ok(gpus) if gpus.is_empty() => return missing("CUDA finds no GPU".to_owned(), DRIVER),
+            Ok(gpus) => gpus,
+            Err(error) => return missing(format!("the NVIDIA driver does not answer: {error}"), DRIVER),
+        };
+        if !has_nvrtc {
+            return missing(
+                "there is no NVRTC of CUDA 12 (libnvrtc), which compiles the kernels".to_owned(),
+                TOOLKIT,
+            );
+        }
+        let Some(path) = install::cuda_path() else {
+            return missing("there are no CUDA headers, which the kernels need".to_owned(), TOOLKIT);
+        };
+        match HEADERS.iter().find(|header| !path.join("include").join(header).exists()) {
+            Some(header) => missing(
+                format!("{} has no include/{header}, which the kernels need", path.display()),
+                TOOLKIT,
+            ),
+            None => Ok(gpus),
+        }
+    }
+
+    fn list() -> Result<Vec<CudaGpu>, DriverError> {
+        driver::init()?;
+        let n_gpus = driver::device::get_count()?;
+        (0..n_gpus).map(describe).collect()
+    }
+
+    fn describe(ordinal: i32) -> Result<CudaGpu, DriverError> {
+        let device = driver::device::get(ordinal)?;
+        #[expect(unsafe_code, reason = "cudarc asks for a device's properties by its bare handle")]
+        // SAFETY: the handle is the one that the driver gave for this ordinal.
+        let (memory_bytes, major, minor) = unsafe {
+            let attribute = |attribute| driver::device::get_attribute(device, attribute);
+            (
+                driver::device::total_mem(device)? as u64,
+                attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            )
+        };
+        Ok(CudaGpu {
+            index: ordinal.unsigned_abs() as usize,
+            name: driver::device::get_name(device)?,
+            memory_bytes,
+            compute_capability: (major.unsigned_abs(), minor.unsigned_abs()),
+        })
+    }
+}

@@ -1,0 +1,105 @@
+//! What a runtime of CubeCL brings of its own: the products of [`lora_linear`](super::lora_linear) and the odds-ratio loss. All
+//! other kernels have one source for every runtime.
+//!
+//! The default bodies serve every runtime, and CUDA takes them as they are: cubek's matrix product with sums and output in `f32`,
+//! on tensor cores where both operands are 16-bit, and one pass behind it for what else belongs to the output. So LoRA does not
+//! ride in the product. It could, with `s` and `B` (or `ds` and `A`) as 16 more entries of the depth of both operands: but then they
+//! would be rounded to the weight's type, in which a young `B` is next to nothing, and every frozen matrix would be stored with room
+//! for them at the end of its rows and of its columns. The pass behind reads the rank-r tensors in `f32` and rounds once.
+//!
+//! wgpu has shaders for them instead (`wgpu.rs`).
+
+mod odds;
+mod product;
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::gpu::{input, operand, tensor};
+use super::lora_linear::{Lora, LoraGrads};
+use super::orpo_loss::PairSpan;
+use product::{Finish, Rounding, product, turned};
+
+/// A backend whose float tensors are those of a runtime.
+pub trait Floating<R: CubeRuntime>: Backend<FloatTensorPrimitive = CubeTensor<R>> {}
+
+impl<R: CubeRuntime, B: Backend<FloatTensorPrimitive = CubeTensor<R>>> Floating<R> for B {}
+
+/// The ops that a runtime may have its own kernels for; see those of the same names in [`Kernels`](super::Kernels).
+pub trait Engine: CubeRuntime {
+    /// `(y, s)` of [`lora_linear`](super::lora_linear::lora_linear).
+    fn lora_linear_forward<B: Floating<Self>>(
+        x: Tensor<B, 2>,
+        weight: Tensor<B, 2>,
+        lora: Option<&Lora<B>>,
+        residual: Option<Tensor<B, 2>>,
+    ) -> (Tensor<B, 2>, Option<Tensor<B, 2>>) {
+        let (x, weight) = (operand(x), operand(weight));
+        let dtype = residual.as_ref().map_or(x.dtype, Tensor::dtype);
+        let y = product("lora_linear forward", &x, &turned(&weight), Rounding::InParts);
+        let s = lora.map(|lora| rank_r(&x, lora));
+        let b = lora.map(|lora| tensor::<Self, B, 2>(input(lora.b.clone())) * lora.scale);
+        let adapter = s.clone().zip(b.map(|b| operand(b.transpose())));
+        let y = Finish { adapter, addend: residual.map(operand), dtype }.run("lora_linear finish", y);
+        (tensor(y), s.map(tensor))
+    }
+
+    /// `s = x Aᵀ`, `[tokens, r]`.
+    fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
+        tensor(rank_r(&operand(x), lora))
+    }
+
+    /// The adapter's gradients.
+    fn lora_linear_backward_lora<B: Floating<Self>>(
+        dy: Tensor<B, 2>,
+        x: Tensor<B, 2>,
+        s: Tensor<B, 2>,
+        lora: &Lora<B>,
+    ) -> LoraGrads<B> {
+        const NAME: &str = "lora_linear backward lora";
+        let (dy, x) = (operand(dy), operand(x));
+        let scaled = |factor: Tensor<B, 2>| operand(factor * lora.scale);
+        let ds = product(NAME, &dy, &scaled(lora.b.clone()), Rounding::Never);
+        let db = product(NAME, &turned(&dy), &scaled(s), Rounding::Never);
+        let da = product(NAME, &turned(&ds), &x, Rounding::Never);
+        LoraGrads { ds: tensor(ds), da: tensor(da), db: tensor(db) }
+    }
+
+    /// `dx = sum + dy W + ds A`, `[tokens, in]`, in `dtype`.
+    fn lora_linear_backward_input<B: Floating<Self>>(
+        dy: Tensor<B, 2>,
+        weight: Tensor<B, 2>,
+        ds_a: Option<(Tensor<B, 2>, Tensor<B, 2>)>,
+        sum: Option<Tensor<B, 2>>,
+        dtype: DType,
+    ) -> Tensor<B, 2> {
+        let dx = product("lora_linear backward input", &operand(dy), &operand(weight), Rounding::Whole);
+        let adapter = ds_a.map(|(ds, a)| (input(ds), input(a)));
+        tensor(Finish { adapter, addend: sum.map(operand), dtype }.run("lora_linear finish", dx))
+    }
+
+    /// The statistics of [`orpo_loss`](super::orpo_loss::orpo_loss).
+    fn orpo_loss_forward<B: Floating<Self>>(logps: Tensor<B, 1>, pairs: &[PairSpan]) -> Tensor<B, 2> {
+        tensor(odds::launch_forward(input(logps), pairs))
+    }
+
+    /// The loss's derivative by every entry's log-probability.
+    fn orpo_loss_backward<B: Floating<Self>>(
+        stats: Tensor<B, 2>,
+        pairs: &[PairSpan],
+        beta: f32,
+        grad_scale: f32,
+    ) -> Tensor<B, 1> {
+        tensor(odds::launch_backward(input(stats), pairs, beta, grad_scale))
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Engine for burn::cubecl::cuda::CudaRuntime {}
+
+/// `x Aᵀ`
+fn rank_r<R: Engine, B: Floating<R>>(x: &CubeTensor<R>, lora: &Lora<B>) -> CubeTensor<R> {
+    product("lora_linear rank r", x, &turned(&input(lora.a.clone())), Rounding::Never)
+}

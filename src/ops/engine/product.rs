@@ -1,0 +1,200 @@
+//! Matrix products by cubek, and the pass behind them.
+//!
+//! cubek is called itself and not through burn, whose product gives both operands the type of the left one and takes two `f32` on
+//! tensor cores as TF32, with 10 bits of their 23. Here sums and output are `f32` whatever the operands are; tensor cores multiply
+//! where both have the same 16-bit type, and registers elsewhere, which take operands of two types and make them `f32` first.
+
+use burn::cubecl;
+use burn::cubecl::prelude::*;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::kernel::cast;
+use burn_cubecl::ops::numeric;
+use burn_cubecl::tensor::CubeTensor;
+use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError};
+use cubek::matmul::launch::{Strategy, launch_ref};
+use cubek::std::InputBinding;
+
+use crate::ops::cube::{bytes, empty, one_thread_each, overwrite, vector_width};
+use crate::ops::profile;
+
+/// What a left operand in `f32` may become for a right one that tensor cores take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rounding {
+    /// Nothing: registers multiply.
+    Never,
+    /// A sum of two numbers of the right operand's type: 22 bits of its 24 in `f16`, 16 in `bf16`.
+    InParts,
+    /// One such number.
+    Whole,
+}
+
+/// The transposed matrix, in the same buffer.
+pub(super) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTensor<R> {
+    let mut matrix = matrix.clone();
+    matrix.meta.swap(0, 1);
+    matrix
+}
+
+/// `lhs · rhs` in `f32`: `[m, depth] · [depth, n] -> [m, n]`.
+pub(super) fn product<R: CubeRuntime>(
+    name: &'static str,
+    lhs: &CubeTensor<R>,
+    rhs: &CubeTensor<R>,
+    rounding: Rounding,
+) -> CubeTensor<R> {
+    if lhs.dtype != DType::F32 || !has_matrices(rhs) {
+        return multiply(name, lhs, rhs);
+    }
+    match rounding {
+        Rounding::Never => multiply(name, lhs, rhs),
+        Rounding::Whole => multiply(name, &cast(lhs.clone(), rhs.dtype), rhs),
+        Rounding::InParts => {
+            let high = cast(lhs.clone(), rhs.dtype);
+            let low = cast(numeric::sub(lhs.clone(), cast(high.clone(), DType::F32)), rhs.dtype);
+            numeric::add(multiply(name, &low, rhs), multiply(name, &high, rhs))
+        }
+    }
+}
+
+/// Whether the device has matrix units for the tensor's type that sum in `f32`.
+fn has_matrices<R: CubeRuntime>(tensor: &CubeTensor<R>) -> bool {
+    let (element, sum) = (tensor.dtype.into(), DType::F32.into());
+    let is_of = |unit: &cubecl::features::MmaConfig| unit.a_type == element && unit.cd_type == sum;
+    tensor.dtype != DType::F32 && tensor.client.properties().features.matmul.cmma.iter().any(is_of)
+}
+
+fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> CubeTensor<R> {
+    let [m, depth] = [0, 1].map(|i| lhs.meta.shape()[i]);
+    let [rhs_depth, n] = [0, 1].map(|i| rhs.meta.shape()[i]);
+    assert_eq!(depth, rhs_depth, "{name}: depth of the operands");
+    let out = empty(lhs, Shape::from([m, n]), DType::F32);
+    let is_matrix = lhs.dtype == rhs.dtype && has_matrices(rhs);
+    let moved = bytes(&[lhs, rhs, &out]);
+    let mut outcome = Ok(());
+    profile::kernel(name, 2 * m * n * depth, moved, &lhs.client, || {
+        let by = |strategy: Strategy| launch(&strategy, lhs, rhs, &out);
+        let registers = || by(Strategy::SimpleUnit(Default::default()));
+        // Matrix units have no tile for some shapes.
+        let on_matrices =
+            if is_matrix { by(Strategy::SimpleCyclicCmma(Default::default())).ok() } else { None };
+        outcome = on_matrices.map_or_else(registers, Ok).map_err(|error| format!("{error:?}"));
+    });
+    if let Err(error) = outcome {
+        panic!("{name}: no product of {:?} and {:?}: {error}", lhs.meta.shape(), rhs.meta.shape());
+    }
+    out
+}
+
+fn launch<R: CubeRuntime>(
+    strategy: &Strategy,
+    lhs: &CubeTensor<R>,
+    rhs: &CubeTensor<R>,
+    out: &CubeTensor<R>,
+) -> Result<(), MatmulSetupError> {
+    let operand = |tensor: &CubeTensor<R>| InputBinding::new(tensor.clone().binding(), tensor.dtype.into());
+    let globals = MatmulGlobalElems { lhs: lhs.dtype.into(), rhs: rhs.dtype.into(), out: DType::F32.into() };
+    let mut elements = MatmulElems::from_globals(&globals);
+    launch_ref(strategy, &lhs.client, operand(lhs), operand(rhs), out.clone().binding(), &mut elements)
+}
+
+/// What becomes of a product `[m, n]`: `addend + product + left · right`, in `dtype`.
+pub(super) struct Finish<R: CubeRuntime> {
+    /// `[m, r]` and `[r, n]`, in `f32`.
+    pub(super) adapter: Option<(CubeTensor<R>, CubeTensor<R>)>,
+    /// `[m, n]`, in `dtype`.
+    pub(super) addend: Option<CubeTensor<R>>,
+    /// The output's type.
+    pub(super) dtype: DType,
+}
+
+impl<R: CubeRuntime> Finish<R> {
+    /// Launches it, over the addend or the product where it can.
+    pub(super) fn run(self, name: &'static str, product: CubeTensor<R>) -> CubeTensor<R> {
+        let Self { adapter, addend, dtype } = self;
+        if adapter.is_none() && addend.is_none() && dtype == DType::F32 {
+            return product;
+        }
+        if let Some(addend) = &addend {
+            assert_eq!(
+                addend.dtype, dtype,
+                "{name}: the type of the output against that of what it is added to"
+            );
+        }
+        let client = product.client.clone();
+        let [m, n] = [0, 1].map(|i| product.meta.shape()[i]);
+        let rank = adapter.as_ref().map_or(0, |(left, _)| left.meta.shape()[1]);
+        let width = vector_width(n);
+        let (cubes, cube) = one_thread_each(&client, m * n / width);
+        let work = [m * n * (2 * rank + 1), 2 * bytes(&[&product])];
+        let has_addend = addend.is_some();
+        // What is not there is never read; some buffer has to stand in its place.
+        let (left, right) = adapter.unwrap_or_else(|| (product.clone(), product.clone()));
+        let [left, right] = [left, right].map(CubeTensor::into_array_arg);
+        let (product, addend, out, tensor) = match addend {
+            Some(addend) => {
+                let out = overwrite(addend, 3);
+                (product.into_array_arg(), out.input, out.output, out.tensor)
+            }
+            None if dtype == DType::F32 => {
+                let out = overwrite(product, 0);
+                (out.input, out.tensor.clone().into_array_arg(), out.output, out.tensor)
+            }
+            None => {
+                let out = empty(&product, Shape::from([m, n]), dtype);
+                let stand_in = product.clone().into_array_arg();
+                (product.into_array_arg(), stand_in, out.clone().into_array_arg(), out)
+            }
+        };
+        profile::kernel(name, work[0], work[1], &client, || {
+            #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+            // SAFETY: the index is held against the number of vectors, and the rank is that of both sides of the adapter.
+            unsafe {
+                finish::launch_unchecked::<R>(
+                    &client,
+                    cubes,
+                    cube,
+                    width,
+                    product,
+                    left,
+                    right,
+                    addend,
+                    out,
+                    m * n / width,
+                    n / width,
+                    rank,
+                    has_addend,
+                    dtype.into(),
+                );
+            }
+        });
+        tensor
+    }
+}
+
+#[cube(launch_unchecked)]
+fn finish<F: Float, N: Size>(
+    product: &Array<Vector<f32, N>>,
+    left: &Array<f32>,
+    right: &Array<Vector<f32, N>>,
+    addend: &Array<Vector<F, N>>,
+    out: &mut Array<Vector<F, N>>,
+    vectors: usize,
+    row_vectors: usize,
+    rank: usize,
+    #[comptime] has_addend: bool,
+    #[define(F)] _dtype: StorageType,
+) {
+    if ABSOLUTE_POS < vectors {
+        let row = ABSOLUTE_POS / row_vectors;
+        let column = ABSOLUTE_POS % row_vectors;
+        let mut sum = product[ABSOLUTE_POS];
+        for k in 0..rank {
+            sum += Vector::<f32, N>::new(left[row * rank + k]) * right[k * row_vectors + column];
+        }
+        if comptime!(has_addend) {
+            sum += Vector::<f32, N>::cast_from(addend[ABSOLUTE_POS]);
+        }
+        out[ABSOLUTE_POS] = Vector::cast_from(sum);
+    }
+}
