@@ -7,17 +7,18 @@ mod adapter;
 mod cuda;
 mod guard;
 mod room;
+mod self_test;
 
 use std::fmt;
 use std::str::FromStr;
 
 use burn::cubecl::Runtime;
-use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 pub use adapter::{Adapter, DeviceType, adapters, api};
 pub use cuda::{CudaGpu, CudaGpus, Missing, gpus};
 pub use guard::{doing, guard};
+pub use self_test::self_test;
 
 use crate::error::{Error, Result};
 
@@ -277,45 +278,10 @@ pub fn size(bytes: u64) -> String {
 pub const NO_ADAPTER: &str = "install the GPU's driver, with its Vulkan part; on Debian and Ubuntu `apt-get install libvulkan1 \
                               mesa-vulkan-drivers` serves AMD and Intel, and brings an adapter in software where there is no GPU";
 
-/// Runs one small kernel of a known result, so that a driver that does not work is an error before any work is done.
-///
-/// The product in `dtype` of two matrices of small whole numbers, which every device computes without rounding.
-///
-/// # Errors
-/// [`Error::Device`] if the device does not start, fails or computes something else.
-pub fn self_test<B: Backend>(device: &B::Device, choice: &DeviceChoice, dtype: DType) -> Result<()> {
-    const ROWS: usize = 24;
-    const INNER: usize = 40;
-    let number = |i: usize| (i * 7 % 11) as f32 - 5.0;
-    let matrix = |rows: usize, columns: usize| (0..rows * columns).map(number).collect::<Vec<f32>>();
-    let (a, b) = (matrix(ROWS, INNER), matrix(INNER, ROWS));
-    let expected = (0..ROWS * ROWS)
-        .map(|i| (0..INNER).map(|k| a[i / ROWS * INNER + k] * b[k * ROWS + i % ROWS]).sum::<f32>());
-    let fails = |problem: String| Error::Device {
-        device: choice.to_string(),
-        problem: format!("{problem} in its self-test"),
-        hint: Some("update the GPU's driver, or pass --device cpu".to_owned()),
-    };
-    let data = guard("self-test", choice, || {
-        let tensor = |values: Vec<f32>, shape| {
-            let data = TensorData::new(values, shape).convert_dtype(dtype);
-            Tensor::<B, 2>::from_data(data, (device, dtype))
-        };
-        let product = tensor(a.clone(), [ROWS, INNER]).matmul(tensor(b.clone(), [INNER, ROWS]));
-        product.try_into_data().map_err(|e| fails(guard::first_cause(&e.to_string())))
-    })?;
-    let got = data
-        .convert::<f32>()
-        .into_vec::<f32>()
-        .map_err(|e| fails(format!("gives unreadable data ({e:?})")))?;
-    match got.into_iter().zip(expected).find(|(got, expected)| got != expected) {
-        None => Ok(()),
-        Some((got, expected)) => Err(fails(format!("computes {got} where {expected} is right"))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use burn::tensor::DType;
+
     use super::*;
 
     fn adapter(index: usize, device_type: DeviceType, device: Option<WgpuDevice>) -> Adapter {
