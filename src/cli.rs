@@ -1,5 +1,6 @@
 //! The command line: what the user typed to what runs. One file a subcommand; the flags of `train` are in [`crate::config`].
 
+pub mod advice;
 pub mod bench;
 pub mod budget;
 pub mod devices;

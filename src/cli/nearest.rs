@@ -1,10 +1,8 @@
 //! Other settings than the chosen ones: each thing changed alone, and the nearest that fit the device.
 
-use super::budget::{Budget, Case, Setting, USABLE};
+use super::budget::{Budget, Case, Setting};
 use super::precision;
-use crate::config::ByteSize;
-use crate::device::size;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The settings that differ from these in one thing each, those whose prediction there is. A run that is resumed keeps its batches and
 /// its rows.
@@ -167,96 +165,12 @@ fn shorten(
     }
 }
 
-/// Refuses a run whose longest step does not fit, and says which settings do.
-///
-/// # Errors
-/// [`Error::Config`] if it does not fit.
-pub fn check_fits(case: &Case<'_>, base: &Setting, budget: &Budget, resumes: bool) -> Result<()> {
-    if case.fits(budget) {
-        return Ok(());
-    }
-    let (name, largest) = budget.largest;
-    let advice =
-        nearest(case, base, resumes)?.map(|nearest| advice(case, base, &nearest) + "; ").unwrap_or_default();
-    let (Some(memory), Some(usable), true) = (case.memory, case.usable(), case.fits_buffers(budget)) else {
-        let what = format!(
-            "in the longest step, {} tokens, {name} take {} in one tensor, and {} ({}) takes {} in one",
-            budget.tokens,
-            size(largest as u64),
-            case.choice,
-            case.choice.describe(),
-            size(case.choice.shard_bytes() as u64)
-        );
-        return Err(Error::config(what).with_hint(advice.trim_end_matches("; ").to_owned()));
-    };
-    let what = format!(
-        "the longest step, {} tokens, is predicted to take {} of memory on {} ({}), and a run may fill {} ({:.0} % of {})",
-        budget.tokens,
-        bytes(budget),
-        case.choice,
-        case.choice.describe(),
-        size(usable),
-        100.0 * USABLE,
-        size(memory)
-    );
-    Err(Error::config(what)
-        .with_hint(format!("{advice}--max_memory says how much there is, where the device says too little")))
-}
-
-/// The flags that make a run fit, or that nothing does.
-pub fn advice(case: &Case<'_>, base: &Setting, nearest: &Nearest) -> String {
-    let Nearest { setting, budget, fits } = nearest;
-    let flags = setting.flags(Some(base));
-    if *fits {
-        let left_out = match case.n_left_out(setting.max_length) {
-            0 => String::new(),
-            n => format!(" without the {n} rows that are longer"),
-        };
-        return format!("{flags} fits, with {}{left_out}", bytes(budget));
-    }
-    let needed = (budget.memory.total() as f64 / USABLE).ceil() as u64;
-    format!(
-        "no settings fit: {} takes the least, {}, which needs a device of {}; a smaller model may do",
-        if flags.is_empty() { "this" } else { &flags },
-        bytes(budget),
-        size(needed)
-    )
-}
-
-/// The share of what did not fit that other settings are looked for in, whatever the device says of its memory.
-const CLEARLY_LESS: f64 = 0.8;
-
-/// Which flags take clearly less memory than a run that ran out of it; none if there are none.
-///
-/// # Errors
-/// If `base` is nothing that the device takes.
-pub fn smaller(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Option<String>> {
-    let Some(before) = case.predict(base)? else { return Ok(None) };
-    let enough = (before.memory.total() as f64 * CLEARLY_LESS / USABLE) as u64;
-    // As a number that is easily typed.
-    let enough = enough.next_multiple_of(if enough > 1 << 30 { 1 << 20 } else { 1 << 10 });
-    let case = Case { memory: Some(case.memory.map_or(enough, |memory| memory.min(enough))), ..case.clone() };
-    let found = nearest(&case, base, resumes)?.map(|found| (found.setting.flags(Some(base)), found.budget));
-    Ok(found.filter(|(flags, _)| !flags.is_empty()).map(|(flags, budget)| {
-        format!(
-            "by the prediction {flags} takes {} instead of {}, together with --max_memory {} where the device says that it has more; \
-             other programs may hold the rest",
-            bytes(&budget),
-            bytes(&before),
-            ByteSize(enough)
-        )
-    }))
-}
-
-fn bytes(budget: &Budget) -> String {
-    size(budget.memory.total() as u64)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::advice::{check_fits, smaller};
     use crate::cli::budget::Rows;
-    use crate::config::TrainArgs;
+    use crate::config::{ByteSize, TrainArgs};
     use crate::device::DeviceChoice;
     use crate::model::LlamaConfig;
     use crate::model::presets::preset;

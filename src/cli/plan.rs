@@ -4,9 +4,10 @@ use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets as styles};
 
+use super::advice::advice;
 use super::budget::{Budget, Case, Rows, Setting, USABLE, longest_pair};
 use super::limits::best_product;
-use super::nearest::{Nearest, advice, alternatives, nearest};
+use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
 use super::precision;
 use super::rows::{Data, plan_of, shuffle};

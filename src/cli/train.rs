@@ -6,9 +6,9 @@ use burn::tensor::DType;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
+use super::advice::{check_fits, smaller};
 use super::budget::{Budget, Case, Rows, Setting};
 use super::longest;
-use super::nearest::{check_fits, smaller};
 use super::open::{Loaded, OpenModel, adapter_in};
 use super::outcome::{answers, print_answers, print_summary};
 use super::precision;
