@@ -121,7 +121,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
     if (first_m >= params.m) {
         return;
     }
-    for (var k = 0u; k < params.rank; k += BLOCK_K) {
+    for (var k = group.z * params.rank; k < params.rank; k += BLOCK_K) {
         stage_prologue(thread, first_m, first_n, k, params.rank);
         workgroupBarrier();
         multiply(tile_m, tile_n);
@@ -139,14 +139,13 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
         multiply(tile_m, tile_n);
         workgroupBarrier();
     }
-    let first_out = group.z * params.m * params.n;
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}
 #for c in 0 1 2 3
     store(
         first_m + ({{ i }}u * TILE_M + tile_m) * 4u + {{ c }}u,
         first_n + ({{ j }}u * TILE_N + tile_n) * 4u,
-        first_out,
+        group.z,
         acc_{{ i }}_{{ j }}[{{ c }}] * params.scale,
     );
 #endfor

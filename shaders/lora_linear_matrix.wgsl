@@ -69,7 +69,7 @@ fn stage_{{ part }}(thread: u32, first_m: u32, first_n: u32, first_k: u32, depth
 
 #endfor
 // Stores the fragments that the subgroups have left, one a patch; the first patch's begins at first_m and first_n.
-fn store_fragments(thread: u32, first_patch: u32, subgroups: u32, first_m: u32, first_n: u32, first_out: u32) {
+fn store_fragments(thread: u32, first_patch: u32, subgroups: u32, first_m: u32, first_n: u32, split: u32) {
     let n_quads = min(subgroups, PATCHES - first_patch) * (FRAGMENT / 4u);
     for (var quad = thread; quad < n_quads; quad += WORKGROUP_SIZE) {
         let owned = first_patch + quad / (FRAGMENT / 4u);
@@ -84,7 +84,7 @@ fn store_fragments(thread: u32, first_patch: u32, subgroups: u32, first_m: u32, 
         store(
             first_m + owned / PATCHES_N * PATCH_M + line,
             first_n + owned % PATCHES_N * PATCH_N + entry,
-            first_out,
+            split,
             sums * params.scale,
         );
     }
@@ -104,7 +104,7 @@ fn main(
     }
     let first_main = group.z * params.span;
     let last_main = min(params.depth, first_main + params.span);
-    let first_prologue = 0u;
+    let first_prologue = group.z * params.rank;
     let last_prologue = params.rank;
     let main_depth = params.depth;
     let prologue_depth = params.rank;
@@ -152,7 +152,6 @@ fn main(
 #endfor
         let slot = (owned - first_patch) * FRAGMENT;
         let pitch = SIZE;
-        let first_out = group.z * params.m * params.n;
 #for i in {{ fragments_m }}
 #for j in {{ fragments_n }}
         coopStoreT(sums_{{ i }}_{{ j }}, &fragments[slot], pitch);
@@ -163,7 +162,7 @@ fn main(
             subgroups,
             first_m + {{ i }}u * SIZE,
             first_n + {{ j }}u * SIZE,
-            first_out,
+            group.z,
         );
         workgroupBarrier();
 #endfor

@@ -24,13 +24,15 @@ struct Params {
     has_addend: u32,
 }
 
-// Stores four entries of a line of `out`, with those of the addend.
-fn store(line: u32, entry: u32, first_out: u32, sums: vec4f) {
+// Stores four entries of a line of one split's `out`, with those of the addend, which is the first split's. No branch here and in
+// what calls it depends on a parameter alone: some drivers would compile the shader anew for each launch, with its parameters' values.
+fn store(line: u32, entry: u32, split: u32, sums: vec4f) {
+    let first_out = split * params.m * params.n;
 #if out_vec4
     if (line < params.m && entry < params.n) {
         let i = (first_out + line * params.n + entry) / 4u;
         var quad = sums;
-        if (params.has_addend != 0u) {
+        if (params.has_addend > split) {
             quad += vec4f(addend[i]);
         }
         out[i] = Out(quad);
@@ -40,7 +42,7 @@ fn store(line: u32, entry: u32, first_out: u32, sums: vec4f) {
     if (line < params.m && entry + {{ c }}u < params.n) {
         let i = first_out + line * params.n + entry + {{ c }}u;
         var value = sums[{{ c }}];
-        if (params.has_addend != 0u) {
+        if (params.has_addend > split) {
             value += f32(addend[i]);
         }
         out[i] = Out(value);

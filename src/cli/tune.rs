@@ -126,7 +126,7 @@ mod tests {
 
     fn timings() -> Vec<Timing> {
         let kind = Kind::new(Layout::RowsRows, [1000, 4096, 4096, 8], Elements::F32);
-        let own = Timing { kind, choice: Choice::Own(Cut::Registers(Tile::GPU[0])), ms: 1.5 };
+        let own = Timing { kind, choice: Choice::Own(Cut::Registers(Tile::ALL[0])), ms: 1.5 };
         let backward = Kind { layout: Layout::RowsColumns, ..kind };
         vec![own, Timing { kind: backward, choice: Choice::Burn, ms: 2.5 }]
     }

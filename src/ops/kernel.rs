@@ -13,7 +13,7 @@
 mod render;
 mod tile;
 
-pub use tile::{Cut, Element, Elements, Layout, MatrixTile, Quads, Tile};
+pub use tile::{Cut, DirectTile, Element, Elements, Layout, MatrixTile, Quads, Tile};
 
 use burn::cubecl::client::ComputeClient;
 use burn::cubecl::ir::{ElemType, StorageType, UIntKind};
@@ -27,7 +27,7 @@ use render::render;
 /// One compiled variant of one of the sources in `shaders/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Shader {
-    /// `lora_linear.wgsl`, or `lora_linear_matrix.wgsl`
+    /// `lora_linear.wgsl`, `lora_linear_direct.wgsl` or `lora_linear_matrix.wgsl`
     Product {
         /// How the operands lie in memory; matrices know the first two layouts.
         layout: Layout,
@@ -76,6 +76,7 @@ impl Shader {
     pub fn workgroup_size(self) -> u32 {
         match self {
             Self::Product { cut: Cut::Registers(tile), .. } => tile.tile_m() * tile.tile_n(),
+            Self::Product { cut: Cut::Direct(tile), .. } => tile.threads(),
             Self::Product { cut: Cut::Matrices(tile), .. } => tile.threads(),
             Self::LoraBackward { rank_quads, .. } => PANEL / 2 * rank_quads,
             _ => WORKGROUP_SIZE,
@@ -86,11 +87,7 @@ impl Shader {
     pub fn all() -> Vec<Self> {
         let mut all = vec![Self::OrpoLoss, Self::OrpoLossBackward];
         all.extend(Element::ALL.map(|out| Self::Sum { out }));
-        let registers = Tile::GPU.into_iter().chain(Tile::SOFTWARE).map(Cut::Registers);
-        let sizes =
-            MatrixTile::SIZES.into_iter().flat_map(|size| MatrixTile::LANES.map(|lanes| (size, lanes)));
-        let matrices = sizes.flat_map(|(size, lanes)| MatrixTile::all(size, lanes).map(Cut::Matrices));
-        let cuts: Vec<_> = registers.chain(matrices).collect();
+        let cuts = Cut::all();
         for layout in Layout::ALL {
             for quads in Quads::all(layout) {
                 for &cut in &cuts {
@@ -157,6 +154,18 @@ impl Shader {
                             include_str!("../../shaders/lora_linear.wgsl"),
                             include_str!("../../shaders/shared/product.wgsl"),
                             include_str!("../../shaders/shared/quads.wgsl")
+                        )
+                    }
+                    Cut::Direct(tile) => {
+                        values.extend([
+                            ("threads_m", tile.threads_m.to_string()),
+                            ("threads_n", tile.threads_n.to_string()),
+                            ("quads_m", list(tile.lines / 4)),
+                            ("quads_n", list(tile.columns / 4)),
+                        ]);
+                        concat!(
+                            include_str!("../../shaders/lora_linear_direct.wgsl"),
+                            include_str!("../../shaders/shared/product.wgsl")
                         )
                     }
                     Cut::Matrices(tile) => {

@@ -118,7 +118,7 @@ impl Elements {
     }
 }
 
-/// How a product is cut: what a workgroup computes, and what a thread of it.
+/// How a product is cut on devices whose lanes have registers of their own: what a workgroup computes, and what a thread of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Rows of the output that a workgroup computes.
@@ -138,8 +138,8 @@ impl Tile {
         Self { block_m, block_n, block_k, quads_m, quads_n }
     }
 
-    /// For devices whose lanes have registers of their own: 64 to 256 threads of at most 8 x 8 accumulators.
-    pub const GPU: [Self; 7] = [
+    /// 64 to 256 threads of at most 8 x 8 accumulators.
+    pub const ALL: [Self; 7] = [
         Self::new(128, 128, 16, 2, 2),
         Self::new(64, 64, 16, 2, 2),
         Self::new(32, 64, 16, 1, 2),
@@ -149,25 +149,47 @@ impl Tile {
         Self::new(8, 128, 16, 1, 1),
     ];
 
-    /// For software adapters, where a load costs much more than a product and registers spill to the first-level
-    /// cache: threads of up to 16 x 16 accumulators.
-    pub const SOFTWARE: [Self; 8] = [
-        Self::new(256, 128, 8, 4, 4),
-        Self::new(128, 128, 8, 4, 4),
-        Self::new(256, 64, 8, 4, 4),
-        Self::new(64, 256, 8, 4, 4),
-        Self::new(256, 16, 8, 4, 4),
-        Self::new(256, 8, 8, 4, 2),
-        Self::new(16, 256, 8, 4, 4),
-        Self::new(8, 128, 16, 2, 4),
-    ];
-
     pub(super) fn tile_m(self) -> u32 {
         self.block_m / (4 * self.quads_m)
     }
 
     pub(super) fn tile_n(self) -> u32 {
         self.block_n / (4 * self.quads_n)
+    }
+}
+
+/// How a product is cut on software adapters: the threads of a workgroup, and what each computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct DirectTile {
+    /// Threads down the rows of the output.
+    pub threads_m: u32,
+    /// Threads along its columns.
+    pub threads_n: u32,
+    /// Rows of a thread, a multiple of four.
+    pub lines: u32,
+    /// Columns of a thread, a multiple of four.
+    pub columns: u32,
+}
+
+impl DirectTile {
+    const fn new(threads_m: u32, threads_n: u32, lines: u32, columns: u32) -> Self {
+        Self { threads_m, threads_n, lines, columns }
+    }
+
+    /// At least 8 threads, the lanes of a vector, of at most 16 x 16 sums. Twice as many are an eighth faster, and take the driver
+    /// thrice as long to compile.
+    pub const ALL: [Self; 6] = [
+        Self::new(2, 8, 16, 16),
+        Self::new(8, 2, 16, 16),
+        Self::new(2, 8, 8, 8),
+        Self::new(8, 1, 8, 8),
+        Self::new(1, 8, 8, 8),
+        Self::new(1, 8, 4, 16),
+    ];
+
+    /// Threads of a workgroup.
+    pub(in crate::ops) fn threads(self) -> u32 {
+        self.threads_m * self.threads_n
     }
 }
 
@@ -219,20 +241,33 @@ impl MatrixTile {
     }
 }
 
-/// One of the two.
+/// One of the three.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Cut {
     /// `lora_linear.wgsl`
     Registers(Tile),
+    /// `lora_linear_direct.wgsl`
+    Direct(DirectTile),
     /// `lora_linear_matrix.wgsl`
     Matrices(MatrixTile),
 }
 
 impl Cut {
+    /// Every cut that a launch can ask for.
+    pub fn all() -> Vec<Self> {
+        let sizes =
+            MatrixTile::SIZES.into_iter().flat_map(|size| MatrixTile::LANES.map(|lanes| (size, lanes)));
+        let matrices = sizes.flat_map(|(size, lanes)| MatrixTile::all(size, lanes).map(Self::Matrices));
+        let threads = Tile::ALL.map(Self::Registers).into_iter().chain(DirectTile::ALL.map(Self::Direct));
+        threads.chain(matrices).collect()
+    }
+
     /// `[m, n, depth]` of a workgroup's step.
     pub fn block(self) -> [u32; 3] {
         match self {
             Self::Registers(tile) => [tile.block_m, tile.block_n, tile.block_k],
+            // Four entries of the depth make a step.
+            Self::Direct(tile) => [tile.threads_m * tile.lines, tile.threads_n * tile.columns, 4],
             Self::Matrices(tile) => [tile.block_m, tile.block_n, tile.block_k],
         }
     }

@@ -6,7 +6,7 @@ use burn::cubecl::ir::{ElemType, FloatKind, StorageType};
 use burn_wgpu::WgpuRuntime;
 
 use crate::ops::cube::is_software;
-use crate::ops::kernel::{Cut, Element, Elements, Layout, MatrixTile, Tile};
+use crate::ops::kernel::{Cut, DirectTile, Element, Elements, Layout, MatrixTile, Tile};
 
 /// Cuts of each kind that are worth timing.
 const MOST_CUTS: usize = 3;
@@ -14,15 +14,15 @@ const MOST_CUTS: usize = 3;
 /// What a product is cut for.
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct Device {
-    tiles: &'static [Tile],
+    is_software: bool,
     /// How many workgroups keep it busy.
     pub(super) busy: u32,
     /// The size of its matrices of `f16` with `f32` sums, and the lanes of a subgroup.
     matrices: Option<[u32; 2]>,
 }
 
-const GPU: Device = Device { tiles: &Tile::GPU, busy: 128, matrices: None };
-const SOFTWARE: Device = Device { tiles: &Tile::SOFTWARE, busy: 4, matrices: None };
+const GPU: Device = Device { is_software: false, busy: 128, matrices: None };
+const SOFTWARE: Device = Device { is_software: true, busy: 4, matrices: None };
 
 impl Device {
     pub(in crate::ops) fn of(client: &ComputeClient<WgpuRuntime>) -> Self {
@@ -53,12 +53,24 @@ impl Device {
         self.matrices.is_some()
     }
 
-    /// The time of a block, staging included, times the blocks, or the workgroups that would have been busy meanwhile.
+    /// The time of a block, its operands' loads included, times the blocks, or the workgroups that would have been busy meanwhile.
     fn cost(self, cut: Cut, [m, n]: [u32; 2]) -> u64 {
         let [block_m, block_n, _] = cut.block();
-        let blocks = u64::from((m.div_ceil(block_m) * n.div_ceil(block_n)).max(self.busy));
-        let [block_m, block_n] = [block_m, block_n].map(u64::from);
-        blocks * (block_m * block_n + 8 * (block_m + block_n))
+        let blocks = (m.div_ceil(block_m) * n.div_ceil(block_n)).max(self.busy);
+        let loads = match cut {
+            Cut::Direct(tile) => 20 * tile.threads() * (tile.lines + tile.columns),
+            _ => 8 * (block_m + block_n),
+        };
+        u64::from(blocks) * u64::from(block_m * block_n + loads)
+    }
+
+    /// The cuts for its threads.
+    fn tiles(self) -> Vec<Cut> {
+        if self.is_software {
+            DirectTile::ALL.map(Cut::Direct).to_vec()
+        } else {
+            Tile::ALL.map(Cut::Registers).to_vec()
+        }
     }
 
     /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before all others.
@@ -75,7 +87,7 @@ impl Device {
         let matrices = self.matrices.filter(|_| fits).into_iter();
         let matrices = matrices.flat_map(|[size, lanes]| MatrixTile::all(size, lanes));
         let mut matrices: Vec<_> = matrices.map(Cut::Matrices).collect();
-        let mut tiles: Vec<_> = self.tiles.iter().copied().map(Cut::Registers).collect();
+        let mut tiles = self.tiles();
         for cuts in [&mut matrices, &mut tiles] {
             cuts.sort_by_key(|&cut| self.cost(cut, extents));
             cuts.truncate(MOST_CUTS);
@@ -121,12 +133,11 @@ mod tests {
         [100_000, 128_256, 17],
     ];
 
-    /// Every cut of every device.
+    /// Every cut of every device, and how many workgroups keep it busy.
     fn cuts() -> impl Iterator<Item = (u32, Cut)> {
         let matrices = MatrixTile::all(16, 32).map(|tile| (GPU.busy, Cut::Matrices(tile)));
-        let tiles = [GPU, SOFTWARE]
-            .into_iter()
-            .flat_map(|device| device.tiles.iter().map(move |&tile| (device.busy, Cut::Registers(tile))));
+        let tiles =
+            [GPU, SOFTWARE].into_iter().flat_map(|d| d.tiles().into_iter().map(move |cut| (d.busy, cut)));
         tiles.chain(matrices)
     }
 
@@ -184,7 +195,7 @@ mod tests {
         assert_eq!(narrow.block()[1], 8);
         assert_eq!(Plan::new(GPU.busy, narrow, [2048, 8, 4096], false).splits, 8);
         assert_eq!(cut([8, 4096]).block()[0], 8);
-        assert_eq!(cut([2048, 4096]), Cut::Registers(Tile::GPU[0]));
+        assert_eq!(cut([2048, 4096]), Cut::Registers(Tile::ALL[0]));
         assert_eq!(cut([256, 1024]).block()[0], 32);
     }
 }

@@ -7,7 +7,9 @@ use burn::tensor::{FloatDType, Tensor, TensorData, TensorPrimitive};
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
 use half::f16;
-use orpo_wgpu::ops::kernel::{self, BAND, Cut, Element, Elements, Layout, MatrixTile, Quads, Shader, Tile};
+use orpo_wgpu::ops::kernel::{
+    self, BAND, Cut, DirectTile, Element, Elements, Layout, MatrixTile, Quads, Shader, Tile,
+};
 
 use crate::support::{Numbers, adapter, assert_close, has_matrices};
 
@@ -90,8 +92,8 @@ fn every_variant_multiplies() {
         .into_iter()
         .cycle();
     for layout in Layout::ALL {
-        for tile in Tile::GPU.into_iter().chain(Tile::SOFTWARE) {
-            let (m, n) = (tile.block_m as usize, tile.block_n as usize);
+        for cut in Cut::all().into_iter().filter(|cut| !matches!(cut, Cut::Matrices(_))) {
+            let [m, n, _] = cut.block().map(|n| n as usize);
             let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
             for [m, n, depth, rank] in [aligned, ragged] {
                 let elements = mixes.next().expect("it goes round");
@@ -99,7 +101,7 @@ fn every_variant_multiplies() {
                     let quads = Quads::new(layout, [m, n, depth, rank].map(|n| n as u32));
                     let is_f16 = elements.out == Element::F16;
                     let (atol, rtol) = if is_f16 { (ATOL_F16, RTOL_F16) } else { (ATOL, RTOL) };
-                    let shader = Shader::Product { layout, cut: Cut::Registers(tile), elements, quads };
+                    let shader = Shader::Product { layout, cut, elements, quads };
                     let (got, want) = product(shader, [m, n, depth, rank], &device);
                     assert_close(&got, &want, atol, rtol, &format!("{shader:?}, rank {rank}"));
                 }
@@ -112,8 +114,9 @@ fn every_variant_multiplies() {
 #[test]
 fn every_mix_of_quads_multiplies() {
     let Some(device) = adapter() else { return };
-    let (tile, elements) = (Tile::GPU[2], Elements::F32);
-    for layout in Layout::ALL {
+    let elements = Elements::F32;
+    let cuts = [Cut::Registers(Tile::ALL[2]), Cut::Direct(DirectTile::ALL[2])];
+    for (layout, cut) in Layout::ALL.into_iter().flat_map(|layout| cuts.map(|cut| (layout, cut))) {
         for [m, n, depth] in (0..8).map(|i| [40 + i % 2, 68 + i / 2 % 2, 36 + i / 4]) {
             let ranks = if layout == Layout::ColumnsColumns { &[0][..] } else { &[0, 4, 5] };
             for &rank in ranks {
@@ -122,7 +125,7 @@ fn every_mix_of_quads_multiplies() {
                     Quads::all(layout).contains(&quads),
                     "{layout:?}: {quads:?} is among those that are validated"
                 );
-                let shader = Shader::Product { layout, cut: Cut::Registers(tile), elements, quads };
+                let shader = Shader::Product { layout, cut, elements, quads };
                 let (got, want) = product(shader, [m, n, depth, rank], &device);
                 assert_close(&got, &want, ATOL, RTOL, &format!("{shader:?}, rank {rank}"));
             }

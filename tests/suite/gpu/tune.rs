@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use orpo_wgpu::ops::kernel::{Cut, Elements, Layout, Tile};
+use orpo_wgpu::ops::kernel::{Cut, Elements, Layout};
 use orpo_wgpu::ops::tune::{self, Choice, Kind, Timing};
 
 use super::lora_linear::{Case, F32, Input, compare};
@@ -19,9 +19,9 @@ fn a_tuned_product_is_right_whoever_makes_it() {
         let kinds = Kind::of_linear(shape.map(|n| n as u32), elements);
         tune::install(&device, &kinds.map(|kind| Timing { kind, choice, ms: 1.0 }));
     };
-    let tiles = Tile::GPU.into_iter().chain(Tile::SOFTWARE).map(Cut::Registers).map(Choice::Own);
+    let cuts = Cut::all().into_iter().filter(|cut| !matches!(cut, Cut::Matrices(_))).map(Choice::Own);
     // What the device would never try is not installed.
-    for choice in tiles.chain([Choice::Burn]) {
+    for choice in cuts.chain([Choice::Burn]) {
         install(Elements::F32, choice);
         compare(case(F32), &device);
     }

@@ -1,0 +1,132 @@
+// The products of lora_linear.wgsl for software adapters; same formula, same buffers, same numbering of workgroups.
+//
+// There a load is a loop over the lanes of a vector and takes the time of twenty products of four, workgroup memory is memory like
+// any other, and registers that are too many spill to the first-level cache. So nothing is staged: a thread reads four entries of
+// the depth of all its lines where they lie, and keeps up to 16 x 16 sums. Turning a block of 4 x 4 only renames its vectors.
+//
+// One workgroup a BLOCK_M x BLOCK_N block of `out`. A thread keeps blocks of 4 x 4 sums, THREADS_M (THREADS_N) of them apart. Lines
+// past the end are read as the last one and never stored; entries of main_lhs and prologue_lhs past the depth count as 0. All sums
+// are f32.
+
+#if f16
+enable f16;
+#endif
+
+const BLOCK_M = {{ block_m }}u;
+const BLOCK_N = {{ block_n }}u;
+const THREADS_M = {{ threads_m }}u;
+const THREADS_N = {{ threads_n }}u;
+const BAND = {{ band }}u;
+const WORKGROUP_SIZE = {{ workgroup_size }}u;
+
+#for matrix in {{ matrices }}
+// Four entries of a line of {{ matrix }}; past its ends, the last ones.
+fn {{ matrix }}_quad(line: u32, entry: u32, lines: u32, length: u32) -> vec4f {
+    let start = min(line, lines - 1u) * length;
+#if {{ matrix }}_vec4
+    return vec4f({{ matrix }}[(start + min(entry, length - 4u)) / 4u]);
+#else
+    return vec4f(
+#for c in 0 1 2 3
+        f32({{ matrix }}[start + min(entry + {{ c }}u, length - 1u)]),
+#endfor
+    );
+#endif
+}
+
+#endfor
+#for part in main prologue
+// Four entries of the depth, from `k` on, of four lines of {{ part }}_lhs: a column of the matrix is a line.
+fn {{ part }}_lhs_block(line: u32, k: u32, depth: u32) -> mat4x4f {
+#if lhs_rows
+    let block = mat4x4f(
+#for c in 0 1 2 3
+        {{ part }}_lhs_quad(line + {{ c }}u, k, params.m, depth),
+#endfor
+    );
+#else
+    let block = transpose(mat4x4f(
+#for c in 0 1 2 3
+        {{ part }}_lhs_quad(k + {{ c }}u, line, depth, params.m),
+#endfor
+    ));
+#endif
+    let is_inside = k + vec4u(0u, 1u, 2u, 3u) < vec4u(depth);
+    return mat4x4f(
+#for c in 0 1 2 3
+        select(vec4f(), block[{{ c }}], is_inside),
+#endfor
+    );
+}
+
+// Four entries of the depth, from `k` on, of four lines of {{ part }}_rhs: a row of the matrix is a line.
+fn {{ part }}_rhs_block(line: u32, k: u32, depth: u32) -> mat4x4f {
+#if rhs_rows
+    return transpose(mat4x4f(
+#for c in 0 1 2 3
+        {{ part }}_rhs_quad(line + {{ c }}u, k, params.n, depth),
+#endfor
+    ));
+#else
+    return mat4x4f(
+#for c in 0 1 2 3
+        {{ part }}_rhs_quad(k + {{ c }}u, line, depth, params.n),
+#endfor
+    );
+#endif
+}
+
+#endfor
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
+    let first_m = (group.y * BAND + group.x % BAND) * BLOCK_M;
+    let first_n = group.x / BAND * BLOCK_N;
+    if (first_m >= params.m) {
+        return;
+    }
+    let line_m = first_m + thread / THREADS_N * 4u;
+    let line_n = first_n + thread % THREADS_N * 4u;
+#for i in {{ quads_m }}
+#for j in {{ quads_n }}
+    var sums_{{ i }}_{{ j }} = mat4x4f();
+#endfor
+#endfor
+    let first_prologue = group.z * params.rank;
+    let last_prologue = params.rank;
+    let prologue_depth = params.rank;
+    let prologue_scale = params.prologue_scale;
+    let first_main = group.z * params.span;
+    let last_main = min(params.depth, first_main + params.span);
+    let main_depth = params.depth;
+    let main_scale = params.scale;
+#for part in prologue main
+    for (var k = first_{{ part }}; k < last_{{ part }}; k += 4u) {
+#for j in {{ quads_n }}
+        let rhs_{{ j }} = {{ part }}_rhs_block(line_n + {{ j }}u * THREADS_N * 4u, k, {{ part }}_depth);
+#endfor
+#for i in {{ quads_m }}
+        let lhs_{{ i }} = {{ part }}_lhs_block(line_m + {{ i }}u * THREADS_M * 4u, k, {{ part }}_depth);
+#for j in {{ quads_n }}
+        sums_{{ i }}_{{ j }} += rhs_{{ j }} * lhs_{{ i }};
+#endfor
+#endfor
+    }
+#for i in {{ quads_m }}
+#for j in {{ quads_n }}
+    sums_{{ i }}_{{ j }} *= {{ part }}_scale;
+#endfor
+#endfor
+#endfor
+#for i in {{ quads_m }}
+#for j in {{ quads_n }}
+#for c in 0 1 2 3
+    store(
+        line_m + {{ i }}u * THREADS_M * 4u + {{ c }}u,
+        line_n + {{ j }}u * THREADS_N * 4u,
+        group.z,
+        sums_{{ i }}_{{ j }}[{{ c }}],
+    );
+#endfor
+#endfor
+#endfor
+}
