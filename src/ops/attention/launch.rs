@@ -180,11 +180,11 @@ impl Tile {
     /// For devices whose lanes have registers of their own.
     pub const GPU: Self = Self { threads_m: 16, threads_n: 8, lines: 4, columns: 4, stage: 8 };
     /// For software adapters, where a load costs much more than a product and registers spill to the first-level cache; by the
-    /// width of a head, of which a thread sums at most four quads up to 256 entries. Larger tiles are a little faster and take the
-    /// driver a minute and more to compile, as would the last with lines like the others.
+    /// width of a head, of which a thread sums at most four quads up to 256 entries. Larger tiles are a fifth faster and take the
+    /// driver more than twice as long to compile, as would the last with lines like the others.
     pub const SOFTWARE: [Self; 3] = [
         Self { threads_m: 2, threads_n: 4, lines: 8, columns: 16, stage: 0 },
-        Self { threads_m: 2, threads_n: 8, lines: 8, columns: 8, stage: 0 },
+        Self { threads_m: 1, threads_n: 8, lines: 16, columns: 8, stage: 0 },
         Self { threads_m: 2, threads_n: 16, lines: 4, columns: 4, stage: 0 },
     ];
 
