@@ -25,7 +25,7 @@ use crate::data::tokenize::TokenizedPair;
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
-use crate::model::llama::Keep;
+use crate::model::llama::KeepPlan;
 use crate::ops::Kernels;
 use crate::ops::adamw::grad_norm;
 use loss_scale::{LossScale, LossScaleConfig, MIN_SCALE};
@@ -51,8 +51,8 @@ pub struct TrainSettings {
     pub adamw: AdamWConfig,
     /// How the loss is scaled, in fp16.
     pub loss_scale: Option<LossScaleConfig>,
-    /// What of each layer is kept for backward.
-    pub keep: Keep,
+    /// What of the layers is kept for backward.
+    pub keep: KeepPlan,
     /// Steps between lines of the log.
     pub logging_steps: usize,
     /// Steps between evaluations.

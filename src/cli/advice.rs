@@ -75,16 +75,22 @@ pub fn smaller(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Option<
     // As a number that is easily typed.
     let enough = enough.next_multiple_of(if enough > 1 << 30 { 1 << 20 } else { 1 << 10 });
     let case = Case { memory: Some(case.memory.map_or(enough, |memory| memory.min(enough))), ..case.clone() };
-    let found = nearest(&case, base, resumes)?.map(|found| (found.setting.flags(Some(base)), found.budget));
-    Ok(found.filter(|(flags, _)| !flags.is_empty()).map(|(flags, budget)| {
-        format!(
-            "by the prediction {flags} takes {} instead of {}, together with --max_memory {} where the device says that it has more; \
-             other programs may hold the rest",
-            bytes(&budget),
-            bytes(&before),
-            ByteSize(enough)
-        )
-    }))
+    let Some(Nearest { setting, budget, .. }) = nearest(&case, base, resumes)? else { return Ok(None) };
+    let flags = setting.flags(Some(base));
+    let (less, more, enough) = (bytes(&budget), bytes(&before), ByteSize(enough));
+    Ok(if !flags.is_empty() {
+        Some(format!(
+            "by the prediction {flags} takes {less} instead of {more}, together with --max_memory {enough} where the device says that \
+             it has more; other programs may hold the rest"
+        ))
+    } else if budget.memory.total() < before.memory.total() {
+        Some(format!(
+            "by the prediction --max_memory {enough} makes it {less} instead of {more}, as more layers run again in backward; other \
+             programs may hold the rest"
+        ))
+    } else {
+        None
+    })
 }
 
 fn bytes(budget: &Budget) -> String {

@@ -6,6 +6,7 @@ use std::time::Instant;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
+use super::budget::{keep_for_speed, runs_again};
 use super::limits::{measure_limits, wait};
 use super::precision::PrecisionArgs;
 use super::profile_table;
@@ -15,7 +16,7 @@ use crate::data::tokenize::TokenizedPair;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
-use crate::model::llama::{Keep, LINEAR_NAMES};
+use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
 use crate::model::parts::logits_bytes;
 use crate::model::presets::{PRESETS, preset};
 use crate::model::{Llama, LlamaConfig, Precision};
@@ -114,10 +115,7 @@ impl BenchArgs {
     /// Refuses a model that does not fit the device's memory.
     fn check_fits(&self, config: &LlamaConfig, precision: Precision, choice: &DeviceChoice) -> Result<()> {
         let Some(memory) = choice.total_memory() else { return Ok(()) };
-        let batch = self.batch(config);
-        let logits_bytes = logits_bytes(config, precision, choice.shard_bytes(), batch.rows.len());
-        let ranks = [self.lora_rank; LINEAR_NAMES.len()];
-        let shape = StepShape::of(&batch, ranks, precision, self.keep(), false, logits_bytes);
+        let shape = self.shape(config, precision, choice, self.keep(config, precision, choice));
         let predicted = StepMemory::of(config, &shape).total() as u64;
         if predicted <= memory {
             return Ok(());
@@ -133,8 +131,26 @@ impl BenchArgs {
         ))
     }
 
-    fn keep(&self) -> Keep {
-        if self.gradient_checkpointing { Keep::Input } else { Keep::All }
+    /// What `train` would keep.
+    fn keep(&self, config: &LlamaConfig, precision: Precision, choice: &DeviceChoice) -> KeepPlan {
+        if !self.gradient_checkpointing {
+            return Keep::All.into();
+        }
+        let total =
+            |keep| StepMemory::of(config, &self.shape(config, precision, choice, keep)).total() as u64;
+        keep_for_speed(choice, choice.total_memory(), config.num_hidden_layers, total)
+    }
+
+    fn shape(
+        &self,
+        config: &LlamaConfig,
+        precision: Precision,
+        choice: &DeviceChoice,
+        keep: KeepPlan,
+    ) -> StepShape {
+        let batch = self.batch(config);
+        let logits_bytes = logits_bytes(config, precision, choice.shard_bytes(), batch.rows.len());
+        StepShape::of(&batch, [self.lora_rank; LINEAR_NAMES.len()], precision, keep, false, logits_bytes)
     }
 
     /// The step's pairs: `max_length` tokens a sequence, the first half shared, as unlike as token ids can be.
@@ -191,9 +207,10 @@ fn run_on<B: Kernels>(
     );
     let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);
     let target_modules = lora::target_modules(&["ALL".to_owned()])?;
-    let ranks = lora::ranks(args.lora_rank, &target_modules);
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
-    let mut bench = Bench::new(model, batch, args.keep());
+    let keep = args.keep(config, precision, choice);
+    println!("backward {}", runs_again(keep, config.num_hidden_layers));
+    let mut bench = Bench::new(model, batch, keep);
 
     println!("warm-up  the first step, in which a GPU's kernels are compiled");
     let (first_s, _) = bench.timed_step()?;
@@ -207,8 +224,7 @@ fn run_on<B: Kernels>(
     }
     times.sort_by(f64::total_cmp);
     let step_s = times[times.len() / 2];
-    let logits_bytes = bench.model.lm_head.logits_bytes(bench.batch.rows.len());
-    let shape = StepShape::of(&bench.batch, ranks, precision, args.keep(), false, logits_bytes);
+    let shape = args.shape(config, precision, choice, keep);
     let flops = StepFlops::of(config, &shape).total();
     let tokens = bench.batch.n_tokens() as f64;
     println!(
@@ -270,12 +286,12 @@ fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choi
 struct Bench<B: Kernels> {
     model: Llama<B>,
     batch: Batch,
-    keep: Keep,
+    keep: KeepPlan,
     optimizer: AdamW<B>,
 }
 
 impl<B: Kernels> Bench<B> {
-    fn new(model: Llama<B>, batch: Batch, keep: Keep) -> Self {
+    fn new(model: Llama<B>, batch: Batch, keep: KeepPlan) -> Self {
         let config = AdamWConfig {
             adam_beta1: 0.9,
             adam_beta2: 0.95,

@@ -10,12 +10,15 @@ use crate::data::tokenize::{TokenizedPair, TruncationStrategy, fit};
 use crate::device::DeviceChoice;
 use crate::error::Result;
 use crate::model::LlamaConfig;
-use crate::model::llama::{Keep, LINEAR_NAMES};
+use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
 use crate::model::parts::logits_bytes;
 use crate::train::cost::{StepMemory, StepShape, largest_tensor};
 
 /// The share of a device's memory that a run may be predicted to fill: drivers, displays and fragments take the rest.
 pub const USABLE: f64 = 0.85;
+
+/// The share of it that a run may be predicted to fill for the sake of speed: it shall not die for what it could do without.
+const SPARE: f64 = 0.7;
 
 /// The settings that memory depends on, named as their flags.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,8 +120,8 @@ pub struct Case<'a> {
 /// What is kept for backward, and the memory that the longest step is predicted to take.
 #[derive(Debug, Clone, Copy)]
 pub struct Budget {
-    /// What of each layer is kept.
-    pub keep: Keep,
+    /// What of the layers is kept.
+    pub keep: KeepPlan,
     /// The prediction.
     pub memory: StepMemory,
     /// Tokens of the longest micro-batch.
@@ -173,8 +176,7 @@ impl<'a> Case<'a> {
 
     /// The longest step's memory under these settings; none if they leave out every row.
     ///
-    /// Without gradient checkpointing everything is kept. With it, what attention computed is kept as well as each layer's input where
-    /// a GPU is known to have room for it; the CPU's memory is not the run's alone.
+    /// Without gradient checkpointing everything is kept; with it, what [`keep_for_speed`] finds room for.
     ///
     /// # Errors
     /// If the device does not compute in the type.
@@ -191,7 +193,7 @@ impl<'a> Case<'a> {
         }
         let logits = logits_bytes(self.config, precision, self.choice.shard_bytes(), batch.rows.len());
         let accumulates = setting.gradient_accumulation_steps > 1;
-        let predict = |keep| {
+        let predict = |keep: KeepPlan| {
             let shape = StepShape::of(&batch, self.ranks, precision, keep, accumulates, logits);
             Budget {
                 keep,
@@ -201,11 +203,10 @@ impl<'a> Case<'a> {
             }
         };
         if !setting.gradient_checkpointing {
-            return Ok(Some(predict(Keep::All)));
+            return Ok(Some(predict(Keep::All.into())));
         }
-        let more = predict(Keep::Attention);
-        let has_room = *self.choice != DeviceChoice::Cpu && self.memory.is_some() && self.fits(&more);
-        Ok(Some(if has_room { more } else { predict(Keep::Input) }))
+        let total = |keep| predict(keep).memory.total() as u64;
+        Ok(Some(predict(keep_for_speed(self.choice, self.memory, self.config.num_hidden_layers, total))))
     }
 
     /// Tokens of the longest prompt with one answer.
@@ -253,6 +254,33 @@ pub fn longest_pair(max_length: usize) -> TokenizedPair {
     let answer = |id: u32| vec![id; max_length.max(2) - 1];
     let location = Location { path: Path::new("the longest pair").into(), line: 1 };
     TokenizedPair { prompt: vec![0], chosen: answer(1), rejected: answer(2), location }
+}
+
+/// What is kept for backward beside the layers' inputs, so that less is run again: what attention computed, then everything of as many
+/// layers as a GPU of so much memory is known to have room for. The CPU's memory is not the run's alone.
+///
+/// `total` predicts the bytes of a step.
+pub fn keep_for_speed(
+    choice: &DeviceChoice,
+    memory: Option<u64>,
+    n_layers: usize,
+    total: impl Fn(KeepPlan) -> u64,
+) -> KeepPlan {
+    let room =
+        memory.filter(|_| *choice != DeviceChoice::Cpu).map_or(0, |bytes| (bytes as f64 * SPARE) as u64);
+    let plans = (0..=n_layers).rev().map(|whole| KeepPlan { whole, rest: Keep::Attention });
+    plans.into_iter().find(|&plan| total(plan) <= room).unwrap_or(Keep::Input.into())
+}
+
+/// What of so many layers runs again in backward, in words.
+pub fn runs_again(keep: KeepPlan, n_layers: usize) -> String {
+    let layers = match keep.n_again(n_layers) {
+        0 => return "every activation kept".to_owned(),
+        n if n == n_layers => "layers".to_owned(),
+        n => format!("{n} of {n_layers} layers"),
+    };
+    let but = if keep.rest == Keep::Attention { ", but for attention" } else { "" };
+    format!("{layers} run again in backward{but}")
 }
 
 #[cfg(test)]
@@ -305,6 +333,24 @@ pub(super) mod tests {
         assert_eq!(lines(&alike.longest_batch(99, 1)), [20]);
         let val = [answers(40, false)];
         assert_eq!(lines(&alike.with_val(&val).longest_batch(99, 1)), [40], "evaluation takes memory too");
+    }
+
+    #[test]
+    fn layers_keep_what_there_is_room_for() {
+        let gpu = DeviceChoice::elsewhere(0);
+        // A layer takes 1 with its input, 2 with what attention computed, and 10 as a whole.
+        let total = |keep: KeepPlan| {
+            let again = keep.n_again(4) as u64;
+            again * if keep.rest == Keep::Input { 1 } else { 2 } + (4 - again) * 10
+        };
+        let words = |memory| runs_again(keep_for_speed(&gpu, memory, 4, total), 4);
+        assert_eq!(words(None), "layers run again in backward");
+        assert_eq!(words(Some(11)), "layers run again in backward");
+        assert_eq!(words(Some(12)), "layers run again in backward, but for attention");
+        assert_eq!(words(Some(23)), "3 of 4 layers run again in backward, but for attention");
+        assert_eq!(words(Some(58)), "every activation kept");
+        let cpu = keep_for_speed(&DeviceChoice::Cpu, Some(1000), 4, total);
+        assert_eq!(cpu, Keep::Input.into());
     }
 
     #[test]

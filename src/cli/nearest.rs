@@ -65,7 +65,8 @@ pub fn nearest(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Option<
     let mut tries = |setting: &Setting| -> Result<bool> {
         let Some(budget) = case.predict(setting)? else { return Ok(false) };
         let fits = case.fits(&budget);
-        let is_smaller = best.as_ref().is_none_or(|best| budget.memory.total() < best.budget.memory.total());
+        let is_smaller =
+            best.as_ref().is_none_or(|best| !best.fits && budget.memory.total() < best.budget.memory.total());
         if fits || is_smaller {
             best = Some(Nearest { setting: setting.clone(), budget, fits });
         }
@@ -291,6 +292,17 @@ mod tests {
         check_fits(&case, &base, &budget, false).unwrap();
         let advice = smaller(&case, &base, false).unwrap().unwrap();
         assert!(advice.contains("--dtype fp16") && advice.contains("instead of"), "{advice}");
+    }
+
+    #[test]
+    fn what_is_kept_for_speed_is_given_up_first() {
+        let choice = DeviceChoice::elsewhere(80_000_000_000);
+        let (args, config) = (TrainArgs::default(), llama());
+        let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
+        let base = Setting::of(&args);
+        assert_eq!(case.predict(&base).unwrap().unwrap().keep.n_again(config.num_hidden_layers), 0);
+        let advice = smaller(&case, &base, false).unwrap().unwrap();
+        assert!(advice.starts_with("by the prediction --max_memory "), "{advice}");
     }
 
     #[test]

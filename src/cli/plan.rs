@@ -233,12 +233,14 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
             Some(_) => "no",
         };
         let sizes = parts.map(|bytes| size(bytes as u64));
-        let kept = match budget.keep {
-            Keep::Input => "inputs",
-            Keep::Attention => "attention",
-            Keep::All => "all",
+        let n_layers = case.config.num_hidden_layers;
+        let kept = match (budget.keep.rest, budget.keep.n_again(n_layers)) {
+            (_, 0) => "all".to_owned(),
+            (Keep::Attention, n) if n == n_layers => "attention".to_owned(),
+            (Keep::Attention, n) => format!("attention, {} layers", n_layers - n),
+            (_, _) => "inputs".to_owned(),
         };
-        [flags, kept.to_owned()].into_iter().chain(sizes).chain([fits.to_owned()]).collect::<Vec<_>>()
+        [flags, kept].into_iter().chain(sizes).chain([fits.to_owned()]).collect::<Vec<_>>()
     };
     table.add_row(cells("as chosen".to_owned(), chosen));
     for (setting, budget) in others {

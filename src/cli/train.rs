@@ -7,7 +7,7 @@ use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
 use super::advice::{check_fits, smaller};
-use super::budget::{Budget, Case, Rows, Setting};
+use super::budget::{Budget, Case, Rows, Setting, runs_again};
 use super::longest;
 use super::open::{Loaded, OpenModel, adapter_in};
 use super::outcome::{answers, print_answers, print_summary};
@@ -72,12 +72,11 @@ fn budget(args: &TrainArgs, case: &Case<'_>) -> Result<Budget> {
     let budget = case.predict(&setting)?.ok_or_else(none)?;
     check_fits(case, &setting, &budget, resumes)?;
     let room = case.memory.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
-    let kept = match budget.keep {
-        Keep::Input => "layers run again in backward",
-        Keep::Attention => "layers run again in backward, but for attention",
-        Keep::All => "every activation kept",
-    };
-    eprintln!("memory   {}{room} predicted for the longest step; {kept}", size(budget.memory.total() as u64));
+    let again = runs_again(budget.keep, case.config.num_hidden_layers);
+    eprintln!(
+        "memory   {}{room} predicted for the longest step; {again}",
+        size(budget.memory.total() as u64)
+    );
     Ok(budget)
 }
 
@@ -265,7 +264,7 @@ fn settings(args: &TrainArgs, loss_scale: Option<LossScaleConfig>, data: &Data) 
             max_grad_norm: args.max_grad_norm,
         },
         loss_scale,
-        keep: Keep::Input,
+        keep: Keep::Input.into(),
         logging_steps: args.logging_steps,
         eval_steps: args.eval_steps,
         save_steps: args.save_steps,

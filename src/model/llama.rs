@@ -47,6 +47,36 @@ pub enum Keep {
     All,
 }
 
+/// What is kept of all layers.
+///
+/// Those that keep everything are the topmost: backward has used it up by the time it runs the first layer again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeepPlan {
+    /// How many layers keep everything, from the top down.
+    pub whole: usize,
+    /// What the layers below keep.
+    pub rest: Keep,
+}
+
+impl From<Keep> for KeepPlan {
+    /// All layers alike.
+    fn from(keep: Keep) -> Self {
+        Self { whole: 0, rest: keep }
+    }
+}
+
+impl KeepPlan {
+    /// How many of so many layers are run again in backward.
+    pub fn n_again(self, n_layers: usize) -> usize {
+        if self.rest == Keep::All { 0 } else { n_layers.saturating_sub(self.whole) }
+    }
+
+    /// What one of so many layers keeps, counted from the bottom.
+    pub fn of(self, layer: usize, n_layers: usize) -> Keep {
+        if layer < self.n_again(n_layers) { self.rest } else { Keep::All }
+    }
+}
+
 /// What of a layer's forward pass was kept.
 #[derive(Debug, Clone)]
 pub enum Kept<B: Backend> {

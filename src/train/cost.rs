@@ -4,7 +4,7 @@
 //! of the packed batch, `R` scored rows, `e` bytes of an activation; sizes of the model as in its configuration.
 
 use crate::data::batch::Batch;
-use crate::model::llama::{Keep, LINEAR_NAMES};
+use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
 use crate::model::parts::MAX_SHARD_ROWS;
 use crate::model::{LlamaConfig, Precision};
 use crate::ops::attention::Visible;
@@ -23,8 +23,8 @@ pub struct StepShape {
     pub ranks: [usize; LINEAR_NAMES.len()],
     /// Types of activations and weights.
     pub precision: Precision,
-    /// What of each layer is kept for backward.
-    pub keep: Keep,
+    /// What of the layers is kept for backward.
+    pub keep: KeepPlan,
     /// Whether gradients of an earlier micro-batch wait for those of this one.
     pub accumulates: bool,
     /// The most bytes that a chunk of logits takes; see [`Head::logits_bytes`](crate::ops::token_logps::Head::logits_bytes).
@@ -37,7 +37,7 @@ impl StepShape {
         batch: &Batch,
         ranks: [usize; LINEAR_NAMES.len()],
         precision: Precision,
-        keep: Keep,
+        keep: impl Into<KeepPlan>,
         accumulates: bool,
         logits_bytes: usize,
     ) -> Self {
@@ -48,7 +48,7 @@ impl StepShape {
             visible,
             ranks,
             precision,
-            keep,
+            keep: keep.into(),
             accumulates,
             logits_bytes,
         }
@@ -79,7 +79,7 @@ impl StepFlops {
         let layer = q + k + v + o + gate + up + down;
         let width = (config.num_attention_heads * config.head_dim) as f64;
         let attention_product = 2.0 * shape.visible as f64 * width;
-        let again = match shape.keep {
+        let again = match shape.keep.rest {
             Keep::Input => layer - down + 2.0 * attention_product,
             Keep::Attention => q + k + v + gate + up,
             Keep::All => 0.0,
@@ -88,7 +88,7 @@ impl StepFlops {
         Self {
             // Nothing below the first layer's attention learns.
             linears: 2.0 * layers * layer - (q + k + v),
-            recompute: layers * again,
+            recompute: shape.keep.n_again(config.num_hidden_layers) as f64 * again,
             attention: 7.0 * layers * attention_product,
             head: 4.0 * (shape.rows * config.vocab_size * config.hidden_size) as f64,
             adapters: layers * 3.0 * 2.0 * tokens * adapter,
@@ -147,11 +147,15 @@ impl StepMemory {
         let rank_r = F32 * tokens * shape.ranks.iter().sum::<usize>();
         // Two norms' outputs, queries, keys and values, and three of the MLP's width.
         let again = e * tokens * (2 * hidden + q + 2 * kv + 3 * inner) + rank_r;
-        let (kept, layer) = match shape.keep {
+        let whole = 2 * stream + attention + again;
+        let (kept, layer) = match shape.keep.rest {
             Keep::Input => (stream, attention + stream + again),
             Keep::Attention => (2 * stream + attention, again),
-            Keep::All => (2 * stream + attention + again, 0),
+            Keep::All => (whole, 0),
         };
+        let n_again = shape.keep.n_again(layers);
+        // A layer that keeps everything has been left, and what it kept freed, before the first is run again.
+        let layer = if n_again < layers { 0 } else { layer };
         let rope = F32 * tokens * config.head_dim;
         // Rows into and out of the norm, the expected rows and a shard's part of them; the last layer's output was selected from.
         let head_rows = 4 * F32 * rows * hidden + shape.logits_bytes + shard;
@@ -163,7 +167,7 @@ impl StepMemory {
                 + F32 * (2 * layers + 1) * hidden,
             adapters: 4 * adapter,
             gradients,
-            kept: layers * kept + rope,
+            kept: n_again * kept + (layers - n_again) * whole + rope,
             layer,
             scratch,
             head: head_rows.saturating_sub(layer + scratch),
@@ -204,7 +208,7 @@ mod tests {
             visible: half * half / 2 + 2 * (half * half + half * half / 2),
             ranks: [8; LINEAR_NAMES.len()],
             precision,
-            keep,
+            keep: keep.into(),
             accumulates: true,
             logits_bytes: 64 << 20,
         }
@@ -240,6 +244,13 @@ mod tests {
         let flops = all.map(|shape| StepFlops::of(&config, &shape).total());
         assert!(memory.is_sorted() && memory[0] < memory[2], "{memory:?}");
         assert!(flops.is_sorted_by(|a, b| a > b), "{flops:?}");
+
+        let with = |whole| StepShape { keep: KeepPlan { whole, rest: Keep::Attention }, ..all[1] };
+        let plans = [0, 1, 2, 31, 32].map(|whole| StepMemory::of(&config, &with(whole)).total());
+        assert!(plans.is_sorted_by(|a, b| a <= b), "{plans:?}");
+        assert_eq!([plans[0], plans[4]], [memory[1], memory[2]], "none and all of the layers");
+        let half = StepFlops::of(&config, &with(16)).recompute;
+        assert_eq!(2.0 * half, StepFlops::of(&config, &all[1]).recompute);
     }
 
     /// The table of the costs of an unshared pair in the design notes' terms: 28.6 TFLOP forward at 2 x 1024 tokens.

@@ -1,13 +1,13 @@
 //! Forward and backward of one packed batch.
 //!
-//! Forward keeps of each layer what [`Keep`] says, at least its input; backward computes the rest again, layer by layer from the last
+//! Forward keeps of each layer what [`KeepPlan`] says, at least its input; backward computes the rest again, layer by layer from the last
 //! to the first, so that the activations of one layer live at a time. Nothing here waits for the device's results.
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, backend::Backend};
 
 use crate::data::batch::Batch;
 use crate::model::attention::AttentionLayout;
-use crate::model::llama::Keep;
+use crate::model::llama::KeepPlan;
 use crate::model::{DecoderLayer, Llama};
 use crate::ops::Kernels;
 use crate::ops::orpo_loss::{orpo_loss, orpo_loss_backward};
@@ -30,7 +30,7 @@ pub fn forward_backward<B: Kernels>(
     batch: &Batch,
     beta: f32,
     grad_scale: f32,
-    keep: Keep,
+    keep: impl Into<KeepPlan>,
 ) -> Gradients<B> {
     let device = model.device();
     let layout = attention_layout(model, batch);
@@ -41,8 +41,9 @@ pub fn forward_backward<B: Kernels>(
     let (frozen, adapted) = model.layers.split_at(n_frozen);
     let mut x = frozen.iter().fold(model.embed(&batch.tokens), |x, layer| layer.forward(x, &layout));
     let mut kept = Vec::with_capacity(adapted.len());
-    for layer in adapted {
-        let (y, layer_kept) = layer.forward_keeping(x, &layout, keep);
+    let keep = keep.into();
+    for (i, layer) in adapted.iter().enumerate() {
+        let (y, layer_kept) = layer.forward_keeping(x, &layout, keep.of(i, adapted.len()));
         kept.push(layer_kept);
         x = y;
     }

@@ -14,7 +14,7 @@ use orpo_wgpu::data::template::Template;
 use orpo_wgpu::data::tokenize::{TextTokenizer, TokenizedPair, TruncationStrategy, tokenize_rows};
 use orpo_wgpu::lora;
 use orpo_wgpu::model::attention::AttentionLayout;
-use orpo_wgpu::model::llama::Keep;
+use orpo_wgpu::model::llama::{Keep, KeepPlan};
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
@@ -119,7 +119,7 @@ impl Case {
                 max_grad_norm: self.flag("max_grad_norm"),
             },
             loss_scale: None,
-            keep: Keep::Input,
+            keep: Keep::Input.into(),
             logging_steps: 1,
             eval_steps: 1000,
             save_steps: 1000,
@@ -213,7 +213,8 @@ pub(crate) fn check_first_gradients<B: Kernels>(dtype: DType, device: &B::Device
             [(LossCompat::Trl, "grads.safetensors"), (LossCompat::Swift, "grads_swift.safetensors")]
         {
             let golden = Checkpoint::open_file(&case.folder.join(file)).unwrap();
-            for keep in [Keep::Input, Keep::Attention, Keep::All] {
+            let mixed = KeepPlan { whole: 1, rest: Keep::Attention };
+            for keep in [Keep::Input.into(), Keep::Attention.into(), Keep::All.into(), mixed] {
                 let settings = case.settings(compat);
                 let micro_batches = settings.plan.micro_batches(0);
                 let mut total: Option<Vec<Tensor<B, 2>>> = None;

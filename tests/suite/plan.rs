@@ -269,7 +269,7 @@ fn train_until_full(folder: &Path, choice: &DeviceChoice, thread: String) -> Res
             max_grad_norm: 1.0,
         },
         loss_scale: None,
-        keep: Keep::Input,
+        keep: Keep::Input.into(),
         logging_steps: 1,
         eval_steps: 10,
         save_steps: 2,
