@@ -237,7 +237,7 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
         let kept = match (budget.keep.rest, budget.keep.n_again(n_layers)) {
             (_, 0) => "all".to_owned(),
             (Keep::Attention, n) if n == n_layers => "attention".to_owned(),
-            (Keep::Attention, n) => format!("attention, {} layers", n_layers - n),
+            (Keep::Attention, n) => format!("attention, {} layers whole", n_layers - n),
             (_, _) => "inputs".to_owned(),
         };
         [flags, kept].into_iter().chain(sizes).chain([fits.to_owned()]).collect::<Vec<_>>()
