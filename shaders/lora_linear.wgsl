@@ -10,7 +10,8 @@
 //     rows_columns     [m, depth]   [depth, n]   [m, rank]      [rank, n]      dx = dy W + ds A, ds = scale · dy B
 //     columns_columns  [depth, m]   [depth, n]                                 dB = scale · dyᵀ s, dA = dsᵀ x
 //
-//     out: [splits, m, n]; split z sums span z of the depth, and lora_linear_sum.wgsl adds more than one split up
+//     out: [splits, m, n]; split z sums span z of the depth, and lora_linear_sum.wgsl adds more than one split up; prologue
+//          and addend are the first split's
 //     addend: [m, n], which may be `out` itself: a thread reads an entry before it writes it, and no other touches it
 //
 // One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands

@@ -46,14 +46,12 @@ var<workgroup> tile: array<vec4f, PANEL * QUADS>;
 // Stores four lines by four ranks of {{ parts }}, whose first line is `first` of `lines` of part `part`.
 fn store_{{ parts }}(part: u32, first: u32, lines: u32, rank: u32, sums: mat4x4f) {
 #for i in 0 1 2 3
-    if (first + {{ i }}u < lines) {
-        let line = ((part * lines) + first + {{ i }}u) * params.rank;
 #for c in 0 1 2 3
-        if (rank + {{ c }}u < params.rank) {
-            {{ parts }}[line + rank + {{ c }}u] = sums[{{ i }}][{{ c }}] * params.scale;
-        }
-#endfor
+    if ((first + {{ i }}u < lines) & (rank + {{ c }}u < params.rank)) {
+        {{ parts }}[(part * lines + first + {{ i }}u) * params.rank + rank + {{ c }}u] =
+            sums[{{ i }}][{{ c }}] * params.scale;
     }
+#endfor
 #endfor
 }
 

@@ -32,10 +32,10 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
         return;
     }
     var sum = 0.0;
-    for (var z = 0u; z < params.splits; z++) {
-        sum += parts[z * params.length + i];
+    for (var part = i; part < params.splits * params.length; part += params.length) {
+        sum += parts[part];
     }
-    if (params.has_addend != 0u) {
+    if (i < params.has_addend * params.length) {
         sum += f32(addend[i]);
     }
     out[i] = {{ out }}(sum);

@@ -16,7 +16,7 @@ struct Params {
     n: u32,
     depth: u32,
     rank: u32,
-    // Entries of the depth that one split sums, a multiple of BLOCK_K.
+    // Entries of the depth that one split sums, whole steps of it.
     span: u32,
     prologue_scale: f32,
     scale: f32,
@@ -24,8 +24,7 @@ struct Params {
     has_addend: u32,
 }
 
-// Stores four entries of a line of one split's `out`, with those of the addend, which is the first split's. No branch here and in
-// what calls it depends on a parameter alone: some drivers would compile the shader anew for each launch, with its parameters' values.
+// Stores four entries of a line of one split's `out`, with those of the addend, which is the first split's.
 fn store(line: u32, entry: u32, split: u32, sums: vec4f) {
     let first_out = split * params.m * params.n;
 #if out_vec4

@@ -257,7 +257,7 @@ pub fn longest_pair(max_length: usize) -> TokenizedPair {
 }
 
 /// What is kept for backward beside the layers' inputs, so that less is run again: what attention computed, then everything of as many
-/// layers as a GPU of so much memory is known to have room for. The CPU's memory is not the run's alone.
+/// layers as a GPU of so much memory is known to have room for. What a CPU or a software adapter has is not the run's alone.
 ///
 /// `total` predicts the bytes of a step.
 pub fn keep_for_speed(
@@ -266,8 +266,8 @@ pub fn keep_for_speed(
     n_layers: usize,
     total: impl Fn(KeepPlan) -> u64,
 ) -> KeepPlan {
-    let room =
-        memory.filter(|_| *choice != DeviceChoice::Cpu).map_or(0, |bytes| (bytes as f64 * SPARE) as u64);
+    let is_gpu = *choice != DeviceChoice::Cpu && !choice.is_software();
+    let room = memory.filter(|_| is_gpu).map_or(0, |bytes| (bytes as f64 * SPARE) as u64);
     let plans = (0..=n_layers).rev().map(|whole| KeepPlan { whole, rest: Keep::Attention });
     plans.into_iter().find(|&plan| total(plan) <= room).unwrap_or(Keep::Input.into())
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{Adapter, DeviceChoice};
 use crate::model::Llama;
 use crate::ops::Kernels;
-use crate::ops::kernel::{Element, Elements};
+use crate::ops::kernel::{Element, Elements, products_revision};
 use crate::ops::tune::{self, Kind, Timing};
 
 /// Runs of fewer operations are over before timing would have paid.
@@ -25,7 +25,7 @@ const BUDGET: Duration = Duration::from_secs(20);
 /// What the file holds.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Cache {
-    /// The adapter, its driver and this program's version: timings of others say nothing.
+    /// The adapter, its driver and the kernels: timings of others say nothing.
     of: [String; 3],
     timings: Vec<Timing>,
 }
@@ -79,7 +79,7 @@ pub(super) fn tune(choice: &DeviceChoice, kinds: &[Kind], steps: usize, note: im
 }
 
 fn identity(adapter: &Adapter) -> [String; 3] {
-    [adapter.name.clone(), adapter.driver.clone(), env!("CARGO_PKG_VERSION").to_owned()]
+    [adapter.name.clone(), adapter.driver.clone(), format!("{:016x}", products_revision())]
 }
 
 fn folder() -> Option<PathBuf> {
@@ -92,7 +92,7 @@ fn file_name(adapter: &Adapter) -> String {
     format!("tune-{:04x}-{:04x}.json", adapter.vendor_id, adapter.device_id)
 }
 
-/// The timings of earlier runs; none where there is no file, or it is of another adapter, driver or version.
+/// The timings of earlier runs; none where there is no file, or it is of another adapter or driver, or of other kernels.
 fn read(path: &Path, adapter: &Adapter) -> Result<Vec<Timing>, String> {
     let text = match fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

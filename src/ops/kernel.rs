@@ -9,11 +9,16 @@
 //! ```
 //!
 //! Repetition instead of WGSL loops is what keeps a thread's accumulators in registers: no compiler has to unroll anything.
+//!
+//! No branch of a source depends on its parameters alone: Mesa's software adapter would compile the shader anew for each launch, with
+//! the values of its parameters.
 
 mod render;
 mod tile;
 
 pub use tile::{Cut, DirectTile, Element, Elements, Layout, MatrixTile, Quads, Tile};
+
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::cubecl::client::ComputeClient;
 use burn::cubecl::ir::{ElemType, StorageType, UIntKind};
@@ -59,6 +64,23 @@ pub enum Shader {
     /// `orpo_loss_backward.wgsl`
     OrpoLossBackward,
 }
+
+/// A number that changes with the sources of the products, to tell timings of others by.
+pub fn products_revision() -> u64 {
+    let mut hasher = DefaultHasher::new();
+    PRODUCTS.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// What products are made of.
+const PRODUCTS: [&str; 6] = [
+    include_str!("../../shaders/lora_linear.wgsl"),
+    include_str!("../../shaders/lora_linear_direct.wgsl"),
+    include_str!("../../shaders/lora_linear_matrix.wgsl"),
+    include_str!("../../shaders/lora_linear_sum.wgsl"),
+    include_str!("../../shaders/shared/product.wgsl"),
+    include_str!("../../shaders/shared/quads.wgsl"),
+];
 
 /// Threads of a workgroup where a shader does not say otherwise.
 const WORKGROUP_SIZE: u32 = 64;

@@ -110,7 +110,7 @@ impl Plan {
     pub(super) fn new(busy: u32, cut: Cut, [m, n, depth]: [u32; 3], has_prologue: bool) -> Self {
         let [block_m, block_n, block_k] = cut.block();
         // A part is worth a second launch when it is long, and a prologue belongs to one part only.
-        let most = if has_prologue { 1 } else { (depth / (16 * block_k)).max(1) };
+        let most = if has_prologue { 1 } else { (depth / (16 * block_k).max(128)).max(1) };
         let splits = busy.div_ceil(m.div_ceil(block_m) * n.div_ceil(block_n)).clamp(1, most);
         let span = depth.div_ceil(splits).next_multiple_of(block_k);
         Self { splits: depth.div_ceil(span), span }
@@ -197,5 +197,10 @@ mod tests {
         assert_eq!(cut([8, 4096]).block()[0], 8);
         assert_eq!(cut([2048, 4096]), Cut::Registers(Tile::ALL[0]));
         assert_eq!(cut([256, 1024]).block()[0], 32);
+
+        let direct = |extents| SOFTWARE.cuts(Layout::RowsRows, Elements::F32, extents, false)[0];
+        for (extents, i) in [([512, 1024], 0), ([512, 8], 3), ([8, 1024], 4), ([1, 4096], 5)] {
+            assert_eq!(direct(extents), Cut::Direct(DirectTile::ALL[i]), "{extents:?}");
+        }
     }
 }

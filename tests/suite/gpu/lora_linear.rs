@@ -239,7 +239,8 @@ fn with_16_bit_floats() {
             Types { out: half, ..F32 },
         ]
     };
-    let shapes = [[7, 107, 331, 5], [65, 64, 256, 8], [130, 331, 107, 100], [1100, 24, 40, 4]];
+    let shapes =
+        [[7, 107, 331, 5], [65, 64, 256, 8], [130, 331, 107, 100], [1100, 24, 40, 4], [36, 64, 256, 100]];
     let halves = stored_types().into_iter().map(|(dtype, _)| dtype).filter(|dtype| *dtype != DType::F32);
     for (half, shape) in halves.flat_map(|half| shapes.map(|shape| (half, shape))) {
         for (i, types) in mixes(half).into_iter().enumerate() {

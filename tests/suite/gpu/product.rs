@@ -48,9 +48,8 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
     let (prologue_lhs, prologue_lhs_at) = operand(m, rank.max(4), lhs_rows, Element::F32);
     let (prologue_rhs, prologue_rhs_at) = operand(n, rank.max(4), rhs_rows, Element::F32);
     let (prologue_scale, scale) = (1.5f32, -0.75f32);
-    let has_prologue = rank > 0;
     // Parts of a product are f32, whatever their sum goes out as.
-    let splits = if has_prologue || elements.out == Element::F16 { 1 } else { 2 };
+    let splits = if elements.out == Element::F16 { 1 } else { 2 };
     let span = depth.div_ceil(splits).next_multiple_of(block_k as usize);
     let out = Tensor::<Wgpu, 2>::full([splits * m, n], f32::NAN, device);
     let out = if elements.out == Element::F16 { out.cast(FloatDType::F16) } else { out };
@@ -85,14 +84,12 @@ fn every_variant_multiplies() {
     let Some(device) = adapter() else { return };
     // What is read and written is one line of the source each, so that no tile has to meet every mix. Every other one is plain f32,
     // and the mixes' number is no divisor of the cuts', so that each layout pairs them otherwise.
-    let mut mixes = Elements::all()
-        .flat_map(|elements| [Elements::F32, elements])
-        .skip(3)
-        .collect::<Vec<_>>()
-        .into_iter()
-        .cycle();
+    let mixes = Elements::all().flat_map(|elements| [Elements::F32, elements]).skip(1).collect::<Vec<_>>();
+    let cuts: Vec<_> = Cut::all().into_iter().filter(|cut| !matches!(cut, Cut::Matrices(_))).collect();
+    assert_ne!(2 * cuts.len() % mixes.len(), 0, "every layout pairs mixes and cuts alike");
+    let mut mixes = mixes.into_iter().cycle();
     for layout in Layout::ALL {
-        for cut in Cut::all().into_iter().filter(|cut| !matches!(cut, Cut::Matrices(_))) {
+        for &cut in &cuts {
             let [m, n, _] = cut.block().map(|n| n as usize);
             let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
             for [m, n, depth, rank] in [aligned, ragged] {
