@@ -1,6 +1,7 @@
 //! Every variant of every shader parses and validates. Needs no GPU.
 
 use naga::valid::{Capabilities, ValidationFlags, Validator};
+use naga::{AddressSpace, Block, Expression, Function, Handle, Module, Statement};
 use orpo_wgpu::ops::kernel::Shader;
 
 #[test]
@@ -31,8 +32,8 @@ fn no_variant_asks_for_more_than_every_device_has() {
         let (mut workgroup_bytes, mut n_storage) = (0, 0);
         for (_, variable) in module.global_variables.iter() {
             match variable.space {
-                naga::AddressSpace::WorkGroup => workgroup_bytes += layouter[variable.ty].size,
-                naga::AddressSpace::Storage { access } => {
+                AddressSpace::WorkGroup => workgroup_bytes += layouter[variable.ty].size,
+                AddressSpace::Storage { access } => {
                     n_storage += 1;
                     // Tensors are slices of shared buffers, and wgpu refuses one buffer bound both ways.
                     assert_eq!(
@@ -57,6 +58,104 @@ fn every_variable_of_a_function_has_a_value() {
         for line in shader.wgsl().lines().filter(|line| line.starts_with("    ")) {
             let is_bare = line.trim_start().starts_with("var ") && !line.contains('=');
             assert!(!is_bare, "{shader:?}: {line}");
+        }
+    }
+}
+
+/// What a value comes of, by what it takes most to know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Origin {
+    /// Literals alone.
+    Source,
+    /// Parameters, which are known at a launch.
+    Parameters,
+    Anything,
+}
+
+/// A function's stores to variables, pointer and value, and the conditions of its branches.
+#[derive(Default)]
+struct Flow {
+    stores: Vec<[Handle<Expression>; 2]>,
+    conditions: Vec<Handle<Expression>>,
+}
+
+impl Flow {
+    fn add(&mut self, block: &Block) {
+        for statement in block {
+            match statement {
+                Statement::Store { pointer, value } => self.stores.push([*pointer, *value]),
+                Statement::Block(inner) => self.add(inner),
+                Statement::If { condition, accept, reject } => {
+                    self.conditions.push(*condition);
+                    self.add(accept);
+                    self.add(reject);
+                }
+                Statement::Loop { body, continuing, break_if } => {
+                    self.conditions.extend(break_if);
+                    self.add(body);
+                    self.add(continuing);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The origin of each expression of a function; of a variable, that of all that is ever put into it.
+fn origins(module: &Module, function: &Function, stores: &[[Handle<Expression>; 2]]) -> Vec<Origin> {
+    let mut variables = vec![Origin::Source; function.local_variables.len()];
+    loop {
+        let mut origins = vec![Origin::Anything; function.expressions.len()];
+        for (handle, expression) in function.expressions.iter() {
+            let of = |parts: &[Option<Handle<Expression>>]| {
+                let parts = parts.iter().flatten().map(|part| origins[part.index()]);
+                parts.max().unwrap_or(Origin::Source)
+            };
+            origins[handle.index()] = match *expression {
+                Expression::Literal(_) | Expression::Constant(_) | Expression::ZeroValue(_) => Origin::Source,
+                Expression::GlobalVariable(global)
+                    if module.global_variables[global].space == AddressSpace::Uniform =>
+                {
+                    Origin::Parameters
+                }
+                Expression::LocalVariable(variable) => variables[variable.index()],
+                Expression::AccessIndex { base, .. } => of(&[Some(base)]),
+                Expression::Load { pointer } => of(&[Some(pointer)]),
+                Expression::Unary { expr, .. } | Expression::As { expr, .. } => of(&[Some(expr)]),
+                Expression::Binary { left, right, .. } => of(&[Some(left), Some(right)]),
+                Expression::Math { arg, arg1, arg2, .. } => of(&[Some(arg), arg1, arg2]),
+                _ => Origin::Anything,
+            };
+        }
+        let before = variables.clone();
+        for [pointer, value] in stores {
+            if let Expression::LocalVariable(variable) = function.expressions[*pointer] {
+                let variable = &mut variables[variable.index()];
+                *variable = (*variable).max(origins[value.index()]);
+            }
+        }
+        if variables == before {
+            return origins;
+        }
+    }
+}
+
+/// Mesa's software adapter would compile the shader anew for each launch, with the values of its parameters.
+#[test]
+fn no_branch_depends_on_parameters_alone() {
+    for shader in Shader::all() {
+        let module = naga::front::wgsl::parse_str(&shader.wgsl()).unwrap();
+        let functions = module.functions.iter().map(|(_, function)| function);
+        for function in functions.chain(module.entry_points.iter().map(|entry| &entry.function)) {
+            let mut flow = Flow::default();
+            flow.add(&function.body);
+            let origins = origins(&module, function, &flow.stores);
+            let mut conditions = flow.conditions.iter().map(|condition| origins[condition.index()]);
+            assert!(
+                !conditions.any(|origin| origin == Origin::Parameters),
+                "{shader:?}: {:?}",
+                function.name
+            );
         }
     }
 }
