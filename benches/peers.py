@@ -207,7 +207,7 @@ def parity_tables(results: list[Result]) -> str:
     parts = []
     for metric in BY_STEP:
         rows = [
-            [str(step), *(f"{line[metric]:.7g}" for line in lines)]
+            [str(step), *(f"{line[metric]:#.7g}" for line in lines)]
             for step, lines in enumerate(zip(*(result.steps for result in results), strict=True), 1)
         ]
         parts.append(table([metric, *(f"{result.title}, {result.dtype}" for result in results)], rows))
