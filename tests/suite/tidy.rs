@@ -102,6 +102,10 @@ fn only_the_launch_knows_how_shaders_are_launched() {
     }
 }
 
+/// Flags of other programs in the README: cargo's, `hf download`'s, uv's and those of `benches/peers.py`.
+const NOT_OURS: [&str; 10] =
+    ["features", "help", "local-dir", "make", "parity", "release", "run", "shape", "test", "with"];
+
 #[test]
 fn the_readme_names_every_flag_that_it_shows() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
@@ -109,7 +113,7 @@ fn the_readme_names_every_flag_that_it_shows() {
     let known: BTreeSet<String> = command
         .get_subcommands()
         .flat_map(|c| c.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect::<Vec<_>>())
-        .chain(["features", "help", "local-dir", "release", "test"].map(str::to_owned))
+        .chain(NOT_OURS.map(str::to_owned))
         .collect();
     let words = readme.split(|c: char| c.is_whitespace() || "`(),;:".contains(c));
     for flag in words.filter_map(|word| word.strip_prefix("--")).filter(|flag| !flag.is_empty()) {
