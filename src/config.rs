@@ -50,7 +50,7 @@ pub struct TrainArgs {
     /// Must be 0: ORPO disables dropout, as TRL does
     #[arg(long, default_value_t = Self::default().lora_dropout, help_heading = "Model")]
     pub lora_dropout: f64,
-    /// Data type of the computation: fp16, fp32, or AUTO for fp16 where a GPU computes in it
+    /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
     #[arg(long, default_value = "AUTO", help_heading = "Model")]
     pub dtype: String,
     /// What fp16 multiplies the loss with at first, so that small gradients do not vanish; it falls when gradients overflow
@@ -154,7 +154,7 @@ pub struct TrainArgs {
     /// Seed of everything random
     #[arg(long, default_value_t = Self::default().seed, help_heading = "Training")]
     pub seed: u64,
-    /// Where to compute: auto, cpu, wgpu or wgpu:1
+    /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
     #[arg(long, default_value = "auto", help_heading = "Training")]
     pub device: String,
     /// Memory that the device is taken to have, as 24GB or 8GiB, instead of what it says

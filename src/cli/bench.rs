@@ -54,7 +54,7 @@ pub struct BenchArgs {
     /// Steps that are timed, after one to warm up
     #[arg(long, default_value_t = 5)]
     max_steps: usize,
-    /// Where to compute: auto, cpu, wgpu or wgpu:1
+    /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
     #[arg(long, default_value = "auto")]
     device: String,
 }

@@ -60,7 +60,7 @@ pub struct InferArgs {
     /// Seed of the draws
     #[arg(long, default_value_t = SamplingConfig::default().seed)]
     seed: u64,
-    /// Where to compute: auto, cpu, wgpu or wgpu:1
+    /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
     #[arg(long, default_value = "auto")]
     device: String,
     #[command(flatten)]
