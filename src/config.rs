@@ -145,7 +145,7 @@ pub struct TrainArgs {
     /// Largest global norm of the gradients; 0 for no clipping
     #[arg(long, default_value_t = Self::default().max_grad_norm, help_heading = "Training")]
     pub max_grad_norm: f64,
-    /// Run each layer again in backward instead of keeping its activations
+    /// Run layers again in backward, but those whose activations a GPU has room for; false keeps everything
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().gradient_checkpointing, help_heading = "Training")]
     pub gradient_checkpointing: bool,
     /// Print what each kernel costs, for one step after the first
