@@ -271,7 +271,7 @@ fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choi
         ),
     }
     println!(
-        "  weights {}, adapters {}, gradients {}, kept for backward {}, one layer {}, scratch {}, head {}",
+        "  predicted: weights {}, adapters {}, gradients {}, kept for backward {}, one layer {}, scratch {}, head {}",
         bytes(memory.weights),
         bytes(memory.adapters),
         bytes(memory.gradients),

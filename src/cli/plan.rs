@@ -217,7 +217,7 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
         "kept",
         "weights",
         "LoRA + optimizer",
-        "checkpoints",
+        "kept for backward",
         "one live layer",
         "head chunk",
         "scratch",
