@@ -96,3 +96,53 @@ pub fn smaller(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Option<
 fn bytes(budget: &Budget) -> String {
     size(budget.memory.total() as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::budget::Rows;
+    use crate::config::TrainArgs;
+    use crate::device::DeviceChoice;
+    use crate::model::LlamaConfig;
+    use crate::model::presets::preset;
+
+    fn llama() -> LlamaConfig {
+        preset("llama3-8b-instruct").unwrap()
+    }
+
+    #[test]
+    fn a_tensor_beyond_the_largest_buffer_is_refused() {
+        let choice = DeviceChoice::elsewhere(400_000_000_000);
+        let args = TrainArgs { batch_size: 16, max_length: 8192, ..TrainArgs::default() };
+        let config = llama();
+        let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
+        let base = Setting::of(&args);
+        let budget = case.predict(&base).unwrap().unwrap();
+        let error = check_fits(&case, &base, &budget, false).unwrap_err();
+        assert!(error.to_string().contains("take 7.0 GiB in one tensor"), "{error}");
+        assert!(error.hint().unwrap().starts_with("--batch_size 4"), "{:?}", error.hint());
+    }
+
+    #[test]
+    fn a_device_that_does_not_say_takes_everything() {
+        let (args, config) = (TrainArgs::default(), llama());
+        let mut case = Case::new(&args, &config, [8; 7], Rows::Longest, &DeviceChoice::Cpu).unwrap();
+        case.memory = None;
+        let base = Setting::of(&args);
+        let budget = case.predict(&base).unwrap().unwrap();
+        check_fits(&case, &base, &budget, false).unwrap();
+        let advice = smaller(&case, &base, false).unwrap().unwrap();
+        assert!(advice.contains("--dtype fp16") && advice.contains("instead of"), "{advice}");
+    }
+
+    #[test]
+    fn what_is_kept_for_speed_is_given_up_first() {
+        let choice = DeviceChoice::elsewhere(80_000_000_000);
+        let (args, config) = (TrainArgs::default(), llama());
+        let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
+        let base = Setting::of(&args);
+        assert_eq!(case.predict(&base).unwrap().unwrap().keep.n_again(config.num_hidden_layers), 0);
+        let advice = smaller(&case, &base, false).unwrap().unwrap();
+        assert!(advice.starts_with("by the prediction --max_memory "), "{advice}");
+    }
+}

@@ -268,8 +268,8 @@ pub fn keep_for_speed(
 ) -> KeepPlan {
     let is_gpu = *choice != DeviceChoice::Cpu && !choice.is_software();
     let room = memory.filter(|_| is_gpu).map_or(0, |bytes| (bytes as f64 * SPARE) as u64);
-    let plans = (0..=n_layers).rev().map(|whole| KeepPlan { whole, rest: Keep::Attention });
-    plans.into_iter().find(|&plan| total(plan) <= room).unwrap_or(Keep::Input.into())
+    let mut plans = (0..=n_layers).rev().map(|whole| KeepPlan { whole, rest: Keep::Attention });
+    plans.find(|&plan| total(plan) <= room).unwrap_or(Keep::Input.into())
 }
 
 /// What of so many layers runs again in backward, in words.

@@ -11,7 +11,7 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 use super::cube::bytes;
-use super::kernel::{BAND, Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
+use super::kernel::{Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
 use super::tune::{self, Choice, Kind};
 
@@ -225,13 +225,13 @@ impl<'a> Product<'a> {
         let buffers =
             [self.lhs, self.rhs, prologue_lhs, prologue_rhs, out, addend].map(|tensor| &tensor.handle);
         let has_addend = u32::from(self.addend.is_some());
-        let [block_m, block_n, _] = cut.block();
+        let [x, y] = plan::blocks(cut, [m, n]);
         let [flops, bytes] = self.work();
         profile::kernel(self.name, flops, bytes, &self.lhs.client, || {
             launch(
                 &self.lhs.client,
                 Shader::Product { layout: self.layout, cut, elements, quads },
-                [BAND * n.div_ceil(block_n), m.div_ceil(block_m).div_ceil(BAND), splits],
+                [x, y, splits],
                 &buffers,
                 &[m, n, depth, rank, span, prologue_scale.to_bits(), self.scale.to_bits(), has_addend],
             );

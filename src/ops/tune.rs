@@ -95,15 +95,15 @@ pub(super) fn choice(device: &WgpuDevice, kind: Kind) -> Option<Choice> {
     table.get(&(device.clone(), kind)).copied()
 }
 
-/// Lets the device's products follow earlier timings. One that the device cannot run is left out.
-pub fn install(device: &WgpuDevice, timings: &[Timing]) {
+/// Lets the device's products follow earlier timings, and returns of how many. One that the device cannot run is left out.
+pub fn install(device: &WgpuDevice, timings: &[Timing]) -> usize {
     let client = WgpuRuntime::client(device);
     let mut table = TABLE.lock().unwrap_or_else(PoisonError::into_inner);
-    for Timing { kind, choice, .. } in timings {
-        if candidates(product::Device::of(&client), *kind).contains(choice) {
-            table.insert((device.clone(), *kind), *choice);
-        }
-    }
+    let fits =
+        |timing: &&Timing| candidates(product::Device::of(&client), timing.kind).contains(&timing.choice);
+    let installed: Vec<_> = timings.iter().filter(fits).collect();
+    table.extend(installed.iter().map(|timing| ((device.clone(), timing.kind), timing.choice)));
+    installed.len()
 }
 
 /// Times every kind of product, installs what is fastest and gives it back. Kinds that are tiny, that were timed before or that

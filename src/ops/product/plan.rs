@@ -6,7 +6,9 @@ use burn::cubecl::ir::{ElemType, FloatKind, StorageType};
 use burn_wgpu::WgpuRuntime;
 
 use crate::ops::cube::is_software;
-use crate::ops::kernel::{Cut, DirectTile, Element, Elements, Layout, MatrixTile, Tile};
+use crate::ops::kernel::{
+    BAND, Cut, DirectTile, Element, Elements, Layout, MAX_WORKGROUPS, MatrixTile, Tile,
+};
 
 /// Cuts of each kind that are worth timing.
 const MOST_CUTS: usize = 3;
@@ -89,12 +91,19 @@ impl Device {
         let mut matrices: Vec<_> = matrices.map(Cut::Matrices).collect();
         let mut tiles = self.tiles();
         for cuts in [&mut matrices, &mut tiles] {
+            cuts.retain(|&cut| blocks(cut, extents).iter().all(|&blocks| blocks <= MAX_WORKGROUPS));
             cuts.sort_by_key(|&cut| self.cost(cut, extents));
             cuts.truncate(MOST_CUTS);
         }
         matrices.extend(tiles);
         matrices
     }
+}
+
+/// A product's workgroups in the first two dimensions of its dispatch: bands of blocks down m, each with all blocks along n.
+pub(super) fn blocks(cut: Cut, [m, n]: [u32; 2]) -> [u32; 2] {
+    let [block_m, block_n, _] = cut.block();
+    [BAND * n.div_ceil(block_n), m.div_ceil(block_m).div_ceil(BAND)]
 }
 
 /// How the depth of a product is cut.
@@ -120,9 +129,8 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::kernel::{BAND, MAX_WORKGROUPS};
 
-    const SHAPES: [[u32; 3]; 8] = [
+    const SHAPES: [[u32; 3]; 9] = [
         [1, 1, 1],
         [1, 4096, 4096],
         [7, 331, 107],
@@ -131,6 +139,7 @@ mod tests {
         [2048, 4096, 14336],
         [4096, 16, 2049],
         [100_000, 128_256, 17],
+        [2048, 65_544, 17],
     ];
 
     /// Every cut of every device, and how many workgroups keep it busy.
@@ -159,17 +168,17 @@ mod tests {
     #[test]
     fn a_plan_stays_within_the_dispatch_limits() {
         let matrices = Some([16, 32]);
+        let f16 = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F32 };
         for device in [GPU, SOFTWARE, Device { matrices, ..GPU }] {
             for [m, n, depth] in SHAPES {
-                let f16 = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F32 };
-                let cut = device.cuts(Layout::RowsRows, f16, [m, n], false)[0];
-                let Plan { splits, .. } = Plan::new(device.busy, cut, [m, n, depth], false);
-                let [block_m, block_n, _] = cut.block();
-                let groups = [BAND * n.div_ceil(block_n), m.div_ceil(block_m).div_ceil(BAND), splits];
-                assert!(
-                    groups.iter().all(|&g| (1..=MAX_WORKGROUPS).contains(&g)),
-                    "{m} x {n} x {depth}: {groups:?}"
-                );
+                let cuts = device.cuts(Layout::RowsRows, f16, [m, n], false);
+                assert!(!cuts.is_empty(), "{m} x {n} x {depth}");
+                for cut in cuts {
+                    let Plan { splits, .. } = Plan::new(device.busy, cut, [m, n, depth], false);
+                    let [x, y] = blocks(cut, [m, n]);
+                    let is_within = [x, y, splits].iter().all(|n| (1..=MAX_WORKGROUPS).contains(n));
+                    assert!(is_within, "{cut:?}: {m} x {n} x {depth}: {x} x {y} x {splits}");
+                }
             }
         }
     }
