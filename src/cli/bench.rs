@@ -115,7 +115,7 @@ impl BenchArgs {
     /// Refuses a model that does not fit the device's memory.
     fn check_fits(&self, config: &LlamaConfig, precision: Precision, choice: &DeviceChoice) -> Result<()> {
         let Some(memory) = choice.total_memory() else { return Ok(()) };
-        let shape = self.shape(config, precision, choice, self.keep(config, precision, choice));
+        let shape = self.shape(config, precision, choice);
         let predicted = StepMemory::of(config, &shape).total() as u64;
         if predicted <= memory {
             return Ok(());
@@ -131,26 +131,17 @@ impl BenchArgs {
         ))
     }
 
-    /// What `train` would keep.
-    fn keep(&self, config: &LlamaConfig, precision: Precision, choice: &DeviceChoice) -> KeepPlan {
-        if !self.gradient_checkpointing {
-            return Keep::All.into();
-        }
-        let total =
-            |keep| StepMemory::of(config, &self.shape(config, precision, choice, keep)).total() as u64;
-        keep_for_speed(choice, choice.total_memory(), config.num_hidden_layers, total)
-    }
-
-    fn shape(
-        &self,
-        config: &LlamaConfig,
-        precision: Precision,
-        choice: &DeviceChoice,
-        keep: KeepPlan,
-    ) -> StepShape {
+    /// The shape of a step, which keeps what `train` would.
+    fn shape(&self, config: &LlamaConfig, precision: Precision, choice: &DeviceChoice) -> StepShape {
         let batch = self.batch(config);
         let logits_bytes = logits_bytes(config, precision, choice.shard_bytes(), batch.rows.len());
-        StepShape::of(&batch, [self.lora_rank; LINEAR_NAMES.len()], precision, keep, false, logits_bytes)
+        let ranks = [self.lora_rank; LINEAR_NAMES.len()];
+        let keeping = |keep: KeepPlan| StepShape::of(&batch, ranks, precision, keep, false, logits_bytes);
+        if !self.gradient_checkpointing {
+            return keeping(Keep::All.into());
+        }
+        let total = |keep| StepMemory::of(config, &keeping(keep)).total() as u64;
+        keeping(keep_for_speed(choice, choice.total_memory(), config.num_hidden_layers, total))
     }
 
     /// The step's pairs: `max_length` tokens a sequence, the first half shared, as unlike as token ids can be.
@@ -208,9 +199,9 @@ fn run_on<B: Kernels>(
     let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);
     let target_modules = lora::target_modules(&["ALL".to_owned()])?;
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
-    let keep = args.keep(config, precision, choice);
-    println!("backward {}", runs_again(keep, config.num_hidden_layers));
-    let mut bench = Bench::new(model, batch, keep);
+    let shape = args.shape(config, precision, choice);
+    println!("backward {}", runs_again(shape.keep, config.num_hidden_layers));
+    let mut bench = Bench::new(model, batch, shape.keep);
 
     println!("warm-up  the first step, in which a GPU's kernels are compiled");
     let (first_s, _) = bench.timed_step()?;
@@ -224,7 +215,6 @@ fn run_on<B: Kernels>(
     }
     times.sort_by(f64::total_cmp);
     let step_s = times[times.len() / 2];
-    let shape = args.shape(config, precision, choice, keep);
     let flops = StepFlops::of(config, &shape).total();
     let tokens = bench.batch.n_tokens() as f64;
     println!(
