@@ -96,7 +96,7 @@ pub struct TrainArgs {
     /// Longest prompt plus answer, in tokens
     #[arg(long, default_value_t = Self::default().max_length, help_heading = "Data")]
     pub max_length: usize,
-    /// What happens to longer rows: delete (left out, and listed) or truncation_right (the answers are cut)
+    /// What happens to longer rows: delete (left out, and named) or truncation_right (the answers are cut)
     #[arg(long, default_value = "delete", help_heading = "Data")]
     pub truncation_strategy: String,
     /// A row that cannot be used is an error

@@ -1,12 +1,21 @@
 //! The rows of a run, from the flags to token ids.
 
+use std::fs;
+use std::path::Path;
+
 use super::open::OpenModel;
+use super::words::thousands;
 use crate::config::TrainArgs;
 use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
 use crate::error::{Error, Result};
 use crate::train::plan::Plan;
+
+/// How many of the rows that are left out standard error names.
+const SHOWN_ROWS: usize = 5;
+/// The file in a run's folder that lists all of them.
+const LEFT_OUT_FILE: &str = "left_out.txt";
 
 /// The rows of a run as token ids.
 pub struct Data {
@@ -19,7 +28,7 @@ pub struct Data {
 }
 
 impl Data {
-    /// Reads, splits and tokenizes the rows, and lists on standard error those that are left out.
+    /// Reads, splits and tokenizes the rows, and names on standard error the first of those that are left out.
     ///
     /// # Errors
     /// If a file cannot be read, a row cannot be used and that is an error, or no row is left to train on.
@@ -62,21 +71,46 @@ impl Data {
             Ok(pairs)
         };
         let (train, val) = (tokenize(&train)?, tokenize(&val)?);
-        for row in &skipped {
-            eprintln!("left out: {row}");
-        }
+        eprint!("{}", first_of(&skipped));
         if train.is_empty() {
             let name = args.dataset.first().map_or(demo::NAME, String::as_str);
             return Err(Error::file(
                 name,
                 format!("none of its rows can be trained on: {}", dataset::summarize(&skipped)),
             )
-            .with_hint(
-                "every row and its reason are listed above; rows that are too long: raise --max_length",
-            ));
+            .with_hint("rows that are too long: raise --max_length"));
         }
         Ok(Self { train, val, skipped })
     }
+
+    /// Lists all rows that are left out in a run's folder. Where there are none, a list that an earlier run left there goes.
+    ///
+    /// # Errors
+    /// If the list cannot be written or removed.
+    pub fn list_left_out(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(LEFT_OUT_FILE);
+        if !self.skipped.is_empty() {
+            let lines: Vec<String> = self.skipped.iter().map(|row| format!("{row}\n")).collect();
+            fs::write(&path, lines.concat()).map_err(Error::io("write", &path))
+        } else if path.exists() {
+            fs::remove_file(&path).map_err(Error::io("remove", &path))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// The first of the rows that are left out, a line each, and how many more there are.
+fn first_of(skipped: &[Skipped]) -> String {
+    let (shown, others) = skipped.split_at(skipped.len().min(SHOWN_ROWS));
+    let mut lines: Vec<String> = shown.iter().map(|row| format!("left out: {row}\n")).collect();
+    if !others.is_empty() {
+        let n = thousands(others.len());
+        lines.push(format!(
+            "left out: and {n} more; a run lists all of them in {LEFT_OUT_FILE} in its folder\n"
+        ));
+    }
+    lines.concat()
 }
 
 /// Whether the demo's own pairs are trained on.
@@ -103,4 +137,24 @@ pub fn plan_of(args: &TrainArgs, n_rows: usize) -> (Plan, usize) {
     };
     let epochs = (args.num_train_epochs * plan.steps_per_epoch() as f64).ceil() as usize;
     (plan, args.max_steps.unwrap_or(epochs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::dataset::Location;
+
+    #[test]
+    fn only_the_first_rows_that_are_left_out_are_named() {
+        let skipped = |n: usize| -> Vec<Skipped> {
+            let location = |line| Location { path: Path::new("rows.jsonl").into(), line };
+            (1..=n).map(|line| Skipped { location: location(line), reason: "too long".to_owned() }).collect()
+        };
+        assert_eq!(first_of(&[]), "");
+        let five = first_of(&skipped(5));
+        assert!(five.ends_with("left out: rows.jsonl:5: too long\n"), "{five}");
+        let many = first_of(&skipped(1239));
+        let rest = many.strip_prefix(&five).expect(&many);
+        assert_eq!(rest, "left out: and 1,234 more; a run lists all of them in left_out.txt in its folder\n");
+    }
 }

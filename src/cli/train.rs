@@ -215,6 +215,7 @@ fn run_on<B: Kernels>(
     let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
     let texts = texts(args, open, &lora_config);
     let mut run = RunFolder::create(&folder, texts, args.save_total_limit, history, tracker)?;
+    data.list_left_out(&folder)?;
     eprintln!("output   {}", folder.display());
     let memory = || choice.memory_bytes();
     let mut progress = Progress::new(settings.schedule.max_steps, first_step, args.profile, &memory);

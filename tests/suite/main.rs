@@ -73,6 +73,7 @@ mod plain;
 mod plain_runtime;
 mod plan;
 mod quantized;
+mod rows;
 mod shaders;
 mod support;
 mod tidy;

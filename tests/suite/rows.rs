@@ -1,0 +1,49 @@
+//! What a user is told of the rows of a run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn gqa(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa").join(name)
+}
+
+/// Runs a subcommand on the `gqa` case's model and the `pairs.jsonl` of a folder.
+fn orpo_wgpu(subcommand: &str, folder: &Path, flags: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
+    command.arg(subcommand).arg("--model_id_or_path").arg(gqa("model"));
+    command.args(["--dataset", "pairs.jsonl", "--device", "cpu"]).args(flags).current_dir(folder);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{flags:?}: {}", stderr(&output));
+    output
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn the_first_rows_that_are_left_out_are_named_and_the_run_s_folder_lists_all() {
+    let folder = tempfile::tempdir().unwrap();
+    // Of the seven pairs, four have more than 60 tokens.
+    let pairs = fs::read_to_string(gqa("pairs.jsonl")).unwrap().repeat(3);
+    fs::write(folder.path().join("pairs.jsonl"), pairs).unwrap();
+    let list = folder.path().join("out/left_out.txt");
+    let flags = ["--output_dir", "out", "--add_output_dir_suffix", "false", "--warmup_ratio", "0"];
+    let train = |max_length: &str| {
+        let flags = [&flags[..], &["--max_steps", "1", "--max_length", max_length]].concat();
+        let message = stderr(&orpo_wgpu("train", folder.path(), &flags));
+        message.lines().filter_map(|line| line.strip_prefix("left out: ")).map(str::to_owned).collect()
+    };
+
+    let said: Vec<String> = train("60");
+    let listed = fs::read_to_string(&list).unwrap();
+    let listed: Vec<&str> = listed.lines().collect();
+    assert_eq!((said.len(), listed.len()), (6, 12), "{said:?} {listed:?}");
+    assert_eq!(said[..5], listed[..5]);
+    assert!(said[5].starts_with("and 7 more; "), "{said:?}");
+    assert!(listed[11].starts_with("pairs.jsonl:21: 106 tokens "), "{listed:?}");
+
+    assert_eq!(train("512"), Vec::<String>::new());
+    assert!(!list.exists(), "the list of the run before");
+}
