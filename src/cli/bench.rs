@@ -239,6 +239,9 @@ fn run_on<B: Kernels>(
         true => println!("\nthe CPU runs no kernels that could be timed one by one"),
         false => println!("\n{}", profile_table::table(&entries, profiled_s, Some(limits))),
     }
+    if profile_table::exceed(&entries, limits) {
+        println!("{}", profile_table::WHY_EXCEEDED);
+    }
     Ok(())
 }
 

@@ -5,6 +5,18 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use super::limits::Limits;
 use crate::ops::profile::Entry;
 
+/// Why kernels can exceed the limits that were measured.
+pub const WHY_EXCEEDED: &str = "over 100 %: the limits are those of one square product and one long addition, by the clock; other \
+                                shapes, and data that a cache still holds, can be faster, and a device that times kernels itself \
+                                leaves their launch out";
+
+/// Whether a kernel did more than the limits.
+pub fn exceed(entries: &[Entry], limits: Limits) -> bool {
+    entries.iter().any(|entry| {
+        entry.flops as f64 > limits.flops * entry.seconds || entry.bytes as f64 > limits.bytes * entry.seconds
+    })
+}
+
 /// Lays the kernels of a step of `step_s` seconds out by time, with the share of the device's limits where they are known.
 pub fn table(entries: &[Entry], step_s: f64, limits: Option<Limits>) -> Table {
     let mut table = Table::new();
@@ -46,4 +58,22 @@ pub fn table(entries: &[Entry], step_s: f64, limits: Option<Limits>) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_exceeds_either_limit() {
+        let limits = Limits { flops: 10.0, bytes: 20.0 };
+        let exceeds = |flops, bytes, seconds| {
+            let entry = Entry { name: "kernel", calls: 1, seconds, flops, bytes };
+            let within = Entry { name: "another", calls: 1, seconds: 1.0, flops: 1, bytes: 1 };
+            exceed(&[within, entry], limits)
+        };
+        assert!(!exceeds(20, 40, 2.0), "both limits are reached");
+        assert!(exceeds(21, 0, 2.0) && exceeds(0, 41, 2.0));
+        assert!(!exceeds(21, 41, f64::NAN), "the device did not measure it");
+    }
 }
