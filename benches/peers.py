@@ -191,7 +191,7 @@ def speed_table(results: list[Result], args: argparse.Namespace) -> str:
             continue
         median = statistics.median(result.seconds[WARM_UP:])
         ratio = f"{statistics.median(trl.seconds[WARM_UP:]) / median:.2f}" if trl else ""
-        memory = [f"{n / 1e9:.2f} GB" if n else "" for n in (result.peak_bytes, result.tensor_bytes)]
+        memory = [f"{n / 2**30:.2f} GiB" if n else "" for n in (result.peak_bytes, result.tensor_bytes)]
         rows.append([result.title, result.dtype, f"{median:.3f}", f"{tokens / median:.0f}", *memory, ratio])
     where = "on the card" if args.device == "cuda" else "resident"
     header = ["engine", "dtype", "s a step", "tokens/s", f"peak memory, {where}", "of it tensors", "times TRL's speed"]

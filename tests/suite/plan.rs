@@ -105,6 +105,26 @@ fn llama_3_8b_is_planned_by_its_name_alone_for_a_card_that_is_not_here() {
 }
 
 #[test]
+fn the_readme_s_table_of_memory_is_what_plan_predicts() {
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+    let readme = std::fs::read_to_string(readme).unwrap();
+    for max_length in ["2048", "1024"] {
+        let model = ["--model_type", "llama3-8b-instruct", "--dtype", "fp16", "--max_length", max_length];
+        // Too small for anything to be kept for speed.
+        let printed = plan(&[&model[..], &["--device", "auto", "--max_memory", "2GiB"]].concat());
+        let settings = [
+            "as chosen",
+            "--quantization_bit 8",
+            "--quantization_bit 4",
+            "--quantization_bit 4 --quantize_lm_head true",
+        ];
+        let totals = settings.map(|flags| row(&printed, flags)[8].clone());
+        let line = format!("| 2 x {max_length} tokens | {} |", totals.join(" | "));
+        assert!(readme.contains(&line), "no `{line}`");
+    }
+}
+
+#[test]
 fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["config.json", "tokenizer.json"] {
