@@ -93,7 +93,7 @@ pub struct TrainArgs {
     /// Chat format: AUTO, llama3 or default-generation (plain text)
     #[arg(long, default_value = "AUTO", help_heading = "Data")]
     pub template_type: String,
-    /// Longest prompt plus answer, in tokens
+    /// The most tokens of a row, prompt + longer answer
     #[arg(long, default_value_t = Self::default().max_length, help_heading = "Data")]
     pub max_length: usize,
     /// What happens to longer rows: delete (left out, and named) or truncation_right (the answers are cut)

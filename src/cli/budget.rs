@@ -211,9 +211,11 @@ impl<'a> Case<'a> {
 
     /// Tokens of the longest prompt with one answer.
     pub fn longest_row(&self, max_length: usize) -> usize {
-        let length = |pair: &TokenizedPair| pair.prompt.len() + pair.chosen.len().max(pair.rejected.len());
         match self.rows {
-            Rows::Known(rows) => rows.iter().map(length).max().unwrap_or(0).min(max_length),
+            Rows::Known(rows) => {
+                let longest = rows.iter().map(TokenizedPair::prompt_and_longer_answer).max();
+                longest.unwrap_or(0).min(max_length)
+            }
             Rows::Longest => max_length,
         }
     }

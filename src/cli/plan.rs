@@ -10,11 +10,11 @@ use super::limits::best_product;
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
 use super::precision;
-use super::rows::{Data, plan_of, shuffle};
+use super::rows::{Data, lengths, plan_of, shuffle};
 use super::train;
 use super::words::{duration, thousands};
 use crate::config::TrainArgs;
-use crate::data::batch::{LossCompat, pack};
+use crate::data::batch::pack;
 use crate::data::dataset::{self, Strictness};
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
@@ -149,22 +149,13 @@ impl Source {
             );
             return;
         };
-        let mut lengths: Vec<usize> =
-            pairs.iter().map(|pair| pack(&[pair], LossCompat::Swift).n_tokens()).collect();
-        lengths.sort_unstable();
-        let at = |share: f64| {
-            lengths.get(((lengths.len() - 1) as f64 * share).round() as usize).copied().unwrap_or(0)
-        };
         println!(
-            "data     {} pairs of {} to {} tokens, median {}, 90 % up to {}; a common prompt counts once; {} left out by --max_length {}",
+            "data     {} pairs, {} left out by --max_length {}",
             pairs.len(),
-            thousands(at(0.0)),
-            thousands(at(1.0)),
-            thousands(at(0.5)),
-            thousands(at(0.9)),
             self.n_too_long,
             args.max_length
         );
+        println!("lengths  {}", lengths(pairs));
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::open::OpenModel;
 use super::words::thousands;
 use crate::config::TrainArgs;
+use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
@@ -111,6 +112,26 @@ fn first_of(skipped: &[Skipped]) -> String {
         ));
     }
     lines.concat()
+}
+
+/// How long pairs are, as `train` and `plan` say it: by what `--max_length` counts, and by what a step computes.
+pub fn lengths(pairs: &[TokenizedPair]) -> String {
+    let counted = pairs.iter().map(TokenizedPair::prompt_and_longer_answer);
+    let [shortest, longest] = [counted.clone().min(), counted.max()].map(|n| thousands(n.unwrap_or(0)));
+    // Every loss has the same tokens computed.
+    let computed = pairs.iter().map(|pair| pack(&[pair], LossCompat::Swift).n_tokens());
+    let mut computed: Vec<usize> = computed.collect();
+    computed.sort_unstable();
+    let last = computed.len().saturating_sub(1) as f64;
+    let at = |share: f64| thousands(computed.get((last * share).round() as usize).copied().unwrap_or(0));
+    format!(
+        "{shortest} to {longest} tokens for prompt + longer answer, which --max_length counts; {} to {} for prompt + both answers, \
+         which a step computes (median {}, 90 % up to {})",
+        at(0.0),
+        at(1.0),
+        at(0.5),
+        at(0.9)
+    )
 }
 
 /// Whether the demo's own pairs are trained on.

@@ -13,10 +13,11 @@ use super::open::{Loaded, OpenModel, adapter_in};
 use super::outcome::{answers, print_answers, print_summary};
 use super::precision;
 use super::progress::Progress;
-use super::rows::{Data, is_demo_data, plan_of};
+use super::rows::{Data, is_demo_data, lengths, plan_of};
 use super::tune;
 use crate::config::TrainArgs;
 use crate::data::batch::LossCompat;
+use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
@@ -282,8 +283,7 @@ fn describe<B: Kernels>(
     loaded: &Loaded,
 ) {
     let trainable: usize = lora::tensors(model).iter().map(|(_, t)| t.dims().iter().product::<usize>()).sum();
-    let longest =
-        data.train.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
+    let longest = data.train.iter().map(TokenizedPair::prompt_and_longer_answer).max().unwrap_or(0);
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     let loaded = loaded.speed().unwrap_or_else(|| format!("loaded in {:.1} s", loaded.elapsed.as_secs_f64()));
     eprintln!(
@@ -291,12 +291,13 @@ fn describe<B: Kernels>(
         open.name, model.precision
     );
     eprintln!(
-        "data     {} rows to train on, {} to evaluate on, {} left out; longest {longest} tokens; template {}",
+        "data     {} rows to train on, {} to evaluate on, {} left out; template {}",
         data.train.len(),
         data.val.len(),
         data.skipped.len(),
         open.template
     );
+    eprintln!("lengths  {}", lengths(&data.train));
     eprintln!(
         "training {} steps of {} pairs, loss {} with beta {}, learning rate {:e}",
         settings.schedule.max_steps,
@@ -307,7 +308,7 @@ fn describe<B: Kernels>(
     );
     if longest > open.config.max_position_embeddings {
         eprintln!(
-            "note: the longest row has {longest} tokens, the model was made for {} (max_position_embeddings)",
+            "note: the longest prompt + answer has {longest} tokens, the model was made for {} (max_position_embeddings)",
             open.config.max_position_embeddings
         );
     }

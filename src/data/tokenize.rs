@@ -26,6 +26,13 @@ pub struct TokenizedPair {
     pub location: Location,
 }
 
+impl TokenizedPair {
+    /// Tokens of the prompt and the longer answer, which `--max_length` counts.
+    pub fn prompt_and_longer_answer(&self) -> usize {
+        self.prompt.len() + self.chosen.len().max(self.rejected.len())
+    }
+}
+
 /// What happens to a pair of which the prompt and the longer answer exceed `max_length` tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TruncationStrategy {
@@ -120,16 +127,15 @@ pub fn fit(
     max_length: usize,
     truncation: TruncationStrategy,
 ) -> std::result::Result<TokenizedPair, String> {
-    let prompt = pair.prompt.len();
-    let longer = pair.chosen.len().max(pair.rejected.len());
+    let (prompt, total) = (pair.prompt.len(), pair.prompt_and_longer_answer());
     if prompt == 0 {
         return Err("the prompt is empty, so nothing predicts the answer's first token".to_owned());
     }
-    if prompt + longer > max_length {
+    if total > max_length {
         let over = format!("--max_length is {max_length}");
         match truncation {
             TruncationStrategy::Delete => {
-                let total = prompt + longer;
+                let longer = total - prompt;
                 return Err(format!("{total} tokens (prompt {prompt}, longer answer {longer}), {over}"));
             }
             TruncationStrategy::TruncationRight if prompt >= max_length => {
