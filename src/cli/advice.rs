@@ -1,6 +1,6 @@
 //! What a user is told about a run that does not fit: both numbers, and the flags that help.
 
-use super::budget::{Budget, Case, Setting, USABLE};
+use super::budget::{Budget, Case, Rows, Setting, USABLE};
 use super::nearest::{Nearest, nearest};
 use crate::config::ByteSize;
 use crate::device::size;
@@ -45,17 +45,14 @@ pub fn check_fits(case: &Case<'_>, base: &Setting, budget: &Budget, resumes: boo
 /// The flags that make a run fit, or that nothing does.
 pub fn advice(case: &Case<'_>, base: &Setting, nearest: &Nearest) -> String {
     let Nearest { setting, budget, fits } = nearest;
-    let flags = setting.flags(Some(base));
+    let (flags, left_out) = (setting.flags(Some(base)), case.left_out(setting.max_length));
     if *fits {
-        let left_out = match case.n_left_out(setting.max_length) {
-            0 => String::new(),
-            n => format!(" without the {n} rows that are longer"),
-        };
         return format!("{flags} fits, with {}{left_out}", bytes(budget));
     }
     let needed = (budget.memory.total() as f64 / USABLE).ceil() as u64;
     format!(
-        "no settings fit: {} takes the least, {}, which needs a device of {}; a smaller model may do",
+        "no settings {}fit: {} takes the least, {}{left_out}, which needs a device of {}; a smaller model may do",
+        if matches!(case.rows, Rows::Known(_)) { "that keep half of the rows " } else { "" },
         if flags.is_empty() { "this" } else { &flags },
         bytes(budget),
         size(needed)
@@ -78,10 +75,11 @@ pub fn smaller(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Option<
     let Some(Nearest { setting, budget, .. }) = nearest(&case, base, resumes)? else { return Ok(None) };
     let flags = setting.flags(Some(base));
     let (less, more, enough) = (bytes(&budget), bytes(&before), ByteSize(enough));
+    let left_out = case.left_out(setting.max_length);
     Ok(if !flags.is_empty() {
         Some(format!(
-            "by the prediction {flags} takes {less} instead of {more}, together with --max_memory {enough} where the device says that \
-             it has more; other programs may hold the rest"
+            "by the prediction {flags} takes {less} instead of {more}{left_out}, together with --max_memory {enough} where the device \
+             says that it has more; other programs may hold the rest"
         ))
     } else if budget.memory.total() < before.memory.total() {
         Some(format!(

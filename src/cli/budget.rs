@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::precision;
+use super::words::thousands;
 use crate::config::TrainArgs;
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
@@ -221,10 +222,28 @@ impl<'a> Case<'a> {
     }
 
     /// How many rows `max_length` leaves out.
-    pub fn n_left_out(&self, max_length: usize) -> usize {
+    fn n_left_out(&self, max_length: usize) -> usize {
         match self.rows {
             Rows::Known(rows) => rows.iter().filter(|row| self.fitted(row, max_length).is_none()).count(),
             Rows::Longest => 0,
+        }
+    }
+
+    /// Whether `max_length` leaves out more than half of the rows: what is left would be another data set.
+    pub fn leaves_out_most(&self, max_length: usize) -> bool {
+        match self.rows {
+            Rows::Known(rows) => 2 * self.n_left_out(max_length) > rows.len(),
+            Rows::Longest => false,
+        }
+    }
+
+    /// ` (leaves out 2 of 7 rows)`; nothing where `max_length` leaves out none.
+    pub fn left_out(&self, max_length: usize) -> String {
+        match (self.rows, self.n_left_out(max_length)) {
+            (Rows::Known(rows), n @ 1..) => {
+                format!(" (leaves out {} of {} rows)", thousands(n), thousands(rows.len()))
+            }
+            _ => String::new(),
         }
     }
 
@@ -317,7 +336,8 @@ pub(super) mod tests {
         assert_eq!(lines(&delete.longest_batch(99, 2)), [9, 7]);
         assert_eq!(lines(&delete.longest_batch(99, 9)).len(), 4);
         assert_eq!(lines(&delete.longest_batch(10, 2)), [7, 3], "9 and two more are beyond");
-        assert_eq!(delete.n_left_out(10), 1);
+        assert_eq!([10, 8, 4].map(|n| delete.leaves_out_most(n)), [false, false, true]);
+        assert_eq!([99, 10].map(|n| delete.left_out(n)), ["", " (leaves out 1 of 4 rows)"]);
         assert_eq!(delete.longest_row(99), 11);
         let cut = case(&config, &rows, TruncationStrategy::TruncationRight);
         assert_eq!(lines(&cut.longest_batch(10, 2)), [9, 7], "its answers are cut");

@@ -4,8 +4,8 @@ use super::budget::{Budget, Case, Setting};
 use super::precision;
 use crate::error::Result;
 
-/// The settings that differ from these in one thing each, those whose prediction there is. A run that is resumed keeps its batches and
-/// its rows.
+/// The settings that differ from these in one thing each, those whose prediction there is and that keep half of the rows. A run that is
+/// resumed keeps its batches and its rows.
 ///
 /// # Errors
 /// If the chosen settings are none that the device takes.
@@ -22,7 +22,9 @@ pub fn alternatives(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Ve
     }
     if !resumes {
         let half = case.longest_row(base.max_length) / 2;
-        settings.push(Setting { max_length: half, ..base.clone() });
+        if !case.leaves_out_most(half) {
+            settings.push(Setting { max_length: half, ..base.clone() });
+        }
         settings.push(with_batch(base, 1));
     }
     settings.push(Setting { gradient_checkpointing: !base.gradient_checkpointing, ..base.clone() });
@@ -53,9 +55,9 @@ pub struct Nearest {
 /// Looks for the settings nearest to `base` that fit.
 ///
 /// Changes are made in the order of what they cost, each on top of those before: time alone (layers run again in backward, smaller
-/// micro-batches with as many pairs a step), then precision (fp16, int8, NF4, an int8 head), then data (a shorter `--max_length`). Once
-/// all of them together fit, those that turn out not to be needed are taken back, the dearest first. A run that is resumed keeps its
-/// batches and its rows.
+/// micro-batches with as many pairs a step), then precision (fp16, int8, NF4, an int8 head), then data (a shorter `--max_length` that
+/// keeps half of the rows). Once all of them together fit, those that turn out not to be needed are taken back, the dearest first. A run
+/// that is resumed keeps its batches and its rows.
 ///
 /// # Errors
 /// If `base` is nothing that the device takes.
@@ -136,7 +138,7 @@ fn changes(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Vec<Change>
     Ok(changes)
 }
 
-/// Finds the largest `--max_length` that fits, in steps of 64 tokens (of 8 where rows are short).
+/// Finds the largest `--max_length` that fits and keeps half of the rows, in steps of 64 tokens (of 8 where rows are short).
 fn shorten(
     case: &Case<'_>,
     setting: &mut Setting,
@@ -144,15 +146,15 @@ fn shorten(
 ) -> Result<bool> {
     let longest = case.longest_row(setting.max_length);
     let step = if longest > 256 { 64 } else { 8 };
-    // Lengths up to `fits` steps fit or leave out every row, those from `fails` steps on do not.
+    // Lengths up to `fits` steps fit or leave out too many rows, those from `fails` steps on do not.
     let (mut fits, mut fails, mut found) = (0, longest.div_ceil(step), None);
     while fails - fits > 1 {
         let middle = fits.midpoint(fails);
         let shorter = Setting { max_length: middle * step, ..setting.clone() };
-        if tries(&shorter)? {
-            (fits, found) = (middle, Some(shorter));
-        } else if case.predict(&shorter)?.is_none() {
+        if case.leaves_out_most(shorter.max_length) {
             fits = middle;
+        } else if tries(&shorter)? {
+            (fits, found) = (middle, Some(shorter));
         } else {
             fails = middle;
         }
@@ -169,8 +171,9 @@ fn shorten(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::advice::check_fits;
+    use crate::cli::advice::{advice, check_fits};
     use crate::cli::budget::Rows;
+    use crate::cli::budget::tests::pair;
     use crate::config::{ByteSize, TrainArgs};
     use crate::device::DeviceChoice;
     use crate::model::LlamaConfig;
@@ -229,6 +232,28 @@ mod tests {
             ..Setting::of(&args)
         };
         assert!(!case.fits(&case.predict(&longer).unwrap().unwrap()), "{flags}");
+    }
+
+    #[test]
+    fn a_shorter_length_keeps_half_of_the_rows() {
+        // Enough for 400 tokens, too little for 4000.
+        let choice = DeviceChoice::elsewhere(6_500_000_000);
+        let args =
+            TrainArgs { gradient_accumulation_steps: Some(16), max_length: 4096, ..TrainArgs::default() };
+        let (config, base) = (llama(), Setting::of(&args));
+        let told = |n_long: usize, n_short: usize| {
+            let rows = [vec![pair(4000); n_long], vec![pair(400); n_short]].concat();
+            let case = Case::new(&args, &config, [8; 7], Rows::Known(&rows), &choice).unwrap();
+            let others = alternatives(&case, &base, false).unwrap();
+            let is_shortened = others.iter().any(|(other, _)| other.max_length < base.max_length);
+            (advice(&case, &base, &nearest(&case, &base, false).unwrap().unwrap()), is_shortened)
+        };
+        let (half, is_shortened) = told(5, 5);
+        assert!(half.contains("--max_length 3968 fits, with "), "{half}");
+        assert!(half.ends_with(" (leaves out 5 of 10 rows)") && is_shortened, "{half}");
+        let (most, is_shortened) = told(6, 5);
+        let says = "no settings that keep half of the rows fit: --quantization_bit 4 --quantize_lm_head true takes the least, ";
+        assert!(most.starts_with(says) && !is_shortened, "{most}");
     }
 
     #[test]

@@ -235,11 +235,7 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
     };
     table.add_row(cells("as chosen".to_owned(), chosen));
     for (setting, budget) in others {
-        let flags = setting.flags(Some(base));
-        table.add_row(match case.n_left_out(setting.max_length) {
-            0 => cells(flags, budget),
-            n => cells(format!("{flags} (leaves out {} rows)", thousands(n)), budget),
-        });
+        table.add_row(cells(setting.flags(Some(base)) + &case.left_out(setting.max_length), budget));
     }
     for column in table.column_iter_mut().skip(2) {
         column.set_cell_alignment(CellAlignment::Right);
