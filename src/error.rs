@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 /// The result of everything that can fail because of the user, the files or the machine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// How many of the tensors that do not fit a message names.
+const SHOWN_TENSORS: usize = 5;
+
 /// What went wrong, where, and (where one is known) what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -52,12 +55,12 @@ pub enum Error {
         /// What to do.
         hint: Option<String>,
     },
-    /// Tensors of a checkpoint or an adapter that are missing, extra or misshapen; all of them, one line each.
-    #[error("{}: {} of its tensors do not fit:\n  {}", .path.display(), .problems.len(), .problems.join("\n  "))]
+    /// Tensors of a checkpoint or an adapter that are missing, extra or misshapen; the first of them are named, one line each.
+    #[error("{}: {} of its tensors do not fit:\n  {}", .path.display(), .problems.len(), first_of(.problems))]
     Tensors {
         /// The file or folder.
         path: PathBuf,
-        /// One sentence a tensor, with both shapes.
+        /// One sentence a tensor, with both shapes; all of them.
         problems: Vec<String>,
     },
     /// A device that is not there, or cannot do what is asked.
@@ -94,6 +97,13 @@ pub enum Error {
         /// The rows of the step, `file:line` each.
         rows: String,
     },
+}
+
+/// The first problems, a line each, and how many more there are: one wrong folder gives hundreds.
+fn first_of(problems: &[String]) -> String {
+    let (shown, others) = problems.split_at(problems.len().min(SHOWN_TENSORS));
+    let others = (!others.is_empty()).then(|| format!("and {} more", others.len()));
+    shown.iter().cloned().chain(others).collect::<Vec<_>>().join("\n  ")
 }
 
 impl Error {
@@ -151,5 +161,23 @@ impl Error {
             Self::Config { .. } => 2,
             _ => 1,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_first_tensors_that_do_not_fit_are_named() {
+        let error = |n: usize| {
+            let problems = (1..=n).map(|i| format!("`t{i}` is missing")).collect();
+            Error::Tensors { path: PathBuf::from("model"), problems }.to_string()
+        };
+        assert_eq!(error(1), "model: 1 of its tensors do not fit:\n  `t1` is missing");
+        assert!(error(5).ends_with("\n  `t5` is missing"), "{}", error(5));
+        let many = error(448);
+        assert!(many.starts_with("model: 448 of its tensors") && many.lines().count() == 7, "{many}");
+        assert!(many.ends_with("\n  `t5` is missing\n  and 443 more"), "{many}");
     }
 }

@@ -159,10 +159,20 @@ pub fn ranks_of(folder: &Path) -> Result<[usize; LINEAR_NAMES.len()]> {
     Ok(ranks(most, &names.map_or_else(all, Ok)?))
 }
 
+/// Checks by its `adapter_config.json` that a folder holds an adapter that is computed, before a model is loaded in vain.
+///
+/// # Errors
+/// As [`load`].
+pub fn check_folder(folder: &Path) -> Result<()> {
+    read_config(folder).map(drop)
+}
+
 fn read_config(folder: &Path) -> Result<AdapterConfigFile> {
     if !folder.is_dir() {
-        return Err(Error::file(folder, "is not an adapter folder: there is no such folder")
-            .with_hint(format!("name a folder that holds {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}")));
+        let problem = if folder.exists() { "it is not a folder" } else { "there is no such folder" };
+        return Err(Error::file(folder, format!("is not an adapter folder: {problem}")).with_hint(format!(
+            "name a run, one of its checkpoints, or another folder that holds {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}"
+        )));
     }
     let config_path = folder.join(ADAPTER_CONFIG_FILE);
     if !config_path.exists() {

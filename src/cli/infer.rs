@@ -130,8 +130,11 @@ fn run_on<B: Kernels>(
     let precision = args.precision.resolve(choice)?;
     device::self_test::<B>(device, choice, precision.dtype)?;
     device::guard("answering", choice, || {
-        let (mut model, loaded) = open.load::<B>(precision, device, choice.shard_bytes())?;
         let adapter = args.adapter();
+        if let Some(folder) = &adapter {
+            lora::check_folder(folder)?;
+        }
+        let (mut model, loaded) = open.load::<B>(precision, device, choice.shard_bytes())?;
         if let Some(folder) = &adapter {
             lora::load(&mut model, folder)?;
         }

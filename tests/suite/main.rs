@@ -1,6 +1,7 @@
 //! The one test binary.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it stands")]
 
+mod adapters;
 mod bench;
 mod cli;
 mod convergence;
