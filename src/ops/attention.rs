@@ -7,13 +7,17 @@
 //! D = Σ dout · out      dV = Pᵀ dout      dS = P · (dout Vᵀ − D)      dQ = dS K / sqrt(head_dim)      dK = dSᵀ Q / sqrt(head_dim)
 //! ```
 //!
-//! Scores, weights and every sum are `f32`.
+//! Scores and every sum are `f32`. So are weights and `dS`, which matrix units take rounded to the tensors' 16-bit type.
 
 mod backward;
+mod bounds;
 mod forward;
 pub mod launch;
+mod lines;
 mod mask;
+mod matrices;
 mod reference;
+mod registers;
 mod tile;
 
 use burn::tensor::backend::Backend;
@@ -24,7 +28,7 @@ use super::Kernels;
 pub use mask::{AttentionMask, Visible};
 pub use reference::attention_reference;
 pub(super) use reference::{attention_backward_reference, attention_forward_reference};
-pub use tile::Tile;
+pub use tile::{Tile, Units};
 
 /// What attention computes, and backward needs.
 #[derive(Debug, Clone)]

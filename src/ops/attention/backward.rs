@@ -3,10 +3,9 @@
 use burn::cubecl;
 use burn::cubecl::prelude::*;
 
-use super::tile::{
-    Bounds, Form, Quad, Tile, accumulate, column, key_lines, products, query_lines, seeing, sees, share,
-    store, thread_m, thread_n, thread_quads, zeros,
-};
+use super::bounds::{Bounds, seeing, sees};
+use super::lines::{Block, Quad, key_lines, query_lines};
+use super::tile::{Form, Room, Tile, column, thread_m, thread_n};
 
 /// `(lse, D)` of every query's head, `[queries, heads, 2]`, where `D = Σ dout · out`; a thread a query's head.
 #[cube(launch_unchecked)]
@@ -62,14 +61,21 @@ pub(super) fn backward_queries<F: Float>(
     let last = min(first + tile.block_m(), q_lines.n_lines) - 1;
     let bounds = Bounds::new(mask, n_queries, first / form.heads, last / form.heads);
 
-    let mut weights = SharedMemory::<Quad<f32>>::new(comptime!(tile.block_m() * tile.block_n() / 4));
-    let mut stage = SharedMemory::<Quad<f32>>::new(comptime!(tile.stage_len()));
-    let mut sums = zeros(comptime!(tile.lines * thread_quads(form, tile)));
+    let mut room = Room::<F>::new(2usize, form, tile);
+    let queries = Block::new(q, q_lines, first);
+    let douts = Block::new(dout, q_lines, first);
+    room.own(0usize, &queries);
+    room.own(1usize, &douts);
+    let mut sums = room.zeros();
     let mut key = bounds.first();
     while key < bounds.end() {
         let end = key + comptime!(tile.block_n() as u32);
-        let mut scores = products::<F>(q, &q_lines, first, k, &k_lines, key as usize, &mut stage, tile);
-        let dweights = products::<F>(dout, &q_lines, first, v, &k_lines, key as usize, &mut stage, tile);
+        let keys = Block::new(k, k_lines, key as usize);
+        let values = Block::new(v, k_lines, key as usize);
+        room.walk(&values);
+        let dweights = room.products(1usize, &douts, &values);
+        room.walk(&keys);
+        let mut scores = room.products(0usize, &queries, &keys);
         let is_masked = !bounds.all_see(key, end);
         #[unroll]
         for i in 0..tile.lines {
@@ -94,9 +100,9 @@ pub(super) fn backward_queries<F: Float>(
             }
         }
         sync_cube();
-        share(&scores, &mut weights, tile);
+        room.share(&scores);
         sync_cube();
-        accumulate::<F>(&weights, k, &k_lines, key as usize, &mut sums, form, tile);
+        room.accumulate(&keys, &mut sums);
         key = bounds.next(end);
     }
 
@@ -105,7 +111,7 @@ pub(super) fn backward_queries<F: Float>(
     for i in 0..tile.lines {
         factors[i] = scale;
     }
-    store::<F>(&sums, &factors, dq, &q_lines, first, form, tile);
+    room.store(&sums, &factors, dq, &q_lines, first);
 }
 
 /// `dK` and `dV`: a workgroup owns lines of keys and walks over the queries of every head that sees them.
@@ -138,10 +144,13 @@ pub(super) fn backward_keys<F: Float>(
     let (start_query, end_query) = seeing(mask, n_queries, n_seen as usize, first, end - 1);
     let step = comptime!(tile.block_n() / form.heads);
 
-    let mut weights = SharedMemory::<Quad<f32>>::new(comptime!(tile.block_m() * tile.block_n() / 4));
-    let mut stage = SharedMemory::<Quad<f32>>::new(comptime!(tile.stage_len()));
-    let mut k_sums = zeros(comptime!(tile.lines * thread_quads(form, tile)));
-    let mut v_sums = zeros(comptime!(tile.lines * thread_quads(form, tile)));
+    let mut room = Room::<F>::new(2usize, form, tile);
+    let keys = Block::new(k, k_lines, first);
+    let values = Block::new(v, k_lines, first);
+    room.own(0usize, &keys);
+    room.own(1usize, &values);
+    let mut k_sums = room.zeros();
+    let mut v_sums = room.zeros();
     for part in 0..group / form.heads {
         let head = kv_head * group + part * form.heads;
         let q_lines = query_lines(n_queries, heads as usize, head, form);
@@ -151,8 +160,12 @@ pub(super) fn backward_keys<F: Float>(
             let bounds = Bounds::new(mask, n_queries, query, last);
             if bounds.any_sees(first as u32, end as u32) {
                 let line = query * form.heads;
-                let mut scores = products::<F>(k, &k_lines, first, q, &q_lines, line, &mut stage, tile);
-                let mut dscores = products::<F>(v, &k_lines, first, dout, &q_lines, line, &mut stage, tile);
+                let queries = Block::new(q, q_lines, line);
+                let douts = Block::new(dout, q_lines, line);
+                room.walk(&queries);
+                let mut scores = room.products(0usize, &keys, &queries);
+                room.walk(&douts);
+                let mut dscores = room.products(1usize, &values, &douts);
                 let is_masked = !bounds.all_see(first as u32, end as u32) || query + step > n_queries;
                 #[unroll]
                 for j in 0..tile.columns {
@@ -184,13 +197,14 @@ pub(super) fn backward_keys<F: Float>(
                     }
                 }
                 sync_cube();
-                share(&scores, &mut weights, tile);
+                room.share(&scores);
                 sync_cube();
-                accumulate::<F>(&weights, dout, &q_lines, line, &mut v_sums, form, tile);
+                room.accumulate(&douts, &mut v_sums);
                 sync_cube();
-                share(&dscores, &mut weights, tile);
+                room.share(&dscores);
                 sync_cube();
-                accumulate::<F>(&weights, q, &q_lines, line, &mut k_sums, form, tile);
+                room.walk(&queries);
+                room.accumulate(&queries, &mut k_sums);
             }
             query += step;
         }
@@ -201,10 +215,10 @@ pub(super) fn backward_keys<F: Float>(
     for i in 0..tile.lines {
         factors[i] = 1.0f32;
     }
-    store::<F>(&v_sums, &factors, dv, &k_lines, first, form, tile);
+    room.store(&v_sums, &factors, dv, &k_lines, first);
     #[unroll]
     for i in 0..tile.lines {
         factors[i] = scale;
     }
-    store::<F>(&k_sums, &factors, dk, &k_lines, first, form, tile);
+    room.store(&k_sums, &factors, dk, &k_lines, first);
 }

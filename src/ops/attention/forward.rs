@@ -4,11 +4,10 @@
 use burn::cubecl;
 use burn::cubecl::prelude::*;
 
+use super::bounds::{Bounds, sees};
+use super::lines::{Block, Quad, key_lines, query_lines};
 use super::mask::MASKED;
-use super::tile::{
-    Bounds, Form, Quad, Tile, accumulate, column, key_lines, products, query_lines, sees, share, store,
-    thread_m, thread_n, thread_quads, zeros,
-};
+use super::tile::{Form, Room, Tile, column, thread_m, thread_n};
 
 #[cube(launch_unchecked)]
 pub(super) fn forward<F: Float>(
@@ -39,12 +38,11 @@ pub(super) fn forward<F: Float>(
     let last = min(first + tile.block_m(), q_lines.n_lines) - 1;
     let bounds = Bounds::new(mask, n_queries as usize, first / form.heads, last / form.heads);
 
-    let mut weights = SharedMemory::<Quad<f32>>::new(comptime!(tile.block_m() * tile.block_n() / 4));
-    let mut stage = SharedMemory::<Quad<f32>>::new(comptime!(tile.stage_len()));
+    let mut room = Room::<F>::new(1usize, form, tile);
     let mut shared = SharedMemory::<f32>::new(comptime!(tile.block_m() * tile.threads_n));
-
-    let width = comptime!(thread_quads(form, tile));
-    let mut sums = zeros(comptime!(tile.lines * width));
+    let owned = Block::new(q, q_lines, first);
+    room.own(0usize, &owned);
+    let mut sums = room.zeros();
     let mut maxima = Array::<f32>::new(comptime!(tile.lines));
     let mut totals = Array::<f32>::new(comptime!(tile.lines));
     #[unroll]
@@ -55,7 +53,9 @@ pub(super) fn forward<F: Float>(
 
     let mut key = bounds.first();
     while key < bounds.end() {
-        let mut scores = products::<F>(q, &q_lines, first, k, &k_lines, key as usize, &mut stage, tile);
+        let keys = Block::new(k, k_lines, key as usize);
+        room.walk(&keys);
+        let mut scores = room.products(0usize, &owned, &keys);
         let is_masked = !bounds.all_see(key, key + comptime!(tile.block_n() as u32));
         #[unroll]
         for i in 0..tile.lines {
@@ -82,6 +82,7 @@ pub(super) fn forward<F: Float>(
             shared[line * tile.threads_n + thread_n(tile)] = max_score;
         }
         sync_cube();
+        let mut factors = Array::<f32>::new(comptime!(tile.lines));
         #[unroll]
         for i in 0..tile.lines {
             let line = thread_m(tile) * tile.lines + i;
@@ -90,6 +91,7 @@ pub(super) fn forward<F: Float>(
                 max_score = max(max_score, shared[line * tile.threads_n + t]);
             }
             // A line that has seen nothing yet has weights of one, which its first key takes back with a factor of zero.
+            max_score = room.maximum(maxima[i], max_score, key);
             let factor = (maxima[i] - max_score).exp();
             let mut total = totals[i] * factor;
             #[unroll]
@@ -100,14 +102,14 @@ pub(super) fn forward<F: Float>(
             }
             totals[i] = total;
             maxima[i] = max_score;
-            #[unroll]
-            for c in 0..width {
-                sums[i * width + c] = sums[i * width + c] * Quad::new(factor);
-            }
+            factors[i] = factor;
         }
-        share(&scores, &mut weights, tile);
+        room.share(&scores);
         sync_cube();
-        accumulate::<F>(&weights, v, &k_lines, key as usize, &mut sums, form, tile);
+        room.rescale(&mut sums, &factors, key);
+        let values = Block::new(v, k_lines, key as usize);
+        room.walk(&values);
+        room.accumulate(&values, &mut sums);
         key = bounds.next(key + comptime!(tile.block_n() as u32));
     }
 
@@ -132,5 +134,5 @@ pub(super) fn forward<F: Float>(
             lse[line / form.heads * heads as usize + head + line % form.heads] = maxima[i] + total.ln();
         }
     }
-    store::<F>(&sums, &factors, out, &q_lines, first, form, tile);
+    room.store(&sums, &factors, out, &q_lines, first);
 }

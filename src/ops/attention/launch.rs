@@ -10,7 +10,8 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::backward;
 use super::forward;
-use super::tile::{Form, Tile};
+use super::matrices::shared_bytes;
+use super::tile::{Form, Tile, Units};
 use crate::ops::cube::{bytes, empty, is_software};
 use crate::ops::profile;
 
@@ -178,24 +179,57 @@ pub fn attention_backward<R: CubeRuntime>(
 
 impl Tile {
     /// For devices whose lanes have registers of their own.
-    pub const GPU: Self = Self { threads_m: 16, threads_n: 8, lines: 4, columns: 4, stage: 8 };
+    pub const GPU: Self =
+        Self { threads_m: 16, threads_n: 8, lines: 4, columns: 4, units: Units::Registers { stage: 8 } };
     /// For software adapters, where a load costs much more than a product and registers spill to the first-level cache; by the
     /// width of a head, of which a thread sums at most four quads up to 256 entries. Larger tiles are a fifth faster and take the
     /// driver more than twice as long to compile, as would the last with lines like the others.
     pub const SOFTWARE: [Self; 3] = [
-        Self { threads_m: 2, threads_n: 4, lines: 8, columns: 16, stage: 0 },
-        Self { threads_m: 1, threads_n: 8, lines: 16, columns: 8, stage: 0 },
-        Self { threads_m: 2, threads_n: 16, lines: 4, columns: 4, stage: 0 },
+        Self { threads_m: 2, threads_n: 4, lines: 8, columns: 16, units: Units::Registers { stage: 0 } },
+        Self { threads_m: 1, threads_n: 8, lines: 16, columns: 8, units: Units::Registers { stage: 0 } },
+        Self { threads_m: 2, threads_n: 16, lines: 4, columns: 4, units: Units::Registers { stage: 0 } },
     ];
 
-    /// The tile for a tensor's device and heads of this width.
+    /// The tile for a tensor's device and type, and heads of this width.
     pub fn of<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Self {
-        let is_software = is_software(&tensor.client);
         match head_dim {
-            _ if !is_software => Self::GPU,
+            _ if !is_software(&tensor.client) => Self::on_matrices(tensor, head_dim).unwrap_or(Self::GPU),
             0..=64 => Self::SOFTWARE[0],
             65..=128 => Self::SOFTWARE[1],
             _ => Self::SOFTWARE[2],
         }
+    }
+
+    /// The tile for the device's matrix units, if it has any for tensors of this type and heads of this width.
+    ///
+    /// Planes have to be of one size: the kernel is told of it, and nothing else holds the device to it.
+    pub fn on_matrices<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
+        const LINES: usize = 4;
+        let (element, sum) = (tensor.dtype.into(), DType::F32.into());
+        let properties = tensor.client.properties();
+        let (hardware, shapes) = (&properties.hardware, &properties.features.matmul.cmma);
+        let has = |side: &usize| {
+            shapes.iter().any(|shape| {
+                [shape.m, shape.n, shape.k] == [*side as u32; 3]
+                    && [shape.a_type, shape.b_type] == [element; 2]
+                    && shape.cd_type == sum
+            })
+        };
+        let plane = hardware.plane_size_max as usize;
+        let side = [16, 8].into_iter().filter(|side| head_dim.is_multiple_of(*side)).find(has)?;
+        if tensor.dtype == DType::F32 || hardware.plane_size_min as usize != plane {
+            return None;
+        }
+        let cut = |planes: usize| Self {
+            threads_m: planes * side / LINES,
+            threads_n: plane * LINES / side,
+            lines: LINES,
+            columns: 4,
+            units: Units::Matrices { side },
+        };
+        let fits = |tile: &Self| {
+            shared_bytes(2, Form { quads: head_dim / 4, heads: 1 }, *tile) <= hardware.max_shared_memory_size
+        };
+        [4, 2, 1].map(cut).into_iter().find(fits)
     }
 }

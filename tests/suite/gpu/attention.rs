@@ -1,7 +1,7 @@
 //! `attention` on a GPU against the reference on the CPU under burn's autodiff: the output, the log-sum-exp and every gradient.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{FloatDType, Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use orpo_wgpu::ops::Kernels;
@@ -9,8 +9,9 @@ use orpo_wgpu::ops::attention::{
     AttentionMask, AttentionOutput, Tile, Visible, attention, attention_backward, attention_reference, launch,
 };
 
-use super::on::{Gpu, GpuDevice, GpuRuntime, adapter};
-use crate::support::{Numbers, assert_close};
+use super::on::{Gpu, GpuDevice, GpuRuntime, adapter, stored_types};
+use crate::gpu::product::matrix_sizes;
+use crate::support::{Numbers, assert_close, has_matrices};
 
 /// Sums of up to some hundred products of numbers around one, in another order than the reference's.
 const ATOL: f32 = 1e-5;
@@ -24,11 +25,17 @@ struct Case {
     visible: Vec<Visible>,
     /// Of the queries; scores grow with it.
     size: f32,
+    /// Of all tensors.
+    dtype: DType,
 }
 
 impl Case {
     fn new(heads: usize, kv_heads: usize, head_dim: usize, visible: Vec<Visible>) -> Self {
-        Self { heads, kv_heads, head_dim, visible, size: 1.0 }
+        Self { heads, kv_heads, head_dim, visible, size: 1.0, dtype: DType::F32 }
+    }
+
+    fn stored(self, dtype: DType) -> Self {
+        Self { dtype, ..self }
     }
 
     fn n_keys(&self) -> usize {
@@ -66,7 +73,7 @@ fn pairs(lengths: &[[u32; 3]]) -> Vec<Visible> {
     rows
 }
 
-/// `q`, `k`, `v` and the gradient of `out`, by numbers that `f16` has exactly if `is_half`.
+/// `q`, `k`, `v` and the gradient of `out`, by numbers that the case's type has exactly.
 struct Inputs {
     q: (Vec<f32>, [usize; 3]),
     k: (Vec<f32>, [usize; 3]),
@@ -75,11 +82,15 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(case: &Case, is_half: bool) -> Self {
+    fn new(case: &Case) -> Self {
         let mut numbers = Numbers::new(5);
         let mut vec = |len, size| {
             let values = numbers.vec(len, size);
-            let round = |v: f32| if is_half { half::f16::from_f32(v).to_f32() } else { v };
+            let round = |v: f32| match case.dtype {
+                DType::F16 => half::f16::from_f32(v).to_f32(),
+                DType::BF16 => half::bf16::from_f32(v).to_f32(),
+                _ => v,
+            };
             values.into_iter().map(round).collect::<Vec<_>>()
         };
         let (n, n_keys) = (case.visible.len(), case.n_keys());
@@ -112,11 +123,10 @@ struct Outcome {
 }
 
 /// Forward and backward of the op; of the kernels with this tile, where one is given.
-fn run(case: &Case, is_half: bool, tile: Option<Tile>, device: &GpuDevice) -> Outcome {
-    let inputs = Inputs::new(case, is_half);
-    let dtype = if is_half { FloatDType::F16 } else { FloatDType::F32 };
-    let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<Gpu, 3>(t, device).cast(dtype));
-    let dout = tensor::<Gpu, 2>(&inputs.dout, device).cast(dtype);
+fn run(case: &Case, tile: Option<Tile>, device: &GpuDevice) -> Outcome {
+    let inputs = Inputs::new(case);
+    let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<Gpu, 3>(t, device).cast(case.dtype));
+    let dout = tensor::<Gpu, 2>(&inputs.dout, device).cast(case.dtype);
     let mask = AttentionMask::new(case.visible.clone(), device);
     let (output, grads) = match tile {
         None => {
@@ -137,9 +147,9 @@ fn run(case: &Case, is_half: bool, tile: Option<Tile>, device: &GpuDevice) -> Ou
 }
 
 /// The same by burn's autodiff through the reference, and the log-sum-exp by loops.
-fn run_reference(case: &Case, is_half: bool) -> Outcome {
+fn run_reference(case: &Case) -> Outcome {
     type B = Autodiff<Flex>;
-    let inputs = Inputs::new(case, is_half);
+    let inputs = Inputs::new(case);
     let device = Default::default();
     let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<B, 3>(t, &device).require_grad());
     let out = attention_reference(q.clone(), k.clone(), v.clone(), &case.visible);
@@ -180,21 +190,31 @@ impl Scores {
     }
 }
 
-fn compare(case: &Case, is_half: bool, tile: Option<Tile>, device: &GpuDevice) {
-    let got = run(case, is_half, tile, device);
-    let want = run_reference(case, is_half);
-    let Case { heads, kv_heads, head_dim, visible, size } = case;
+/// The 16-bit types, with the error that a result of them may have.
+fn halves() -> Vec<(DType, f32)> {
+    stored_types().into_iter().filter(|(dtype, _)| *dtype != DType::F32).collect()
+}
+
+fn compare(case: &Case, tile: Option<Tile>, device: &GpuDevice) {
+    let got = run(case, tile, device);
+    let want = run_reference(case);
+    let Case { heads, kv_heads, head_dim, visible, size, dtype } = case;
     let name = format!(
-        "{} rows, {heads}/{kv_heads} heads of {head_dim}, size {size}, half {is_half}, {tile:?}",
+        "{} rows, {heads}/{kv_heads} heads of {head_dim}, size {size}, {dtype:?}, {tile:?}",
         visible.len()
     );
-    // What `f16` storage rounds off: of `out` before it goes into backward, and of every result.
-    let (atol, rtol) = if is_half { (2e-3, 2e-3) } else { (ATOL * size.max(1.0), RTOL) };
+    let (atol, rtol) = match halves().into_iter().find(|half| half.0 == *dtype) {
+        // What storage rounds off: of `out` before it goes into backward, and of every result.
+        Some((_, error)) => (error, error),
+        None => (ATOL * size.max(1.0), RTOL),
+    };
     assert_close(&got.out, &want.out, atol, rtol, &format!("{name}: out"));
     assert_close(&got.lse, &want.lse, ATOL, RTOL, &format!("{name}: lse"));
     for (what, got, want) in
         [("dq", 0), ("dk", 1), ("dv", 2)].map(|(what, i)| (what, &got.grads[i], &want.grads[i]))
     {
+        // Sums of products of rounded numbers with `q`.
+        let atol = if *dtype != DType::F32 && what == "dk" { atol * size.max(1.0) } else { atol };
         // A query that sees one key has a weight of one, whatever its score.
         let is_flat = visible.len() == 1 && visible[0].end == 1 && what != "dv";
         assert!(
@@ -210,7 +230,7 @@ fn compare(case: &Case, is_half: bool, tile: Option<Tile>, device: &GpuDevice) {
 fn narrow_heads() {
     let Some(device) = adapter() else { return };
     for (heads, kv_heads, head_dim) in [(4, 4, 16), (8, 4, 24), (8, 1, 64), (2, 1, 18)] {
-        compare(&Case::new(heads, kv_heads, head_dim, pairs(&[[20, 31, 26]])), false, None, &device);
+        compare(&Case::new(heads, kv_heads, head_dim, pairs(&[[20, 31, 26]])), None, &device);
     }
 }
 
@@ -219,7 +239,7 @@ fn narrow_heads() {
 fn wide_heads() {
     let Some(device) = adapter() else { return };
     for (heads, kv_heads, head_dim) in [(6, 1, 80), (2, 1, 96), (4, 1, 128), (2, 2, 256)] {
-        compare(&Case::new(heads, kv_heads, head_dim, pairs(&[[20, 31, 26]])), false, None, &device);
+        compare(&Case::new(heads, kv_heads, head_dim, pairs(&[[20, 31, 26]])), None, &device);
     }
 }
 
@@ -237,16 +257,18 @@ fn masks_of_every_kind() {
         pairs(&[[5, 40, 3], [33, 0, 12], [1, 50, 0], [70, 9, 90]]),
         pairs(&[[0, 30, 30], [17, 40, 41]]),
     ] {
-        compare(&Case::new(4, 2, 32, visible), false, None, &device);
+        compare(&Case::new(4, 2, 32, visible), None, &device);
     }
 }
 
 #[test]
 fn from_halves() {
     let Some(device) = adapter() else { return };
-    compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21], [9, 12, 30]])), true, None, &device);
-    compare(&Case::new(4, 2, 32, causal(70, 3)), true, None, &device);
-    compare(&Case::new(2, 1, 128, causal(0, 40)), true, None, &device);
+    for (dtype, _) in halves() {
+        compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21], [9, 12, 30]])).stored(dtype), None, &device);
+        compare(&Case::new(4, 2, 32, causal(70, 3)).stored(dtype), None, &device);
+        compare(&Case::new(2, 1, 128, causal(0, 40)).stored(dtype), None, &device);
+    }
 }
 
 /// A software adapter would never see the tiles that are meant for GPUs.
@@ -254,9 +276,39 @@ fn from_halves() {
 fn tiles_of_gpus() {
     let Some(device) = adapter() else { return };
     let tile = Some(Tile::GPU);
-    compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), false, tile, &device);
-    compare(&Case::new(4, 4, 64, causal(70, 9)), false, tile, &device);
-    compare(&Case::new(4, 1, 128, pairs(&[[20, 33, 40]])), true, tile, &device);
+    compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), tile, &device);
+    compare(&Case::new(4, 4, 64, causal(70, 9)), tile, &device);
+    for (dtype, _) in halves() {
+        compare(&Case::new(4, 1, 128, pairs(&[[20, 33, 40]])).stored(dtype), tile, &device);
+    }
+}
+
+/// Tensors of 16-bit types on the device's matrix units.
+#[test]
+fn on_matrices() {
+    let Some(device) = adapter() else { return };
+    let sides = matrix_sizes::<GpuRuntime>(&device);
+    if !has_matrices(&sides) {
+        return;
+    }
+    let side = sides.into_iter().max().expect("there are some") as usize;
+    for (dtype, _) in halves() {
+        let like = Tensor::<Gpu, 1>::zeros([1], &device).cast(dtype).into_primitive().tensor();
+        for case in [
+            Case::new(8, 2, 64, pairs(&[[50, 33, 71], [9, 12, 30]])),
+            Case::new(4, 4, 16, causal(70, 9)),
+            Case::new(8, 2, 64, causal(0, 1)),
+            // A plane's sums are three matrices, of which threads see two at a time.
+            Case::new(6, 2, 3 * side, causal(0, 33)),
+            Case::new(4, 1, 128, pairs(&[[20, 33, 40]])),
+            // The largest score leaves what weights are relative to behind, again and again.
+            Case { size: 60.0, ..Case::new(4, 1, 32, pairs(&[[40, 50, 60]])) },
+        ] {
+            let tile = Tile::on_matrices(&like, case.head_dim);
+            assert!(tile.is_some(), "the device's matrices take heads of {}", case.head_dim);
+            compare(&case.stored(dtype), tile, &device);
+        }
+    }
 }
 
 /// Scores of up to fifty, which come in an order that makes the running maximum grow.
@@ -265,10 +317,10 @@ fn large_scores() {
     let Some(device) = adapter() else { return };
     let size = 60.0;
     let case = Case { size, ..Case::new(2, 1, 32, pairs(&[[40, 50, 60]])) };
-    let inputs = Inputs::new(&case, false);
+    let inputs = Inputs::new(&case);
     let largest = Scores::new(&case, &inputs, 149, 0).scores.iter().map(|s| s.1.abs()).fold(0.0, f64::max);
     assert!(largest > 40.0, "the largest score is {largest}");
-    compare(&case, false, None, &device);
+    compare(&case, None, &device);
 }
 
 /// Against the formula in loops of `f64`.
@@ -276,8 +328,8 @@ fn large_scores() {
 fn in_double_precision() {
     let Some(device) = adapter() else { return };
     let case = Case::new(4, 2, 16, pairs(&[[9, 20, 13]]));
-    let inputs = Inputs::new(&case, false);
-    let got = run(&case, false, None, &device);
+    let inputs = Inputs::new(&case);
+    let got = run(&case, None, &device);
     let d = case.head_dim;
     let mut out = vec![0.0; inputs.q.0.len()];
     let mut grads = [&inputs.q, &inputs.k, &inputs.v].map(|t| vec![0.0; t.0.len()]);
@@ -316,7 +368,7 @@ fn in_double_precision() {
 fn the_same_input_gives_the_same_bits() {
     let Some(device) = adapter() else { return };
     let case = Case::new(4, 2, 32, pairs(&[[20, 90, 33]]));
-    assert_eq!(run(&case, false, None, &device), run(&case, false, None, &device));
+    assert_eq!(run(&case, None, &device), run(&case, None, &device));
 }
 
 /// Turned tensors are copied, and rows alone keep the buffer, at an offset.
@@ -349,13 +401,13 @@ fn from_tensors_that_lie_otherwise() {
 #[test]
 fn the_reference_in_chunks_equals_autodiff() {
     let case = Case::new(2, 1, 8, pairs(&[[30, 300, 270]]));
-    let inputs = Inputs::new(&case, false);
+    let inputs = Inputs::new(&case);
     let device = Default::default();
     let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<Flex, 3>(t, &device));
     let mask = AttentionMask::new(case.visible.clone(), &device);
     let output = attention(q.clone(), k.clone(), v.clone(), &mask);
     let grads = attention_backward(tensor(&inputs.dout, &device), q, k, v, output.clone(), &mask);
-    let want = run_reference(&case, false);
+    let want = run_reference(&case);
     assert_close(&values(output.out), &want.out, ATOL, RTOL, "out");
     assert_close(&values(output.lse), &want.lse, ATOL, RTOL, "lse");
     for (i, (got, want)) in grads.into_iter().zip(&want.grads).enumerate() {
