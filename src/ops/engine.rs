@@ -11,16 +11,19 @@
 
 mod odds;
 mod product;
+mod rank;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::gpu::{input, operand, tensor};
 use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::PairSpan;
-use product::{Finish, Rounding, product, turned};
+use product::{Adapter, Finish, Rounding, product, turned};
+use rank::Side;
 
 /// A backend whose float tensors are those of a runtime.
 pub trait Floating<R: CubeRuntime>: Backend<FloatTensorPrimitive = CubeTensor<R>> {}
@@ -40,8 +43,11 @@ pub trait Engine: CubeRuntime {
         let dtype = residual.as_ref().map_or(x.dtype, Tensor::dtype);
         let y = product("lora_linear forward", &x, &turned(&weight), Rounding::InParts);
         let s = lora.map(|lora| rank_r(&x, lora));
-        let b = lora.map(|lora| tensor::<Self, B, 2>(input(lora.b.clone())) * lora.scale);
-        let adapter = s.clone().zip(b.map(|b| operand(b.transpose())));
+        let adapter = s.clone().zip(lora).map(|(left, lora)| Adapter {
+            left,
+            right: into_contiguous(turned(&input(lora.b.clone()))),
+            scale: lora.scale,
+        });
         let y = Finish { adapter, addend: residual.map(operand), dtype }.run("lora_linear finish", y);
         (tensor(y), s.map(tensor))
     }
@@ -59,11 +65,10 @@ pub trait Engine: CubeRuntime {
         lora: &Lora<B>,
     ) -> LoraGrads<B> {
         const NAME: &str = "lora_linear backward lora";
-        let (dy, x) = (operand(dy), operand(x));
-        let scaled = |factor: Tensor<B, 2>| operand(factor * lora.scale);
-        let ds = product(NAME, &dy, &scaled(lora.b.clone()), Rounding::Never);
-        let db = product(NAME, &turned(&dy), &scaled(s), Rounding::Never);
-        let da = product(NAME, &turned(&ds), &x, Rounding::Never);
+        let (dy, x, scale) = (operand(dy), operand(x), lora.scale);
+        let ds = rank::rows(NAME, &dy, &turned(&input(lora.b.clone())), scale);
+        let db = rank::columns(NAME, &dy, &operand(s), scale, Side::Columns);
+        let da = rank::columns(NAME, &x, &ds, 1.0, Side::Rows);
         LoraGrads { ds: tensor(ds), da: tensor(da), db: tensor(db) }
     }
 
@@ -76,7 +81,7 @@ pub trait Engine: CubeRuntime {
         dtype: DType,
     ) -> Tensor<B, 2> {
         let dx = product("lora_linear backward input", &operand(dy), &operand(weight), Rounding::Whole);
-        let adapter = ds_a.map(|(ds, a)| (input(ds), input(a)));
+        let adapter = ds_a.map(|(ds, a)| Adapter { left: input(ds), right: input(a), scale: 1.0 });
         tensor(Finish { adapter, addend: sum.map(operand), dtype }.run("lora_linear finish", dx))
     }
 
@@ -101,5 +106,5 @@ impl Engine for burn::cubecl::cuda::CudaRuntime {}
 
 /// `x Aᵀ`
 fn rank_r<R: Engine, B: Floating<R>>(x: &CubeTensor<R>, lora: &Lora<B>) -> CubeTensor<R> {
-    product("lora_linear rank r", x, &turned(&input(lora.a.clone())), Rounding::Never)
+    rank::rows("lora_linear rank r", x, &input(lora.a.clone()), 1.0)
 }

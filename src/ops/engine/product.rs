@@ -21,8 +21,6 @@ use crate::ops::profile;
 /// What a left operand in `f32` may become for a right one that tensor cores take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rounding {
-    /// Nothing: registers multiply.
-    Never,
     /// A sum of two numbers of the right operand's type: 22 bits of its 24 in `f16`, 16 in `bf16`.
     InParts,
     /// One such number.
@@ -47,7 +45,6 @@ pub(super) fn product<R: CubeRuntime>(
         return multiply(name, lhs, rhs);
     }
     match rounding {
-        Rounding::Never => multiply(name, lhs, rhs),
         Rounding::Whole => multiply(name, &cast(lhs.clone(), rhs.dtype), rhs),
         Rounding::InParts => {
             let high = cast(lhs.clone(), rhs.dtype);
@@ -98,10 +95,21 @@ fn launch<R: CubeRuntime>(
     launch_ref(strategy, &lhs.client, operand(lhs), operand(rhs), out.clone().binding(), &mut elements)
 }
 
-/// What becomes of a product `[m, n]`: `addend + product + left · right`, in `dtype`.
+/// Rows of a thread of [`finish`].
+const ROWS: usize = 8;
+
+/// A product of rank r, `scale · left · right`.
+pub(super) struct Adapter<R: CubeRuntime> {
+    /// `[m, r]` in `f32`.
+    pub(super) left: CubeTensor<R>,
+    /// `[r, n]` in `f32`.
+    pub(super) right: CubeTensor<R>,
+    pub(super) scale: f32,
+}
+
+/// What becomes of a product `[m, n]`: `addend + product + adapter`, in `dtype`.
 pub(super) struct Finish<R: CubeRuntime> {
-    /// `[m, r]` and `[r, n]`, in `f32`.
-    pub(super) adapter: Option<(CubeTensor<R>, CubeTensor<R>)>,
+    pub(super) adapter: Option<Adapter<R>>,
     /// `[m, n]`, in `dtype`.
     pub(super) addend: Option<CubeTensor<R>>,
     /// The output's type.
@@ -123,13 +131,14 @@ impl<R: CubeRuntime> Finish<R> {
         }
         let client = product.client.clone();
         let [m, n] = [0, 1].map(|i| product.meta.shape()[i]);
-        let rank = adapter.as_ref().map_or(0, |(left, _)| left.meta.shape()[1]);
+        let rank = adapter.as_ref().map_or(0, |adapter| adapter.left.meta.shape()[1]);
         let width = vector_width(n);
-        let (cubes, cube) = one_thread_each(&client, m * n / width);
+        let (cubes, cube) = one_thread_each(&client, m.div_ceil(ROWS) * n / width);
         let work = [m * n * (2 * rank + 1), 2 * bytes(&[&product])];
         let has_addend = addend.is_some();
         // What is not there is never read; some buffer has to stand in its place.
-        let (left, right) = adapter.unwrap_or_else(|| (product.clone(), product.clone()));
+        let none = || Adapter { left: product.clone(), right: product.clone(), scale: 0.0 };
+        let Adapter { left, right, scale } = adapter.unwrap_or_else(none);
         let [left, right] = [left, right].map(CubeTensor::into_array_arg);
         let (product, addend, out, tensor) = match addend {
             Some(addend) => {
@@ -148,7 +157,7 @@ impl<R: CubeRuntime> Finish<R> {
         };
         profile::kernel(name, work[0], work[1], &client, || {
             #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-            // SAFETY: the index is held against the number of vectors, and the rank is that of both sides of the adapter.
+            // SAFETY: rows and vectors are held against their numbers, and the rank is that of both sides of the adapter.
             unsafe {
                 finish::launch_unchecked::<R>(
                     &client,
@@ -160,9 +169,10 @@ impl<R: CubeRuntime> Finish<R> {
                     right,
                     addend,
                     out,
-                    m * n / width,
+                    m,
                     n / width,
                     rank,
+                    scale,
                     has_addend,
                     dtype.into(),
                 );
@@ -172,6 +182,7 @@ impl<R: CubeRuntime> Finish<R> {
     }
 }
 
+/// A thread has one vector of each of [`ROWS`] rows, for which it reads `right` once.
 #[cube(launch_unchecked)]
 fn finish<F: Float, N: Size>(
     product: &Array<Vector<f32, N>>,
@@ -179,22 +190,38 @@ fn finish<F: Float, N: Size>(
     right: &Array<Vector<f32, N>>,
     addend: &Array<Vector<F, N>>,
     out: &mut Array<Vector<F, N>>,
-    vectors: usize,
+    rows: usize,
     row_vectors: usize,
     rank: usize,
+    scale: f32,
     #[comptime] has_addend: bool,
     #[define(F)] _dtype: StorageType,
 ) {
-    if ABSOLUTE_POS < vectors {
-        let row = ABSOLUTE_POS / row_vectors;
-        let column = ABSOLUTE_POS % row_vectors;
-        let mut sum = product[ABSOLUTE_POS];
+    let column = ABSOLUTE_POS % row_vectors;
+    let first = ABSOLUTE_POS / row_vectors * ROWS;
+    if first < rows {
+        let mut sums = Array::<Vector<f32, N>>::new(ROWS);
+        #[unroll]
+        for i in 0..ROWS {
+            sums[i] = Vector::new(0.0f32);
+        }
         for k in 0..rank {
-            sum += Vector::<f32, N>::new(left[row * rank + k]) * right[k * row_vectors + column];
+            let factors = right[k * row_vectors + column];
+            #[unroll]
+            for i in 0..ROWS {
+                sums[i] += Vector::new(left[min(first + i, rows - 1) * rank + k]) * factors;
+            }
         }
-        if comptime!(has_addend) {
-            sum += Vector::<f32, N>::cast_from(addend[ABSOLUTE_POS]);
+        #[unroll]
+        for i in 0..ROWS {
+            if first + i < rows {
+                let at = (first + i) * row_vectors + column;
+                let mut sum = product[at] + sums[i] * Vector::new(scale);
+                if comptime!(has_addend) {
+                    sum += Vector::<f32, N>::cast_from(addend[at]);
+                }
+                out[at] = Vector::cast_from(sum);
+            }
         }
-        out[ABSOLUTE_POS] = Vector::cast_from(sum);
     }
 }

@@ -1,0 +1,268 @@
+//! The products of a matrix of tokens with one of a few columns, as an adapter has them.
+//!
+//! Tiles of a general product are as wide as high: of such an output they leave a GPU a handful of workgroups, each with all of the
+//! depth before it. Here the large matrix, which is what takes time to read, is spread over all of them, and read once for every
+//! [`RANKS`] columns. All sums are `f32`, in one order.
+
+use burn::cubecl;
+use burn::cubecl::prelude::*;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+
+use crate::ops::cube::{bytes, empty, lane_sum, one_thread_each, vector_width};
+use crate::ops::profile;
+
+/// Columns of the output that a workgroup makes.
+const RANKS: usize = 8;
+/// Rows of the large matrix of which [`rows_kernel`] makes an output at a time.
+const ROWS: usize = 4;
+/// Threads that share a row there.
+const ROW_THREADS: usize = 128;
+/// Vectors of a row that a workgroup of [`columns_kernel`] sums the columns of.
+const LANES: usize = 32;
+/// Threads there that take turns with the rows.
+const TURNS: usize = 8;
+/// Rows of which it makes one partial sum.
+const SLAB: usize = 256;
+
+/// `factor · x · rightᵀ`: `[m, depth] · [r, depth]ᵀ -> [m, r]`; `right` is `f32`.
+pub(super) fn rows<R: CubeRuntime>(
+    name: &'static str,
+    x: &CubeTensor<R>,
+    right: &CubeTensor<R>,
+    factor: f32,
+) -> CubeTensor<R> {
+    let [x, right] = [x, right].map(|tensor| into_contiguous(tensor.clone()));
+    let [m, depth] = [0, 1].map(|i| x.meta.shape()[i]);
+    let rank = right.meta.shape()[0];
+    assert_eq!(right.meta.shape()[1], depth, "{name}: depth of the operands");
+    let out = empty(&x, Shape::from([m, rank]), DType::F32);
+    let (client, dtype) = (x.client.clone(), x.dtype);
+    let width = vector_width(depth);
+    let cubes = CubeCount::Static(m.div_ceil(ROWS) as u32, rank.div_ceil(RANKS) as u32, 1);
+    profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: rows and ranks are held against their numbers, and a row's vectors are counted.
+        unsafe {
+            rows_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                CubeDim::new_1d(ROW_THREADS as u32),
+                width,
+                x.into_array_arg(),
+                right.into_array_arg(),
+                out.clone().into_array_arg(),
+                m,
+                depth / width,
+                rank,
+                factor,
+                dtype.into(),
+            );
+        }
+    });
+    out
+}
+
+#[cube(launch_unchecked)]
+fn rows_kernel<F: Float, N: Size>(
+    x: &Array<Vector<F, N>>,
+    right: &Array<Vector<f32, N>>,
+    out: &mut Array<f32>,
+    m: usize,
+    row_vectors: usize,
+    rank: usize,
+    factor: f32,
+    #[define(F)] _dtype: StorageType,
+) {
+    let first_row = CUBE_POS_X as usize * ROWS;
+    let first_rank = CUBE_POS_Y as usize * RANKS;
+    let unit = UNIT_POS as usize;
+    let mut sums = Array::<f32>::new(comptime!(ROWS * RANKS));
+    #[unroll]
+    for i in 0..comptime!(ROWS * RANKS) {
+        sums[i] = 0.0f32;
+    }
+    for at in range_stepped(unit, row_vectors, ROW_THREADS) {
+        let mut left = Array::<Vector<f32, N>>::new(ROWS);
+        #[unroll]
+        for i in 0..ROWS {
+            left[i] = Vector::cast_from(x[min(first_row + i, m - 1) * row_vectors + at]);
+        }
+        #[unroll]
+        for k in 0..RANKS {
+            let factors = right[min(first_rank + k, rank - 1) * row_vectors + at];
+            #[unroll]
+            for i in 0..ROWS {
+                sums[i * RANKS + k] += lane_sum(left[i] * factors);
+            }
+        }
+    }
+
+    // A few threads an output, then one. Rows are longer than what they hold, which keeps outputs out of each other's banks.
+    let parts = comptime!(ROW_THREADS / (ROWS * RANKS));
+    let pitch = comptime!(ROW_THREADS + parts);
+    let mut shared = SharedMemory::<f32>::new(comptime!(ROWS * RANKS * pitch));
+    #[unroll]
+    for i in 0..comptime!(ROWS * RANKS) {
+        shared[i * pitch + unit] = sums[i];
+    }
+    sync_cube();
+    let mut part = 0.0f32;
+    for i in 0..comptime!(ROWS * RANKS) {
+        part += shared[unit / parts * pitch + unit % parts + i * parts];
+    }
+    sync_cube();
+    shared[unit] = part;
+    sync_cube();
+    let row = first_row + unit / RANKS;
+    let k = first_rank + unit % RANKS;
+    if unit < comptime!(ROWS * RANKS) && row < m && k < rank {
+        let mut sum = 0.0f32;
+        #[unroll]
+        for i in 0..parts {
+            sum += shared[unit * parts + i];
+        }
+        out[row * rank + k] = sum * factor;
+    }
+}
+
+/// Which way [`columns`] writes its output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Side {
+    /// `[n, r]`, as a gradient of `B` lies.
+    Columns,
+    /// `[r, n]`, as one of `A` lies.
+    Rows,
+}
+
+/// `factor · xᵀ · left`: `[m, n]ᵀ · [m, r]`, as `[n, r]` or `[r, n]`; `left` is `f32`.
+pub(super) fn columns<R: CubeRuntime>(
+    name: &'static str,
+    x: &CubeTensor<R>,
+    left: &CubeTensor<R>,
+    factor: f32,
+    side: Side,
+) -> CubeTensor<R> {
+    let [x, left] = [x, left].map(|tensor| into_contiguous(tensor.clone()));
+    let [m, n] = [0, 1].map(|i| x.meta.shape()[i]);
+    let rank = left.meta.shape()[1];
+    assert_eq!(left.meta.shape()[0], m, "{name}: depth of the operands");
+    let width = vector_width(n);
+    let slabs = m.div_ceil(SLAB);
+    let sums = empty(&x, Shape::from([slabs, rank, n]), DType::F32);
+    let shape = if side == Side::Rows { [rank, n] } else { [n, rank] };
+    let out = empty(&x, Shape::from(shape), DType::F32);
+    let (client, dtype) = (x.client.clone(), x.dtype);
+    let cubes =
+        CubeCount::Static((n / width).div_ceil(LANES) as u32, rank.div_ceil(RANKS) as u32, slabs as u32);
+    let (sum_cubes, sum_cube) = one_thread_each(&client, rank * n / width);
+    profile::kernel(name, 2 * m * n * rank, bytes(&[&x, &left, &out]), &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: columns and ranks are held against their numbers, and rows are counted.
+        unsafe {
+            columns_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                CubeDim::new_1d((LANES * TURNS) as u32),
+                width,
+                x.into_array_arg(),
+                left.into_array_arg(),
+                sums.clone().into_array_arg(),
+                m,
+                n / width,
+                rank,
+                dtype.into(),
+            );
+            sum_kernel::launch_unchecked::<R>(
+                &client,
+                sum_cubes,
+                sum_cube,
+                width,
+                sums.into_array_arg(),
+                out.clone().into_array_arg(),
+                slabs,
+                n / width,
+                rank,
+                factor,
+                side,
+            );
+        }
+    });
+    out
+}
+
+/// Sums of a slab's rows each, `[slabs, r, n]`.
+#[cube(launch_unchecked)]
+fn columns_kernel<F: Float, N: Size>(
+    x: &Array<Vector<F, N>>,
+    left: &Array<f32>,
+    sums: &mut Array<Vector<f32, N>>,
+    m: usize,
+    row_vectors: usize,
+    rank: usize,
+    #[define(F)] _dtype: StorageType,
+) {
+    let unit = UNIT_POS as usize;
+    let column = CUBE_POS_X as usize * LANES + unit % LANES;
+    let turn = unit / LANES;
+    let first_rank = CUBE_POS_Y as usize * RANKS;
+    let slab = CUBE_POS_Z as usize;
+    let mut own = Array::<Vector<f32, N>>::new(RANKS);
+    #[unroll]
+    for k in 0..RANKS {
+        own[k] = Vector::new(0.0f32);
+    }
+    for row in range_stepped(slab * SLAB + turn, min(m, (slab + 1) * SLAB), TURNS) {
+        let entries = Vector::<f32, N>::cast_from(x[row * row_vectors + min(column, row_vectors - 1)]);
+        #[unroll]
+        for k in 0..RANKS {
+            own[k] += entries * Vector::new(left[row * rank + min(first_rank + k, rank - 1)]);
+        }
+    }
+    let mut shared = SharedMemory::<Vector<f32, N>>::new(comptime!(LANES * TURNS));
+    #[unroll]
+    for k in 0..RANKS {
+        shared[unit] = own[k];
+        sync_cube();
+        if turn == 0 && column < row_vectors && first_rank + k < rank {
+            let mut sum = shared[unit];
+            #[unroll]
+            for i in 1..TURNS {
+                sum += shared[unit + i * LANES];
+            }
+            sums[(slab * rank + first_rank + k) * row_vectors + column] = sum;
+        }
+        sync_cube();
+    }
+}
+
+/// The sums of all slabs.
+#[cube(launch_unchecked)]
+fn sum_kernel<N: Size>(
+    sums: &Array<Vector<f32, N>>,
+    out: &mut Array<f32>,
+    slabs: usize,
+    row_vectors: usize,
+    rank: usize,
+    factor: f32,
+    #[comptime] side: Side,
+) {
+    if ABSOLUTE_POS < rank * row_vectors {
+        let mut sum = sums[ABSOLUTE_POS];
+        for slab in 1..slabs {
+            sum += sums[slab * rank * row_vectors + ABSOLUTE_POS];
+        }
+        let k = ABSOLUTE_POS / row_vectors;
+        let column = ABSOLUTE_POS % row_vectors * sum.size();
+        #[unroll]
+        for c in 0..sum.size() {
+            let at = match comptime!(side) {
+                Side::Rows => k * row_vectors * sum.size() + column + c,
+                Side::Columns => (column + c) * rank + k,
+            };
+            out[at] = sum[c] * factor;
+        }
+    }
+}
