@@ -7,9 +7,9 @@ use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
 use super::budget::{keep_for_speed, runs_again};
-use super::limits::{measure_limits, wait};
+use super::limits::{self, measure_limits, wait};
 use super::precision::PrecisionArgs;
-use super::profile_table;
+use super::{profile_table, tune};
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::TokenizedPair;
@@ -27,6 +27,8 @@ use crate::train::optim::{AdamW, AdamWConfig, read};
 use crate::train::step::forward_backward;
 
 const BETA: f32 = 0.1;
+/// The products are timed as for a run of so many steps, which is what the bench tells of.
+const STEPS_OF_A_RUN: usize = 1000;
 
 /// What `orpo-wgpu bench` is told.
 #[derive(Debug, clap::Args)]
@@ -189,6 +191,9 @@ fn run_on<B: Kernels>(
         args.max_length,
         batch.n_tokens()
     );
+    let note = |note| println!("device   {note}");
+    let n = limits::square(choice) as u32;
+    tune::tune(choice, &[([n, n, n, 0], dtype)], STEPS_OF_A_RUN, note);
     let limits = measure_limits::<B>(dtype, choice, device)?;
     println!(
         "limits   {:.3} TFLOP/s in the best {} product found, {:.1} GB/s in an addition",
@@ -199,6 +204,7 @@ fn run_on<B: Kernels>(
     let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);
     let target_modules = lora::target_modules(&["ALL".to_owned()])?;
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
+    tune::tune(choice, &tune::linears(&model, [batch.n_tokens(); 2]), STEPS_OF_A_RUN, note);
     let shape = args.shape(config, precision, choice);
     println!("backward {}", runs_again(shape.keep, config.num_hidden_layers));
     let mut bench = Bench::new(model, batch, shape.keep);

@@ -36,7 +36,7 @@ pub fn measure_limits<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &
 /// # Errors
 /// If the device fails.
 pub fn best_product<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B::Device) -> Result<f64> {
-    let n = if is_slow(choice) { 1024 } else { 4096 };
+    let n = square(choice);
     let random = |rows: usize| {
         let tensor = Tensor::<B, 2>::random([rows, n], Distribution::Normal(0.0, 1.0), device);
         tensor.cast(FloatDType::from(dtype))
@@ -45,6 +45,11 @@ pub fn best_product<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B:
     let ours = best_seconds::<B>(device, || lora_linear(x.clone(), w.clone(), None, None).0)?;
     let burn = best_seconds::<B>(device, || x.clone().matmul(w.clone().transpose()))?;
     Ok(2.0 * (n as f64).powi(3) / ours.min(burn))
+}
+
+/// Rows and columns of the matrices of [`best_product`].
+pub fn square(choice: &DeviceChoice) -> usize {
+    if is_slow(choice) { 1024 } else { 4096 }
 }
 
 fn is_slow(choice: &DeviceChoice) -> bool {

@@ -198,13 +198,12 @@ fn run_on<B: Kernels>(
     let lengths = data.train.iter().map(|pair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len());
     let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
     let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
-    let kinds = tune::kinds(&model, tokens);
     if let Some(checkpoint) = &args.resume_from_checkpoint {
         let scale = resume.as_ref().and_then(|state| state.loss_scale).filter(|_| dtype == DType::F16);
         let scale = scale.map_or_else(String::new, |s| format!(", with its loss scale of {}", s.scale));
         eprintln!("resume   after step {first_step} of {max_steps}, from {}{scale}", checkpoint.display());
     }
-    tune::tune(choice, &kinds, n_steps, |note| eprintln!("device   {note}"));
+    tune::tune(choice, &tune::linears(&model, tokens), n_steps, |note| eprintln!("device   {note}"));
 
     let is_demo = open.is_demo() && is_demo_data(args);
     let held_out = if is_demo { demo::held_out()?.rows } else { Vec::new() };

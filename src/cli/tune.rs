@@ -7,79 +7,128 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use burn::tensor::DType;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Adapter, DeviceChoice};
 use crate::model::Llama;
 use crate::ops::Kernels;
-use crate::ops::kernel::{Element, Elements, products_revision};
-use crate::ops::tune::{self, Kind, Timing};
+use crate::ops::tune::{self, Cuts, DeviceOf, MatrixEngine, Timings};
 
 /// Runs of fewer operations are over before timing would have paid.
 const LEAST_FLOPS: f64 = 1e14;
-/// The longest that timing may take.
+/// The longest that timing may take, but for the compilation of one kernel.
 const BUDGET: Duration = Duration::from_secs(20);
 
 /// What the file holds.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Cache {
-    /// The adapter, its driver and the kernels: timings of others say nothing.
+struct Cache<T> {
+    /// The device, its driver and the kernels: timings of others say nothing.
     of: [String; 3],
-    timings: Vec<Timing>,
+    timings: T,
 }
 
-/// The products of the model's linear layers on packed rows of so many tokens, each kind once.
-pub(super) fn kinds<B: Kernels>(model: &Llama<B>, tokens: [usize; 2]) -> Vec<Kind> {
-    let mut seen = HashSet::new();
-    let linears = model.layers.iter().flat_map(|layer| layer.linears());
-    let linears =
-        tokens.into_iter().flat_map(|tokens| linears.clone().map(move |(_, linear)| (tokens, linear)));
-    let all = linears.flat_map(|(tokens, linear)| {
+/// Whose timings a file has.
+struct Identity {
+    file_name: String,
+    of: [String; 3],
+}
+
+impl Identity {
+    fn of_adapter(adapter: &Adapter) -> Self {
+        Self {
+            file_name: format!("tune-{:04x}-{:04x}.json", adapter.vendor_id, adapter.device_id),
+            of: [adapter.name.clone(), adapter.driver.clone(), Cuts::revision()],
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn of_gpu<E: MatrixEngine>(gpu: &crate::device::CudaGpu) -> Self {
+        let name: String =
+            gpu.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let (major, minor) = gpu.compute_capability;
+        Self {
+            file_name: format!("tune-cuda-{name}.json").to_lowercase(),
+            of: [gpu.name.clone(), format!("compute capability {major}.{minor}"), E::revision()],
+        }
+    }
+}
+
+/// A linear layer on packed rows: `[tokens, in, out, rank]`, and what its frozen weight holds.
+pub(super) type Extents = ([u32; 4], DType);
+
+/// The model's linear layers on packed rows of so many tokens, each once.
+pub(super) fn linears<B: Kernels>(model: &Llama<B>, tokens: [usize; 2]) -> Vec<Extents> {
+    let mut linears = Vec::new();
+    for (_, linear) in model.layers.iter().flat_map(|layer| layer.linears()) {
         let [n_out, n_in] = linear.weight.dims();
         let rank = linear.lora.as_ref().map_or(0, |lora| lora.a.dims()[0]);
-        let extents = [tokens, n_in, n_out, rank].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        // Activations are as the weights are; what joins the residual stream goes out as f32, and its gradient comes in as f32.
-        let weight = Element::from(linear.weight.dtype());
-        [(weight, weight), (weight, Element::F32), (Element::F32, weight)]
-            .map(|(lhs, out)| Kind::of_linear(extents, Elements { lhs, rhs: weight, out }))
-    });
-    all.flatten().filter(|kind| seen.insert(*kind)).collect()
+        for tokens in tokens {
+            let extents = [tokens, n_in, n_out, rank].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+            let linear = (extents, linear.weight.dtype());
+            if !linears.contains(&linear) {
+                linears.push(linear);
+            }
+        }
+    }
+    linears
 }
 
-/// Lets the device's products follow timings, those of earlier runs and, where some are missing and a run of `steps` steps would
-/// gain from them, new ones. `note` is told what is not as it should be.
-pub(super) fn tune(choice: &DeviceChoice, kinds: &[Kind], steps: usize, note: impl Fn(String)) {
-    let DeviceChoice::Wgpu { device, adapter } = choice else { return };
+/// Lets the device's products for these linear layers follow timings: those of earlier runs and, where some are missing and a run of
+/// `steps` steps would gain from them, new ones. `note` is told of these, and of what is not as it should be.
+pub(super) fn tune(choice: &DeviceChoice, linears: &[Extents], steps: usize, note: impl Fn(String)) {
+    match choice {
+        DeviceChoice::Cpu => {}
+        DeviceChoice::Wgpu { device, adapter } => {
+            tune_on::<Cuts>(device, &Identity::of_adapter(adapter), linears, steps, note);
+        }
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(gpu) => {
+            type Routes = tune::Routes<burn::cubecl::cuda::CudaRuntime>;
+            tune_on::<Routes>(&gpu.device(), &Identity::of_gpu::<Routes>(gpu), linears, steps, note);
+        }
+    }
+}
+
+fn tune_on<E: MatrixEngine>(
+    device: &DeviceOf<E>,
+    identity: &Identity,
+    linears: &[Extents],
+    steps: usize,
+    note: impl Fn(String),
+) {
+    let mut seen = HashSet::new();
+    let all = linears.iter().flat_map(|&(extents, weight)| E::of_linear(extents, weight));
+    let kinds: Vec<_> = all.filter(|kind| seen.insert(*kind)).collect();
     // A step takes each product once a layer at least, forward or backward; one layer's are enough to tell small runs from others.
-    let flops: f64 = kinds.iter().map(|kind| kind.flops()).sum::<f64>() * steps as f64;
+    let flops: f64 = kinds.iter().map(|&kind| E::flops(kind)).sum::<f64>() * steps as f64;
     if flops < LEAST_FLOPS {
         return;
     }
-    let path = folder().map(|folder| folder.join(file_name(adapter)));
-    let mut timings = match &path {
-        Some(path) => read(path, adapter).unwrap_or_else(|reason| {
+    let path = folder().map(|folder| folder.join(&identity.file_name));
+    let mut timings: Timings<E> = match &path {
+        Some(path) => read(path, identity).unwrap_or_else(|reason| {
             note(format!("{} is left alone: {reason}", path.display()));
             Vec::new()
         }),
         None => Vec::new(),
     };
-    tune::install(device, &timings);
-    let new = tune::tune(device, kinds, BUDGET);
+    tune::install::<E>(device, &timings);
+    let started = Instant::now();
+    let new = tune::tune::<E>(device, &kinds, BUDGET);
     if new.is_empty() {
         return;
     }
+    note(format!("{} kinds of products timed in {:.1} s", new.len(), started.elapsed().as_secs_f64()));
     timings.extend(new);
     if let Some(path) = path
-        && let Err(reason) = write(&path, &Cache { of: identity(adapter), timings })
+        && let Err(reason) = write(&path, &Cache { of: identity.of.clone(), timings })
     {
         note(format!("timings are not kept in {}: {reason}", path.display()));
     }
-}
-
-fn identity(adapter: &Adapter) -> [String; 3] {
-    [adapter.name.clone(), adapter.driver.clone(), format!("{:016x}", products_revision())]
 }
 
 fn folder() -> Option<PathBuf> {
@@ -88,22 +137,18 @@ fn folder() -> Option<PathBuf> {
     Some(cache.join("orpo-wgpu"))
 }
 
-fn file_name(adapter: &Adapter) -> String {
-    format!("tune-{:04x}-{:04x}.json", adapter.vendor_id, adapter.device_id)
-}
-
-/// The timings of earlier runs; none where there is no file, or it is of another adapter or driver, or of other kernels.
-fn read(path: &Path, adapter: &Adapter) -> Result<Vec<Timing>, String> {
+/// The timings of earlier runs; none where there is no file, or it is of another device or driver, or of other kernels.
+fn read<T: DeserializeOwned + Default>(path: &Path, identity: &Identity) -> Result<T, String> {
     let text = match fs::read_to_string(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(T::default()),
         text => text.map_err(|error| error.to_string())?,
     };
-    let cache: Cache = serde_json::from_str(&text).map_err(|error| error.to_string())?;
-    Ok(if cache.of == identity(adapter) { cache.timings } else { Vec::new() })
+    let cache: Cache<T> = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+    Ok(if cache.of == identity.of { cache.timings } else { T::default() })
 }
 
 /// Written beside the file and renamed, so that runs side by side never read half of one.
-fn write(path: &Path, cache: &Cache) -> std::io::Result<()> {
+fn write(path: &Path, cache: &Cache<impl Serialize>) -> std::io::Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
@@ -115,16 +160,16 @@ fn write(path: &Path, cache: &Cache) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::kernel::{Cut, Layout, Tile};
-    use crate::ops::tune::Choice;
+    use crate::ops::kernel::{Cut, Elements, Layout, Tile};
+    use crate::ops::tune::{Choice, Kind, Timing};
 
-    fn adapter(name: &str) -> Adapter {
+    fn adapter(name: &str) -> Identity {
         let mut adapter = Adapter::unknown();
         adapter.name = name.to_owned();
-        adapter
+        Identity::of_adapter(&adapter)
     }
 
-    fn timings() -> Vec<Timing> {
+    fn timings() -> Timings<Cuts> {
         let kind = Kind::new(Layout::RowsRows, [1000, 4096, 4096, 8], Elements::F32);
         let own = Timing { kind, choice: Choice::Own(Cut::Registers(Tile::ALL[0])), ms: 1.5 };
         let backward = Kind { layout: Layout::RowsColumns, ..kind };
@@ -135,10 +180,10 @@ mod tests {
     fn timings_come_back_for_the_same_adapter_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/tune.json");
-        assert_eq!(read(&path, &adapter("a")), Ok(Vec::new()));
-        write(&path, &Cache { of: identity(&adapter("a")), timings: timings() }).unwrap();
+        assert_eq!(read(&path, &adapter("a")), Ok(Timings::<Cuts>::new()));
+        write(&path, &Cache { of: adapter("a").of, timings: timings() }).unwrap();
         assert_eq!(read(&path, &adapter("a")), Ok(timings()));
-        assert_eq!(read(&path, &adapter("b")), Ok(Vec::new()));
+        assert_eq!(read(&path, &adapter("b")), Ok(Timings::<Cuts>::new()));
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
     }
 
@@ -147,6 +192,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tune.json");
         fs::write(&path, "{\"of\": [").unwrap();
-        assert!(read(&path, &adapter("a")).is_err());
+        assert!(read::<Timings<Cuts>>(&path, &adapter("a")).is_err());
     }
 }

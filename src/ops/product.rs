@@ -13,7 +13,8 @@ use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use super::cube::bytes;
 use super::kernel::{Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
-use super::tune::{self, Choice, Kind};
+use super::tune::pattern::{self, LEFT, RIGHT};
+use super::tune::{self, Choice, Cuts, Kind};
 
 pub(super) use plan::Device;
 use plan::Plan;
@@ -127,7 +128,8 @@ impl<'a> Product<'a> {
         let formula = || Choice::Own(device.cuts(self.layout, elements, [m, n], self.rounds)[0]);
         // burn's product has no factor.
         let has_factor = self.scale.to_bits() != 1f32.to_bits();
-        let timed = tune::choice(&self.lhs.device, kind).filter(|&c| c != Choice::Burn || !has_factor);
+        let timed =
+            tune::choice::<Cuts>(&self.lhs.device, kind).filter(|&c| c != Choice::Burn || !has_factor);
         let choice = timed.unwrap_or_else(formula);
         self.run_as(choice)
     }
@@ -304,7 +306,8 @@ pub(super) fn lora_backward(
 }
 
 /// The operands of a product that is only timed.
-pub(super) struct Scratch {
+#[derive(Debug)]
+pub struct Scratch {
     kind: Kind,
     lhs: Floats,
     rhs: Floats,
@@ -314,27 +317,34 @@ pub(super) struct Scratch {
 impl Scratch {
     pub(super) fn new(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice, kind: Kind) -> Self {
         let Kind { layout, m, n, depth, rank, elements } = kind;
-        let operand = |lines: u32, depth: u32, is_rows: bool, element: Element| {
-            let shape = if is_rows { [lines, depth] } else { [depth, lines] }.map(|n| n as usize);
-            let dtype = if element == Element::F16 { DType::F16 } else { DType::F32 };
-            zeros_client(client.clone(), device.clone(), Shape::from(shape), dtype)
+        let shape = |lines: u32, depth: u32, is_rows: bool| {
+            if is_rows { [lines, depth] } else { [depth, lines] }.map(|n| n as usize)
         };
         let (lhs_rows, rhs_rows) = (layout != Layout::ColumnsColumns, layout == Layout::RowsRows);
+        let operand = |shape, pattern, element: Element| {
+            pattern::operand(client, device, shape, pattern, element.dtype())
+        };
+        // The adapter adds nothing to the pattern's sums.
+        let zeros = |shape| zeros_client(client.clone(), device.clone(), Shape::from(shape), DType::F32);
         Self {
             kind,
-            lhs: operand(m, depth, lhs_rows, elements.lhs),
-            rhs: operand(n, depth, rhs_rows, elements.rhs),
-            prologue: [
-                operand(m, rank.max(1), lhs_rows, Element::F32),
-                operand(n, rank.max(1), rhs_rows, Element::F32),
-            ],
+            lhs: operand(shape(m, depth, lhs_rows), LEFT, elements.lhs),
+            rhs: operand(shape(n, depth, rhs_rows), RIGHT, elements.rhs),
+            prologue: [zeros(shape(m, rank.max(1), lhs_rows)), zeros(shape(n, rank.max(1), rhs_rows))],
         }
     }
 
-    pub(super) fn run(&self, choice: Choice) -> Floats {
+    /// Zeros of the output's shape and type.
+    pub(super) fn zeros(&self) -> Floats {
+        let Kind { m, n, elements, .. } = self.kind;
+        let (client, device) = (self.lhs.client.clone(), self.lhs.device.clone());
+        zeros_client(client, device, Shape::from([m as usize, n as usize]), elements.out.dtype())
+    }
+
+    pub(super) fn run(&self, choice: Choice, addend: Option<Floats>) -> Floats {
         let [prologue_lhs, prologue_rhs] = &self.prologue;
-        let dtype = if self.kind.elements.out == Element::F16 { DType::F16 } else { DType::F32 };
-        let product = Product::new(self.kind.layout, &self.lhs, &self.rhs).into_dtype(dtype);
+        let product = Product::new(self.kind.layout, &self.lhs, &self.rhs);
+        let product = product.into_dtype(self.kind.elements.out.dtype()).add_to(addend);
         if self.kind.rank == 0 {
             return product.run_as(choice);
         }

@@ -1,84 +1,98 @@
 //! How the products of [`lora_linear`](super::lora_linear) are made where that was timed on the device itself.
 //!
-//! Without a timing a formula chooses, which knows blocks and workgroups but no device. [`tune`] times the few ways that the
-//! formula likes best, and burn's own product, on scratch tensors, and from then on products of the same kind take the fastest.
+//! Without a timing an engine follows a rule, which knows blocks and workgroups but no device. [`tune`] times the few ways that an
+//! engine has of making a product on scratch tensors, and from then on products of the same kind take the fastest that comes out right:
+//! drivers run some that they should refuse, or pretend to.
 
+mod cuts;
+pub(super) mod pattern;
+mod routes;
+
+use std::any::TypeId;
 use std::collections::HashMap;
+use std::fmt::Debug;
+use std::hash::Hash;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use burn::cubecl::Runtime;
-use burn::tensor::backend::Backend;
-use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
+use burn::cubecl::client::ComputeClient;
+use burn::cubecl::device::{Device, DeviceId};
+use burn::tensor::DType;
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::tensor::CubeTensor;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::kernel::{Cut, Elements, Layout};
-use super::product;
+pub use cuts::{Choice, Cuts, Kind};
+pub use routes::{Instruction, Route, RouteKind, Routes};
 
-/// What the time of a product depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Kind {
-    /// How the operands lie in memory.
-    pub layout: Layout,
-    /// Rows of the output, rounded up to a power of two.
-    pub m: u32,
-    /// Columns of the output.
-    pub n: u32,
-    /// Entries that each entry of the output sums.
-    pub depth: u32,
-    /// Rank of the adapter whose product it starts from, or 0.
-    pub rank: u32,
-    /// What the operands hold.
-    pub elements: Elements,
+/// A matrix engine that has several ways of making a product.
+pub trait MatrixEngine: 'static {
+    /// Where it runs.
+    type Runtime: CubeRuntime;
+    /// What the time of a product depends on.
+    type Kind: Debug + Copy + Eq + Hash + Serialize + DeserializeOwned + Send;
+    /// A way.
+    type Choice: Debug + Copy + Eq + Serialize + DeserializeOwned + Send;
+    /// The operands of a product that is only timed.
+    type Scratch;
+
+    /// What is known in this process.
+    fn table() -> &'static Table<Self::Kind, Self::Choice>;
+
+    /// What the ways are: other code has others.
+    fn revision() -> String;
+
+    /// The products of a linear layer, `[tokens, in, out, rank]`, with frozen weights of this type.
+    fn of_linear(extents: [u32; 4], weight: DType) -> Vec<Self::Kind>;
+
+    /// A product's multiplications and additions.
+    fn flops(kind: Self::Kind) -> f64;
+
+    /// How many products of two entries each entry of the output sums.
+    fn depth(kind: Self::Kind) -> usize;
+
+    /// What is worth timing, the rule's choice first.
+    fn candidates(client: &ComputeClient<Self::Runtime>, kind: Self::Kind) -> Vec<Self::Choice>;
+
+    /// Operands of a product, with the entries of [`pattern`].
+    fn scratch(
+        client: &ComputeClient<Self::Runtime>,
+        device: &<Self::Runtime as Runtime>::Device,
+        kind: Self::Kind,
+    ) -> Self::Scratch;
+
+    /// Launches the product, and gives nothing where it cannot be made in this way. It is written over `zeros`, where these are there.
+    fn launch(
+        scratch: &Self::Scratch,
+        choice: Self::Choice,
+        zeros: Option<CubeTensor<Self::Runtime>>,
+    ) -> Option<CubeTensor<Self::Runtime>>;
+
+    /// Zeros of the output's shape and type.
+    fn zeros(scratch: &Self::Scratch) -> CubeTensor<Self::Runtime>;
 }
 
-impl Kind {
-    /// The kind of a product of these extents.
-    pub fn new(layout: Layout, [m, n, depth, rank]: [u32; 4], elements: Elements) -> Self {
-        // A product of more rows than that is no product of any model.
-        let m = m.checked_next_power_of_two().unwrap_or(m);
-        Self { layout, m, n, depth, rank, elements }
-    }
-
-    /// Its multiplications and additions.
-    pub fn flops(self) -> f64 {
-        2.0 * f64::from(self.m) * f64::from(self.n) * (f64::from(self.depth) + f64::from(self.rank))
-    }
-
-    /// The forward product of a linear layer and its gradient by the input, `[tokens, in, out, rank]`, with activations, weight
-    /// and output of these types.
-    pub fn of_linear([tokens, n_in, n_out, rank]: [u32; 4], elements: Elements) -> [Self; 2] {
-        [
-            Self::new(Layout::RowsRows, [tokens, n_out, n_in, rank], elements),
-            Self::new(Layout::RowsColumns, [tokens, n_in, n_out, rank], elements),
-        ]
-    }
-
-    /// Whether burn's product is as precise: it rounds to its operands' type, and so does every sum that follows it.
-    fn suits_burn(self) -> bool {
-        self.elements == Elements::F32
-    }
-}
-
-/// Who makes a product.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Choice {
-    /// The project's kernels.
-    Own(Cut),
-    /// burn's product, to which the rest is added.
-    Burn,
-}
+/// The choices of a process, by runtime, device and kind.
+pub type Table<K, C> = LazyLock<Mutex<HashMap<(TypeId, DeviceId, K), C>>>;
 
 /// What was measured for one kind of product.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Timing {
+pub struct Timing<K, C> {
     /// The product.
-    pub kind: Kind,
+    pub kind: K,
     /// The fastest.
-    pub choice: Choice,
+    pub choice: C,
     /// Its time, in ms.
     pub ms: f64,
 }
+
+/// The timings of an engine.
+pub type Timings<E> = Vec<Timing<<E as MatrixEngine>::Kind, <E as MatrixEngine>::Choice>>;
+
+/// The device of an engine.
+pub type DeviceOf<E> = <<E as MatrixEngine>::Runtime as Runtime>::Device;
 
 /// Products of fewer operations are not timed: there is nothing to win.
 pub const LEAST_FLOPS: f64 = 1e8;
@@ -87,41 +101,47 @@ const RUNS: usize = 3;
 /// The shortest span that is timed.
 const LEAST_MS: f64 = 5.0;
 
-static TABLE: LazyLock<Mutex<HashMap<(WgpuDevice, Kind), Choice>>> = LazyLock::new(Mutex::default);
-
 /// What is known of a kind of product on a device.
-pub(super) fn choice(device: &WgpuDevice, kind: Kind) -> Option<Choice> {
-    let table = TABLE.lock().unwrap_or_else(PoisonError::into_inner);
-    table.get(&(device.clone(), kind)).copied()
+pub(super) fn choice<E: MatrixEngine>(device: &DeviceOf<E>, kind: E::Kind) -> Option<E::Choice> {
+    let table = E::table().lock().unwrap_or_else(PoisonError::into_inner);
+    table.get(&key::<E>(device, kind)).copied()
+}
+
+fn key<E: MatrixEngine>(device: &DeviceOf<E>, kind: E::Kind) -> (TypeId, DeviceId, E::Kind) {
+    (TypeId::of::<E::Runtime>(), device.to_id(), kind)
 }
 
 /// Lets the device's products follow earlier timings, and returns of how many. One that the device cannot run is left out.
-pub fn install(device: &WgpuDevice, timings: &[Timing]) -> usize {
-    let client = WgpuRuntime::client(device);
-    let mut table = TABLE.lock().unwrap_or_else(PoisonError::into_inner);
+pub fn install<E: MatrixEngine>(device: &DeviceOf<E>, timings: &[Timing<E::Kind, E::Choice>]) -> usize {
+    let client = E::Runtime::client(device);
     let fits =
-        |timing: &&Timing| candidates(product::Device::of(&client), timing.kind).contains(&timing.choice);
+        |timing: &&Timing<E::Kind, E::Choice>| E::candidates(&client, timing.kind).contains(&timing.choice);
     let installed: Vec<_> = timings.iter().filter(fits).collect();
-    table.extend(installed.iter().map(|timing| ((device.clone(), timing.kind), timing.choice)));
+    let mut table = E::table().lock().unwrap_or_else(PoisonError::into_inner);
+    table.extend(installed.iter().map(|timing| (key::<E>(device, timing.kind), timing.choice)));
     installed.len()
 }
 
-/// Times every kind of product, installs what is fastest and gives it back. Kinds that are tiny, that were timed before or that
-/// the budget has no time for are left out.
-pub fn tune(device: &WgpuDevice, kinds: &[Kind], budget: Duration) -> Vec<Timing> {
-    let client = WgpuRuntime::client(device);
+/// Times every kind of product, the largest first, installs what is fastest and gives it back. Kinds that are tiny, that were timed
+/// before or that the budget has no time for are left out.
+pub fn tune<E: MatrixEngine>(device: &DeviceOf<E>, kinds: &[E::Kind], budget: Duration) -> Timings<E> {
+    let client = E::Runtime::client(device);
     let start = Instant::now();
-    let mut timings: Vec<Timing> = Vec::new();
-    for &kind in kinds {
-        let is_known = choice(device, kind).is_some() || timings.iter().any(|timing| timing.kind == kind);
-        if is_known || kind.flops() < LEAST_FLOPS || start.elapsed() > budget {
+    let mut kinds = kinds.to_vec();
+    kinds.sort_by(|&a, &b| E::flops(b).total_cmp(&E::flops(a)));
+    let mut timings: Timings<E> = Vec::new();
+    for kind in kinds {
+        let is_known =
+            choice::<E>(device, kind).is_some() || timings.iter().any(|timing| timing.kind == kind);
+        if is_known || E::flops(kind) < LEAST_FLOPS || start.elapsed() > budget {
             continue;
         }
-        let scratch = product::Scratch::new(&client, device, kind);
-        let times = candidates(product::Device::of(&client), kind).into_iter();
-        // The formula's own choice comes first; without a rival's time it stands anyway.
+        let scratch = E::scratch(&client, device, kind);
+        let times = E::candidates(&client, kind).into_iter();
+        // The rule's own choice comes first; without a rival's time it stands anyway.
         let times = times.take_while(|_| start.elapsed() <= budget);
-        let times = times.map(|choice| (choice, time(device, &scratch, choice)));
+        let times = times.filter(|&choice| is_right::<E>(&scratch, kind, choice));
+        let times = times.map(|choice| (choice, time::<E>(&client, &scratch, choice)));
         if let Some((choice, ms)) = times.filter(|(_, ms)| ms.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1))
         {
             timings.push(Timing { kind, choice, ms });
@@ -129,29 +149,25 @@ pub fn tune(device: &WgpuDevice, kinds: &[Kind], budget: Duration) -> Vec<Timing
     }
     // What the scratch tensors took is the model's.
     client.memory_cleanup();
-    install(device, &timings);
+    install::<E>(device, &timings);
     timings
 }
 
-/// What is worth timing, the formula's choice first.
-fn candidates(device: product::Device, kind: Kind) -> Vec<Choice> {
-    // Only the gradient by a layer's input meets a weight of another type and may be rounded to it.
-    let rounds = kind.layout == Layout::RowsColumns;
-    let cuts = device.cuts(kind.layout, kind.elements, [kind.m, kind.n], rounds);
-    let mut candidates: Vec<_> = cuts.into_iter().map(Choice::Own).collect();
-    candidates.extend(kind.suits_burn().then_some(Choice::Burn));
-    candidates
+/// Whether the product comes out right in this way.
+pub fn is_right<E: MatrixEngine>(scratch: &E::Scratch, kind: E::Kind, choice: E::Choice) -> bool {
+    let out = E::launch(scratch, choice, Some(E::zeros(scratch)));
+    out.is_some_and(|out| pattern::is_product(&out, E::depth(kind)))
 }
 
 /// The best time of a few, in ms; each over as many launches as take long beside a wait for the device.
-fn time(device: &WgpuDevice, scratch: &product::Scratch, choice: Choice) -> f64 {
+fn time<E: MatrixEngine>(client: &ComputeClient<E::Runtime>, scratch: &E::Scratch, choice: E::Choice) -> f64 {
     let run = |launches: u32| {
         let start = Instant::now();
         for _ in 0..launches {
-            drop(scratch.run(choice));
+            drop(E::launch(scratch, choice, None));
         }
         // A device that fails here fails the run soon after, with a better message.
-        let is_done = <Wgpu as Backend>::sync(device).is_ok();
+        let is_done = pollster::block_on(client.sync()).is_ok();
         if is_done { start.elapsed().as_secs_f64() * 1e3 / f64::from(launches) } else { f64::INFINITY }
     };
     let warm = (0..WARM_UPS).map(|_| run(1)).fold(f64::INFINITY, f64::min);

@@ -43,6 +43,7 @@ mod plain_engine {
     mod lora_linear;
     #[expect(clippy::duplicate_mod, reason = "the same tests on another backend")]
     mod orpo_loss;
+    mod routes;
 }
 /// The ops and the whole of training on CUDA.
 #[cfg(feature = "cuda")]
@@ -62,6 +63,7 @@ mod cuda {
     mod quantize;
     mod rms_norm;
     mod rope;
+    mod routes;
     mod swiglu;
     mod tensors;
     mod token_logps;

@@ -17,6 +17,7 @@ use cubek::std::InputBinding;
 
 use crate::ops::cube::{bytes, empty, one_thread_each, overwrite, vector_width};
 use crate::ops::profile;
+use crate::ops::tune::{self, Route, RouteKind, Routes};
 
 /// What a left operand in `f32` may become for a right one that tensor cores take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub(super) enum Rounding {
 }
 
 /// The transposed matrix, in the same buffer.
-pub(super) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTensor<R> {
+pub(in crate::ops) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTensor<R> {
     let mut matrix = matrix.clone();
     matrix.meta.swap(0, 1);
     matrix
@@ -41,7 +42,7 @@ pub(super) fn product<R: CubeRuntime>(
     rhs: &CubeTensor<R>,
     rounding: Rounding,
 ) -> CubeTensor<R> {
-    if lhs.dtype != DType::F32 || !has_matrices(rhs) {
+    if lhs.dtype != DType::F32 || !has_matrices(&rhs.client, rhs.dtype) {
         return multiply(name, lhs, rhs);
     }
     match rounding {
@@ -54,11 +55,11 @@ pub(super) fn product<R: CubeRuntime>(
     }
 }
 
-/// Whether the device has matrix units for the tensor's type that sum in `f32`.
-fn has_matrices<R: CubeRuntime>(tensor: &CubeTensor<R>) -> bool {
-    let (element, sum) = (tensor.dtype.into(), DType::F32.into());
+/// Whether the device has matrix units for a 16-bit type that sum in `f32`.
+pub(in crate::ops) fn has_matrices<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DType) -> bool {
+    let (element, sum) = (dtype.into(), DType::F32.into());
     let is_of = |unit: &cubecl::features::MmaConfig| unit.a_type == element && unit.cd_type == sum;
-    tensor.dtype != DType::F32 && tensor.client.properties().features.matmul.cmma.iter().any(is_of)
+    dtype != DType::F32 && client.properties().features.matmul.cmma.iter().any(is_of)
 }
 
 fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> CubeTensor<R> {
@@ -66,15 +67,16 @@ fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeT
     let [rhs_depth, n] = [0, 1].map(|i| rhs.meta.shape()[i]);
     assert_eq!(depth, rhs_depth, "{name}: depth of the operands");
     let out = empty(lhs, Shape::from([m, n]), DType::F32);
-    let is_matrix = lhs.dtype == rhs.dtype && has_matrices(rhs);
+    let is_matrix = lhs.dtype == rhs.dtype && has_matrices(&rhs.client, rhs.dtype);
     let moved = bytes(&[lhs, rhs, &out]);
     let mut outcome = Ok(());
     profile::kernel(name, 2 * m * n * depth, moved, &lhs.client, || {
         let by = |strategy: Strategy| launch(&strategy, lhs, rhs, &out);
         let registers = || by(Strategy::SimpleUnit(Default::default()));
+        let route =
+            || tune::choice::<Routes<R>>(&lhs.device, RouteKind::of(lhs, rhs)).unwrap_or(Route::ALL[0]);
         // Matrix units have no tile for some shapes.
-        let on_matrices =
-            if is_matrix { by(Strategy::SimpleCyclicCmma(Default::default())).ok() } else { None };
+        let on_matrices = if is_matrix { by(route().strategy()).ok() } else { None };
         outcome = on_matrices.map_or_else(registers, Ok).map_err(|error| format!("{error:?}"));
     });
     if let Err(error) = outcome {
@@ -83,7 +85,7 @@ fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeT
     out
 }
 
-fn launch<R: CubeRuntime>(
+pub(in crate::ops) fn launch<R: CubeRuntime>(
     strategy: &Strategy,
     lhs: &CubeTensor<R>,
     rhs: &CubeTensor<R>,

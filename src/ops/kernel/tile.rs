@@ -86,6 +86,14 @@ impl Element {
     /// Both.
     pub const ALL: [Self; 2] = [Self::F32, Self::F16];
 
+    /// The tensors' name for it.
+    pub(in crate::ops) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+        }
+    }
+
     /// Its WGSL, as vectors of four where rows allow them.
     pub(super) fn wgsl(self, is_vec4: bool) -> String {
         let name = match self {

@@ -54,7 +54,7 @@ pub(super) const F32: Types = Types { x: DType::F32, weight: DType::F32, dy: DTy
 const ATOL_BF16: f32 = 1e-2;
 const RTOL_BF16: f32 = 8e-3;
 
-const F16: Types = Types { x: DType::F16, weight: DType::F16, dy: DType::F16, out: DType::F16 };
+pub(super) const F16: Types = Types { x: DType::F16, weight: DType::F16, dy: DType::F16, out: DType::F16 };
 
 /// What the gradient by the input is to be.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use orpo_wgpu::ops::kernel::{Cut, Elements, Layout};
-use orpo_wgpu::ops::tune::{self, Choice, Kind, Timing};
+use orpo_wgpu::ops::tune::{self, Choice, Cuts, Kind, Timing, Timings};
 
 use super::lora_linear::{Case, F32, Input, compare};
 use crate::support::adapter;
@@ -17,7 +17,7 @@ fn a_tuned_product_is_right_whoever_makes_it() {
     let case = |types| Case { shape, has_adapter: true, has_residual: true, input: Input::AddTo, types };
     let install = |elements, choice| {
         let kinds = Kind::of_linear(shape.map(|n| n as u32), elements);
-        tune::install(&device, &kinds.map(|kind| Timing { kind, choice, ms: 1.0 }))
+        tune::install::<Cuts>(&device, &kinds.map(|kind| Timing { kind, choice, ms: 1.0 }))
     };
     let cuts = Cut::all().into_iter().filter(|cut| !matches!(cut, Cut::Matrices(_))).map(Choice::Own);
     // What the device would never try is not installed.
@@ -36,17 +36,17 @@ fn tuning_times_what_is_worth_it_once() {
     let Some(device) = adapter() else { return };
     let large = Kind::new(Layout::RowsRows, [256, 516, 520, 8], Elements::F32);
     let tiny = Kind::new(Layout::RowsRows, [16, 516, 520, 8], Elements::F32);
-    let timings = tune::tune(&device, &[large, tiny, large], Duration::from_secs(30));
+    let timings = tune::tune::<Cuts>(&device, &[large, tiny, large], Duration::from_secs(30));
     assert_eq!(timings.iter().map(|timing| timing.kind).collect::<Vec<_>>(), [large]);
     assert!(timings[0].ms > 0.0 && timings[0].ms.is_finite(), "{timings:?}");
     let text = serde_json::to_string(&timings).unwrap();
-    assert_eq!(serde_json::from_str::<Vec<Timing>>(&text).unwrap(), timings);
-    assert_eq!(tune::tune(&device, &[large], Duration::from_secs(30)), []);
+    assert_eq!(serde_json::from_str::<Timings<Cuts>>(&text).unwrap(), timings);
+    assert_eq!(tune::tune::<Cuts>(&device, &[large], Duration::from_secs(30)), []);
 }
 
 #[test]
 fn tuning_without_time_times_nothing() {
     let Some(device) = adapter() else { return };
     let kind = Kind::new(Layout::RowsRows, [256, 532, 520, 8], Elements::F32);
-    assert_eq!(tune::tune(&device, &[kind], Duration::ZERO), []);
+    assert_eq!(tune::tune::<Cuts>(&device, &[kind], Duration::ZERO), []);
 }

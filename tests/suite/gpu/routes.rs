@@ -1,0 +1,62 @@
+//! What tuning times and installs for the products of an engine that has cubek's routines.
+
+use std::time::Duration;
+
+use burn::cubecl::Runtime;
+use burn::tensor::DType;
+use orpo_wgpu::ops::tune::{self, MatrixEngine, Route, Routes, Timing, Timings};
+
+use super::lora_linear::{Case, F16, Input, compare};
+use super::on::{GpuRuntime, adapter};
+use crate::gpu::product::matrix_sizes;
+use crate::support::{has_matrices, left_out};
+
+type Engine = Routes<GpuRuntime>;
+
+/// A route that passes the check of a known product is right on random numbers too; one that does not is never taken.
+#[test]
+fn a_product_is_right_whichever_route_makes_it() {
+    let Some(device) = adapter() else { return };
+    if !has_matrices(&matrix_sizes::<GpuRuntime>(&device)) {
+        return;
+    }
+    let client = GpuRuntime::client(&device);
+    let shape = [70, 136, 72, 8];
+    let kinds = Engine::of_linear(shape.map(|n| n as u32), DType::F16);
+    let mut n_right = 0;
+    for route in Route::ALL {
+        let is_right = kinds.iter().all(|&kind| {
+            let scratch = Engine::scratch(&client, &device, kind);
+            tune::is_right::<Engine>(&scratch, kind, route)
+        });
+        if !is_right {
+            left_out(&format!("{route:?} is not right here, and not taken"));
+            continue;
+        }
+        n_right += 1;
+        let timings: Timings<Engine> =
+            kinds.iter().map(|&kind| Timing { kind, choice: route, ms: 1.0 }).collect();
+        assert_eq!(tune::install::<Engine>(&device, &timings), kinds.len(), "{route:?}");
+        compare(
+            Case { shape, has_adapter: true, has_residual: true, input: Input::AddTo, types: F16 },
+            &device,
+        );
+    }
+    assert!(n_right >= 2, "{n_right} routes are right");
+}
+
+/// The first route can be taken wherever there are matrix units; software adapters compile some of the others for a minute.
+#[test]
+fn tuning_finds_a_route() {
+    let Some(device) = adapter() else { return };
+    if !has_matrices(&matrix_sizes::<GpuRuntime>(&device)) {
+        return;
+    }
+    let kinds = &Engine::of_linear([128, 512, 768, 8], DType::F16)[..1];
+    let timings = tune::tune::<Engine>(&device, kinds, Duration::from_secs(5));
+    assert_eq!(timings.iter().map(|timing| timing.kind).collect::<Vec<_>>(), kinds);
+    assert!(timings[0].ms > 0.0 && timings[0].ms.is_finite(), "{timings:?}");
+    let text = serde_json::to_string(&timings).unwrap();
+    assert_eq!(serde_json::from_str::<Timings<Engine>>(&text).unwrap(), timings);
+    assert_eq!(tune::tune::<Engine>(&device, kinds, Duration::from_secs(5)), []);
+}
