@@ -1,5 +1,10 @@
 //! The command line: what the user typed to what runs. One file a subcommand; the flags of `train` are in [`crate::config`].
 
+/// Prints a line to standard output. Where nobody reads that any more, as behind `| head`, the line is lost and the work goes on.
+macro_rules! say {
+    ($($line:tt)*) => { $crate::cli::print_line(format_args!($($line)*)) };
+}
+
 pub mod advice;
 pub mod bench;
 pub mod budget;
@@ -20,6 +25,8 @@ mod tune;
 pub mod words;
 
 use std::ffi::OsString;
+use std::fmt;
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -27,6 +34,11 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::config::{TrainArgs, with_dashed_aliases};
 use crate::demo;
 use crate::error::{Error, Result};
+
+fn print_line(line: fmt::Arguments<'_>) {
+    // That the reader is gone is all that can be wrong.
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
 
 /// Fine-tunes Llama-3 with ORPO + LoRA on the GPU you own, then lets you talk to the result.
 #[derive(Debug, Parser)]

@@ -68,14 +68,14 @@ pub struct BenchArgs {
 pub fn run(args: &BenchArgs) -> Result<()> {
     if args.model_type == "list" {
         for (name, what) in PRESETS {
-            println!("{name:24} {what}");
+            say!("{name:24} {what}");
         }
         return Ok(());
     }
     let config = args.config()?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
-        println!("device   {note}");
+        say!("device   {note}");
     }
     let choice = &selected.choice;
     let precision = args.precision.resolve(choice)?;
@@ -178,24 +178,24 @@ fn run_on<B: Kernels>(
         DeviceChoice::Cpu => choice.describe(),
         _ => format!("{choice} ({})", choice.describe()),
     };
-    println!(
+    say!(
         "model    {}, {} layer{}, {:.2} billion weights, random, {precision}, on {place}",
         args.model_type,
         config.num_hidden_layers,
         if config.num_hidden_layers == 1 { "" } else { "s" },
         config.n_weights() as f64 / 1e9,
     );
-    println!(
+    say!(
         "step     {} x 2 x {} tokens, of which {} are computed: a pair shares its first half, and last tokens predict nothing",
         args.batch_size,
         args.max_length,
         batch.n_tokens()
     );
-    let note = |note| println!("device   {note}");
+    let note = |note| say!("device   {note}");
     let n = limits::square(choice) as u32;
     tune::tune(choice, &[([n, n, n, 0], dtype)], STEPS_OF_A_RUN, note);
     let limits = measure_limits::<B>(dtype, choice, device)?;
-    println!(
+    say!(
         "limits   {:.3} TFLOP/s in the best {} product found, {:.1} GB/s in an addition",
         limits.flops / 1e12,
         Precision::dense(dtype),
@@ -206,12 +206,12 @@ fn run_on<B: Kernels>(
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
     tune::tune(choice, &tune::linears(&model, [batch.n_tokens(); 2]), STEPS_OF_A_RUN, note);
     let shape = args.shape(config, precision, choice);
-    println!("backward {}", runs_again(shape.keep, config.num_hidden_layers));
+    say!("backward {}", runs_again(shape.keep, config.num_hidden_layers));
     let mut bench = Bench::new(model, batch, shape.keep);
 
-    println!("warm-up  the first step, in which a GPU's kernels are compiled");
+    say!("warm-up  the first step, in which a GPU's kernels are compiled");
     let (first_s, _) = bench.timed_step()?;
-    println!("         took {first_s:.2} s");
+    say!("         took {first_s:.2} s");
     let mut times = Vec::with_capacity(args.max_steps);
     let mut peak = None;
     for _ in 0..args.max_steps {
@@ -223,13 +223,13 @@ fn run_on<B: Kernels>(
     let step_s = times[times.len() / 2];
     let flops = StepFlops::of(config, &shape).total();
     let tokens = bench.batch.n_tokens() as f64;
-    println!(
+    say!(
         "\n{:.1} tokens/s ({:.1} with a pair's shared tokens counted twice): {step_s:.3} s a step, the median of {}",
         tokens / step_s,
         (2 * args.batch_size * args.max_length) as f64 / step_s,
         times.len()
     );
-    println!(
+    say!(
         "{:.3} TFLOP a step: {:.3} TFLOP/s, {:.0} % of the best product",
         flops / 1e12,
         flops / step_s / 1e12,
@@ -242,11 +242,11 @@ fn run_on<B: Kernels>(
     let entries = profile::finish();
     let (profiled_s, _) = profiled?;
     match entries.is_empty() {
-        true => println!("\nthe CPU runs no kernels that could be timed one by one"),
-        false => println!("\n{}", profile_table::table(&entries, profiled_s, Some(limits))),
+        true => say!("\nthe CPU runs no kernels that could be timed one by one"),
+        false => say!("\n{}", profile_table::table(&entries, profiled_s, Some(limits))),
     }
     if profile_table::exceed(&entries, limits) {
-        println!("{}", profile_table::WHY_EXCEEDED);
+        say!("{}", profile_table::WHY_EXCEEDED);
     }
     Ok(())
 }
@@ -256,20 +256,20 @@ fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choi
     let bytes = |n: usize| size(n as u64);
     let predicted = memory.total();
     match peak {
-        Some(peak) => println!(
+        Some(peak) => say!(
             "{} of memory in tensors at the fullest, {} predicted ({:+.1} %); {} held by the allocator",
             size(peak),
             bytes(predicted),
             100.0 * (predicted as f64 / peak as f64 - 1.0),
             size(choice.memory_bytes())
         ),
-        None => println!(
+        None => say!(
             "{} of memory predicted; the process has {} resident",
             bytes(predicted),
             size(choice.memory_bytes())
         ),
     }
-    println!(
+    say!(
         "  predicted: weights {}, adapters {}, gradients {}, kept for backward {}, one layer {}, scratch {}, head {}",
         bytes(memory.weights),
         bytes(memory.adapters),

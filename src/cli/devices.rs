@@ -23,22 +23,22 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
     let gpus = device::gpus();
     let selected = device::select_from(DeviceRequest::Auto, &gpus, &adapters)?;
     if args.json {
-        println!(
+        say!(
             "{:#}",
             json!({ "adapters": adapters, "cuda": gpus.unwrap_or_default(), "auto": selected.choice.to_string() })
         );
         return Ok(());
     }
     if adapters.is_empty() {
-        println!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER);
+        say!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER);
     } else {
-        println!("{}\n", table(&adapters));
+        say!("{}\n", table(&adapters));
     }
     match &gpus {
-        Ok(gpus) => println!("{}\n", cuda_table(gpus)),
-        Err(missing) => println!("no CUDA: {}\nhint: {}\n", missing.problem, missing.hint),
+        Ok(gpus) => say!("{}\n", cuda_table(gpus)),
+        Err(missing) => say!("no CUDA: {}\nhint: {}\n", missing.problem, missing.hint),
     }
-    println!("{}", auto(&selected));
+    say!("{}", auto(&selected));
     Ok(())
 }
 

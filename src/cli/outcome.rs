@@ -53,16 +53,12 @@ pub fn print_answers(questions: &[&str], start: &str, before: &[String], after: 
     for ((question, before), after) in questions.iter().zip(before).zip(after).take(SHOWN_ANSWERS) {
         table.add_row([question, before.as_str(), after.as_str()]);
     }
-    println!("{table}");
+    say!("{table}");
     let chinese = |answers: &[String]| answers.iter().filter(|answer| demo::is_chinese(answer)).count();
     let n = questions.len();
     let shown =
         if n > SHOWN_ANSWERS { format!("{SHOWN_ANSWERS} of {n} questions shown; a") } else { "a".to_owned() };
-    println!(
-        "{shown}nswers in Chinese: {} of {n} {start}, {} of {n} after\n",
-        chinese(before),
-        chinese(after)
-    );
+    say!("{shown}nswers in Chinese: {} of {n} {start}, {} of {n} after\n", chinese(before), chinese(after));
 }
 
 /// Shows the metrics before and after, where the adapter is, and how to talk to it.
@@ -83,12 +79,12 @@ pub fn print_summary(summary: &Summary, args: &TrainArgs) {
     for (name, before, after) in figures {
         table.add_row([name.to_owned(), format!("{before:.4}"), format!("{after:.4}")]);
     }
-    println!("{table}");
+    say!("{table}");
     if summary.n_skipped > 0 {
-        println!("skipped steps, whose gradients overflowed fp16: {}", summary.n_skipped);
+        say!("skipped steps, whose gradients overflowed fp16: {}", summary.n_skipped);
     }
-    println!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
-    println!("adapter: {}", summary.checkpoint.display());
+    say!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
+    say!("adapter: {}", summary.checkpoint.display());
     // On the weights that it was trained on.
     let bits = match args.quantization_bit {
         0 => String::new(),
@@ -99,9 +95,5 @@ pub fn print_summary(summary: &Summary, args: &TrainArgs) {
     let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();
     // As the program was called, so that the line can be pasted.
     let program = std::env::args_os().next().unwrap_or_else(|| env!("CARGO_PKG_NAME").into());
-    println!(
-        "talk to it: {} infer {model}{bits}--adapters {}",
-        program.display(),
-        summary.checkpoint.display()
-    );
+    say!("talk to it: {} infer {model}{bits}--adapters {}", program.display(), summary.checkpoint.display());
 }

@@ -48,7 +48,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
             selected
                 .note
                 .iter()
-                .for_each(|note| println!("device   {note}; --max_memory 8GiB asks about a GPU of 8 GiB"));
+                .for_each(|note| say!("device   {note}; --max_memory 8GiB asks about a GPU of 8 GiB"));
             selected.choice
         }
     };
@@ -60,10 +60,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let none = || Error::config("no row is left to train on");
     let chosen = case.predict(&base)?.ok_or_else(none)?;
 
-    println!("model    {}, {:.1} million weights", source.name, source.config.n_weights() as f64 / 1e6);
+    say!("model    {}, {:.1} million weights", source.name, source.config.n_weights() as f64 / 1e6);
     source.print_data(args);
     print_device(args, &case, is_elsewhere, &chosen);
-    println!("chosen   {}", base.flags(None));
+    say!("chosen   {}", base.flags(None));
     let resumes = args.resume_from_checkpoint.is_some();
     let mut others = alternatives(&case, &base, resumes)?;
     let nearest = if case.fits(&chosen) { None } else { nearest(&case, &base, resumes)? };
@@ -71,27 +71,27 @@ pub fn run(args: TrainArgs) -> Result<()> {
         let is_new = !others.iter().any(|(other, _)| other == setting) && *setting != base;
         others.extend(is_new.then(|| (setting.clone(), *budget)));
     }
-    println!("{}", table(&case, &base, &chosen, &others));
+    say!("{}", table(&case, &base, &chosen, &others));
     let embedding = size(2 * (source.config.vocab_size * source.config.hidden_size) as u64);
-    println!(
+    say!(
         "besides, in the computer's own memory: the embedding, {embedding} where the file has it in 16 bits"
     );
     if choice == DeviceChoice::Cpu {
-        println!(
+        say!(
             "and more on the CPU, which computes attention in tables of scores, where the GPU's kernels have none"
         );
     }
     if let Some(nearest) = nearest {
-        println!("nearest  {}", advice(&case, &base, &nearest));
+        say!("nearest  {}", advice(&case, &base, &nearest));
     }
-    println!();
+    say!("");
     let work = Work::of(args, &case, &source, &chosen)?;
-    println!("run      {}", work.what);
+    say!("run      {}", work.what);
     let time = match is_elsewhere {
         true => "unknown: the device is not here to be measured".to_owned(),
         false => work.time(measure(args, &choice)?),
     };
-    println!("time     {time}");
+    say!("time     {time}");
     Ok(())
 }
 
@@ -142,20 +142,20 @@ impl Source {
 
     fn print_data(&self, args: &TrainArgs) {
         let Some(pairs) = &self.pairs else {
-            println!(
+            say!(
                 "data     every pair is taken as two sequences of {} tokens with nothing in common, the most that --max_length lets \
                  through; without the model's tokenizer nothing shorter is known",
                 thousands(args.max_length)
             );
             return;
         };
-        println!(
+        say!(
             "data     {} pairs, {} left out by --max_length {}",
             pairs.len(),
             self.n_too_long,
             args.max_length
         );
-        println!("lengths  {}", lengths(pairs));
+        say!("lengths  {}", lengths(pairs));
     }
 }
 
@@ -192,8 +192,8 @@ fn print_device(args: &TrainArgs, case: &Case<'_>, is_elsewhere: bool, chosen: &
         }
         _ => "which does not say how much memory it has, so that whether a run fits is unknown".to_owned(),
     };
-    println!("device   {device}: {memory}");
-    println!(
+    say!("device   {device}: {memory}");
+    say!(
         "memory   at the fullest, in a step with the longest pairs ({} tokens), for the chosen settings and others:",
         thousands(chosen.tokens)
     );

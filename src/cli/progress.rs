@@ -92,10 +92,10 @@ impl Observer for Progress<'_> {
             let entries = profile::finish();
             let step_s = started.elapsed().as_secs_f64();
             self.bar.suspend(|| match entries.is_empty() {
-                true => println!(
+                true => say!(
                     "step {step} took {step_s:.3} s; the CPU runs no kernels that could be timed one by one"
                 ),
-                false => println!("kernels of step {step}\n{}", profile_table::table(&entries, step_s, None)),
+                false => say!("kernels of step {step}\n{}", profile_table::table(&entries, step_s, None)),
             });
         }
         let tokens_per_second = n_tokens as f64 / self.window_started.elapsed().as_secs_f64();

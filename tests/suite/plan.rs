@@ -1,7 +1,7 @@
 //! `orpo-wgpu plan`, and what `train` does with the same prediction: refuse, try the longest pair first, say what to do.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use burn_flex::Flex;
 use orpo_wgpu::data::batch::LossCompat;
@@ -138,6 +138,18 @@ fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     let left_out = text(&output.stderr).matches("left out: ").count();
     let says = format!("data     {} pairs, {left_out} left out by --max_length 60", 7 - left_out);
     assert!(left_out > 0 && printed.contains(&says), "{printed}");
+}
+
+/// As behind `| head`.
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
+    let mut child =
+        command.arg("plan").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stderr), "");
 }
 
 #[test]
