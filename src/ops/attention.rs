@@ -19,6 +19,7 @@ mod matrices;
 mod reference;
 mod registers;
 mod tile;
+pub mod trial;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};

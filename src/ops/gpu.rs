@@ -163,9 +163,8 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
         if !has_kernel(&q) {
             return attention::attention_forward_reference(q, k, v, mask);
         }
-        let (q, mask) = (operand(q), mask.launch_mask());
-        let tile = AttentionTile::of(&q, q.meta.shape()[2]);
-        let qkv = [q, operand(k), operand(v)];
+        let (qkv, mask) = ([q, k, v].map(operand), mask.launch_mask());
+        let tile = AttentionTile::of(&qkv[0], &qkv[1]);
         let (out, lse) = attention::launch::attention_forward(qkv, &mask, tile);
         AttentionOutput { out: tensor(out), lse: tensor(lse) }
     }
@@ -181,9 +180,8 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
         if !has_kernel(&q) {
             return attention::attention_backward_reference(dout, q, k, v, output, mask);
         }
-        let (q, mask) = (operand(q), mask.launch_mask());
-        let tile = AttentionTile::of(&q, q.meta.shape()[2]);
-        let qkv = [q, operand(k), operand(v)];
+        let (qkv, mask) = ([q, k, v].map(operand), mask.launch_mask());
+        let tile = AttentionTile::of(&qkv[0], &qkv[1]);
         let output = [operand(output.out), operand(output.lse)];
         attention::launch::attention_backward(operand(dout), qkv, output, &mask, tile).map(tensor)
     }

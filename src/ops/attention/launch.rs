@@ -12,6 +12,7 @@ use super::backward;
 use super::forward;
 use super::matrices::shared_bytes;
 use super::tile::{Form, Tile, Units};
+use super::trial::is_right;
 use crate::ops::cube::{bytes, empty, is_software};
 use crate::ops::profile;
 
@@ -190,10 +191,14 @@ impl Tile {
         Self { threads_m: 2, threads_n: 16, lines: 4, columns: 4, units: Units::Registers { stage: 0 } },
     ];
 
-    /// The tile for a tensor's device and type, and heads of this width.
-    pub fn of<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Self {
+    /// The tile for queries and keys like these.
+    pub fn of<R: CubeRuntime>(q: &CubeTensor<R>, k: &CubeTensor<R>) -> Self {
+        let Sizes { heads, kv_heads, head_dim, .. } = Sizes::of(q, k);
+        let is_right = |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile);
         match head_dim {
-            _ if !is_software(&tensor.client) => Self::on_matrices(tensor, head_dim).unwrap_or(Self::GPU),
+            _ if !is_software(&q.client) => {
+                Self::on_matrices(q, head_dim).filter(is_right).unwrap_or(Self::GPU)
+            }
             0..=64 => Self::SOFTWARE[0],
             65..=128 => Self::SOFTWARE[1],
             _ => Self::SOFTWARE[2],

@@ -1,7 +1,7 @@
 //! Which keys each query sees, and the summary of it by which kernels skip tiles.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -71,7 +71,7 @@ impl<B: Backend> AttentionMask<B> {
             let is_ordered = v.first <= v.prefix_end && v.prefix_end <= v.own_start && v.own_start < v.end;
             assert!(is_ordered, "attention: query {i} sees {v:?}");
         }
-        let words: Vec<i32> = table(&visible).into_iter().flatten().map(|n| n as i32).collect();
+        let words = words(&visible);
         let table = Tensor::from_data(TensorData::new(words.clone(), [words.len()]), device);
         Self { n_seen: n_seen(&visible), visible, table }
     }
@@ -88,9 +88,33 @@ impl<B: Backend> AttentionMask<B> {
     where
         B: Backend<IntTensorPrimitive = CubeTensor<R>>,
     {
-        let n_visible = self.visible.iter().map(Visible::n_keys).sum();
-        Mask { table: self.table.clone().into_primitive(), n_visible, n_seen: self.n_seen }
+        Mask {
+            table: self.table.clone().into_primitive(),
+            n_visible: n_visible(&self.visible),
+            n_seen: self.n_seen,
+        }
     }
+}
+
+impl<R: CubeRuntime> Mask<R> {
+    /// The mask of these queries, for kernels alone.
+    pub(super) fn new(visible: &[Visible], device: &R::Device) -> Self {
+        let (client, words) = (R::client(device), words(visible));
+        let handle = client.create_from_slice(bytemuck::cast_slice(&words));
+        let shape = Shape::from([words.len()]);
+        let table = CubeTensor::new_contiguous(client, device.clone(), shape, handle, DType::I32);
+        Self { table, n_visible: n_visible(visible), n_seen: n_seen(visible) }
+    }
+}
+
+/// (query, key) pairs that attend to each other.
+fn n_visible(visible: &[Visible]) -> usize {
+    visible.iter().map(Visible::n_keys).sum()
+}
+
+/// The table's numbers.
+fn words(visible: &[Visible]) -> Vec<i32> {
+    table(visible).into_iter().flatten().map(|n| n as i32).collect()
 }
 
 fn n_seen(visible: &[Visible]) -> usize {

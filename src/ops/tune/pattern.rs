@@ -4,10 +4,9 @@
 //! sums are the same in any order: all products of two entries are multiples of 1/16.
 
 use burn::cubecl::client::ComputeClient;
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, Shape, TensorData};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
-use half::{bf16, f16};
 
 /// One period of an operand.
 pub(in crate::ops) type Pattern = [f32; 7];
@@ -30,17 +29,13 @@ pub(in crate::ops) fn operand<R: CubeRuntime>(
     pattern: Pattern,
     dtype: DType,
 ) -> CubeTensor<R> {
-    let line = pattern.iter().copied().cycle().take(columns + pattern.len());
-    let line: Vec<u8> = match dtype {
-        DType::F16 => line.flat_map(|value| f16::from_f32(value).to_ne_bytes()).collect(),
-        DType::BF16 => line.flat_map(|value| bf16::from_f32(value).to_ne_bytes()).collect(),
-        _ => line.flat_map(f32::to_ne_bytes).collect(),
-    };
+    let line: Vec<f32> = pattern.iter().copied().cycle().take(columns + pattern.len()).collect();
+    let line = TensorData::new(line, [columns + pattern.len()]).convert_dtype(dtype);
     let size = dtype.size();
     let mut bytes = Vec::with_capacity(rows * columns * size);
     for row in 0..rows {
         let first = row % pattern.len();
-        bytes.extend_from_slice(&line[first * size..(first + columns) * size]);
+        bytes.extend_from_slice(&line.as_bytes()[first * size..(first + columns) * size]);
     }
     let handle = client.create_from_slice(&bytes);
     CubeTensor::new_contiguous(client.clone(), device.clone(), Shape::from([rows, columns]), handle, dtype)
@@ -60,18 +55,12 @@ pub(super) fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> b
         let handle = out.handle.clone().offset_start((first * row_bytes) as u64);
         let handle = handle.offset_end(((m - first - rows) * row_bytes) as u64);
         let Ok(bytes) = out.client.read_one(handle) else { return false };
-        let values: Vec<f32> = match out.dtype {
-            DType::F16 => bytes.chunks_exact(2).map(|b| f16::from_ne_bytes([b[0], b[1]]).to_f32()).collect(),
-            DType::BF16 => {
-                bytes.chunks_exact(2).map(|b| bf16::from_ne_bytes([b[0], b[1]]).to_f32()).collect()
-            }
-            _ => bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        };
-        values.len() >= rows * n
-            && values.iter().take(rows * n).enumerate().all(|(at, value)| {
-                let (row, column) = (first + at / n, at % n);
-                let want = sums[row % period * period + column % period];
-                (value - want).abs() <= TOLERANCE * want.abs()
-            })
+        let data = TensorData::from_bytes(bytes, [rows, n], out.dtype);
+        let Ok(values) = data.convert::<f32>().into_vec::<f32>() else { return false };
+        values.iter().enumerate().all(|(at, value)| {
+            let (row, column) = (first + at / n, at % n);
+            let want = sums[row % period * period + column % period];
+            (value - want).abs() <= TOLERANCE * want.abs()
+        })
     })
 }

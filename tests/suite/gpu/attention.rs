@@ -6,7 +6,8 @@ use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::attention::{
-    AttentionMask, AttentionOutput, Tile, Visible, attention, attention_backward, attention_reference, launch,
+    AttentionMask, AttentionOutput, Tile, Visible, attention, attention_backward, attention_reference,
+    launch, trial,
 };
 
 use super::on::{Gpu, GpuDevice, GpuRuntime, adapter, stored_types};
@@ -308,6 +309,12 @@ fn on_matrices() {
             assert!(tile.is_some(), "the device's matrices take heads of {}", case.head_dim);
             compare(&case.stored(dtype), tile, &device);
         }
+        let tile = Tile::on_matrices(&like, 64).expect("it was there before");
+        let is_right = |tile| trial::is_right::<GpuRuntime>(&device, dtype, [8, 2, 64], tile);
+        assert!(is_right(tile), "{tile:?}");
+        // Its planes would be half of what the device's are.
+        let wrong = Tile { threads_n: tile.threads_n / 2, ..tile };
+        assert!(!is_right(wrong), "{wrong:?}");
     }
 }
 
