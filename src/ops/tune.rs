@@ -56,7 +56,7 @@ pub trait MatrixEngine: 'static {
     /// What is worth timing, the rule's choice first.
     fn candidates(client: &ComputeClient<Self::Runtime>, kind: Self::Kind) -> Vec<Self::Choice>;
 
-    /// Operands of a product, with the entries of [`pattern`].
+    /// Operands of a product, with entries of which each sum is known.
     fn scratch(
         client: &ComputeClient<Self::Runtime>,
         device: &<Self::Runtime as Runtime>::Device,

@@ -97,7 +97,7 @@ pub(in crate::ops) fn launch<R: CubeRuntime>(
     launch_ref(strategy, &lhs.client, operand(lhs), operand(rhs), out.clone().binding(), &mut elements)
 }
 
-/// Rows of a thread of [`finish`].
+/// Rows of a thread of [`finish()`].
 const ROWS: usize = 8;
 
 /// A product of rank r, `scale · left · right`.

@@ -16,11 +16,11 @@ use crate::ops::profile;
 
 /// Columns of the output that a workgroup makes.
 const RANKS: usize = 8;
-/// Rows of the large matrix of which [`rows_kernel`] makes an output at a time.
+/// Rows of the large matrix of which [`rows_kernel()`] makes an output at a time.
 const ROWS: usize = 4;
 /// Threads that share a row there.
 const ROW_THREADS: usize = 128;
-/// Vectors of a row that a workgroup of [`columns_kernel`] sums the columns of.
+/// Vectors of a row that a workgroup of [`columns_kernel()`] sums the columns of.
 const LANES: usize = 32;
 /// Threads there that take turns with the rows.
 const TURNS: usize = 8;
