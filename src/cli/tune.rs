@@ -49,10 +49,9 @@ impl Identity {
     fn of_gpu<E: MatrixEngine>(gpu: &crate::device::CudaGpu) -> Self {
         let name: String =
             gpu.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-        let (major, minor) = gpu.compute_capability;
         Self {
             file_name: format!("tune-cuda-{name}.json").to_lowercase(),
-            of: [gpu.name.clone(), format!("compute capability {major}.{minor}"), E::revision()],
+            of: [gpu.name.clone(), format!("CUDA {}", crate::device::driver_version()), E::revision()],
         }
     }
 }

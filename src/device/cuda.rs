@@ -66,7 +66,7 @@ pub fn gpus() -> CudaGpus {
 }
 
 #[cfg(feature = "cuda")]
-pub use found::gpus;
+pub use found::{driver_version, gpus};
 
 #[cfg(feature = "cuda")]
 mod found {
@@ -97,6 +97,15 @@ mod found {
             let problem = "the NVIDIA driver lacks functions of CUDA 12.8".to_owned();
             Err(Missing { problem, hint: "update the driver" })
         })
+    }
+
+    /// The newest CUDA that the driver knows, as `1000 · major + 10 · minor`; 0 where it does not tell.
+    pub fn driver_version() -> i32 {
+        let mut version = 0;
+        #[expect(unsafe_code, reason = "cudarc has no other function for it")]
+        // SAFETY: the driver writes one number.
+        let result = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+        if result == sys::CUresult::CUDA_SUCCESS { version } else { 0 }
     }
 
     fn find() -> CudaGpus {
