@@ -136,10 +136,13 @@ pub fn tune<E: MatrixEngine>(device: &DeviceOf<E>, kinds: &[E::Kind], budget: Du
         if is_known || E::flops(kind) < LEAST_FLOPS || start.elapsed() > budget {
             continue;
         }
+        let candidates = E::candidates(&client, kind);
+        if candidates.is_empty() {
+            continue;
+        }
         let scratch = E::scratch(&client, device, kind);
-        let times = E::candidates(&client, kind).into_iter();
         // The rule's own choice comes first; without a rival's time it stands anyway.
-        let times = times.take_while(|_| start.elapsed() <= budget);
+        let times = candidates.into_iter().take_while(|_| start.elapsed() <= budget);
         let times = times.filter(|&choice| is_right::<E>(&scratch, kind, choice));
         let times = times.map(|choice| (choice, time::<E>(&client, &scratch, choice)));
         if let Some((choice, ms)) = times.filter(|(_, ms)| ms.is_finite()).min_by(|a, b| a.1.total_cmp(&b.1))
