@@ -12,7 +12,7 @@ use super::lines::{Block, Lines, Quad};
 use super::tile::{Form, Tile, column, thread_m, thread_n};
 
 /// Workgroup memory, and how the work is cut. Rows are longer than what they hold, which keeps neighbours out of each other's banks,
-/// by so much that every matrix starts at a multiple of 32 bytes, as CUDA wants it.
+/// by so much that every matrix of 16 x 16 starts at a multiple of 32 bytes, as CUDA wants it.
 #[derive(CubeType)]
 pub(super) struct MatrixRoom<F: Float> {
     /// `[n_owned, block_m, head_dim]`

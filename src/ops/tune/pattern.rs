@@ -1,6 +1,6 @@
 //! Operands of which every entry of a product is known.
 //!
-//! A row is a turn of the same seven numbers, one further than the row before it, so that a product has 49 different entries. Their
+//! A row is a turn of the same seven numbers, one further than the row before it, so that a product has up to 49 different entries. Their
 //! sums are the same in any order: all products of two entries are multiples of 1/16.
 
 use burn::cubecl::client::ComputeClient;
@@ -18,7 +18,7 @@ pub(in crate::ops) const RIGHT: Pattern = [0.5, 1.0, -0.25, 0.75, 0.25, -1.0, 0.
 
 /// Rows that are looked at, at either end.
 const ROWS: usize = 16;
-/// The relative error of an output that was rounded to `bf16`, twice over; other rows' outputs are further away.
+/// Four times what `bf16` rounds off; the outputs of neighbouring rows and columns are further away.
 const TOLERANCE: f32 = 1.0 / 64.0;
 
 /// The operand of this shape. Which of its indices runs along the depth makes no difference.

@@ -7,7 +7,6 @@ use std::sync::LazyLock;
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
-use burn_cubecl::ops::numeric::zeros_client;
 use burn_cubecl::tensor::CubeTensor;
 use cubek::matmul::components::tile::TileMatmulKind;
 use cubek::matmul::launch::Strategy;
@@ -189,7 +188,10 @@ impl<R: CubeRuntime> MatrixEngine for Routes<R> {
     }
 
     fn zeros([lhs, rhs]: &[CubeTensor<R>; 2]) -> CubeTensor<R> {
-        zeros_client(lhs.client.clone(), lhs.device.clone(), out_shape(lhs, rhs), DType::F32)
+        // burn's own would have gaps between its rows on CUDA.
+        let shape = out_shape(lhs, rhs);
+        let handle = lhs.client.create_from_slice(&vec![0; shape.num_elements() * DType::F32.size()]);
+        CubeTensor::new_contiguous(lhs.client.clone(), lhs.device.clone(), shape, handle, DType::F32)
     }
 }
 
