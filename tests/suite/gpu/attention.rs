@@ -12,7 +12,7 @@ use orpo_wgpu::ops::attention::{
 
 use super::on::{Gpu, GpuDevice, GpuRuntime, adapter, stored_types};
 use crate::gpu::product::matrix_sizes;
-use crate::support::{Numbers, assert_close, has_matrices};
+use crate::support::{Numbers, assert_close, has_matrices, left_out};
 
 /// Sums of up to some hundred products of numbers around one, in another order than the reference's.
 const ATOL: f32 = 1e-5;
@@ -306,6 +306,11 @@ fn on_matrices() {
             Case { size: 60.0, ..Case::new(4, 1, 32, pairs(&[[40, 50, 60]])) },
         ] {
             let tile = Tile::on_matrices(&like, case.head_dim);
+            let hardware = &like.client.properties().hardware;
+            if tile.is_none() && hardware.plane_size_min != hardware.plane_size_max {
+                left_out("attention takes matrix units where planes have one size alone");
+                return;
+            }
             assert!(tile.is_some(), "the device's matrices take heads of {}", case.head_dim);
             compare(&case.stored(dtype), tile, &device);
         }
