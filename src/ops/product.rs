@@ -321,15 +321,15 @@ impl Scratch {
             if is_rows { [lines, depth] } else { [depth, lines] }.map(|n| n as usize)
         };
         let (lhs_rows, rhs_rows) = (layout != Layout::ColumnsColumns, layout == Layout::RowsRows);
-        let operand = |shape, pattern, element: Element| {
-            pattern::operand(client, device, shape, pattern, element.dtype())
+        let operand = |shape, is_rows, pattern, element: Element| {
+            pattern::operand(client, device, shape, is_rows, pattern, element.dtype())
         };
         // The adapter adds nothing to the pattern's sums.
         let zeros = |shape| zeros_client(client.clone(), device.clone(), Shape::from(shape), DType::F32);
         Self {
             kind,
-            lhs: operand(shape(m, depth, lhs_rows), LEFT, elements.lhs),
-            rhs: operand(shape(n, depth, rhs_rows), RIGHT, elements.rhs),
+            lhs: operand(shape(m, depth, lhs_rows), lhs_rows, LEFT, elements.lhs),
+            rhs: operand(shape(n, depth, rhs_rows), rhs_rows, RIGHT, elements.rhs),
             prologue: [zeros(shape(m, rank.max(1), lhs_rows)), zeros(shape(n, rank.max(1), rhs_rows))],
         }
     }

@@ -173,9 +173,14 @@ impl<R: CubeRuntime> MatrixEngine for Routes<R> {
 
     fn scratch(client: &ComputeClient<R>, device: &R::Device, kind: RouteKind) -> [CubeTensor<R>; 2] {
         let RouteKind { m, n, depth, is_turned, dtype } = kind;
-        let operand = |shape, pattern| pattern::operand(client, device, shape, pattern, dtype);
-        let rhs = if is_turned { turned(&operand([n, depth], RIGHT)) } else { operand([depth, n], RIGHT) };
-        [operand([m, depth], LEFT), rhs]
+        let operand =
+            |shape, is_rows, pattern| pattern::operand(client, device, shape, is_rows, pattern, dtype);
+        let rhs = if is_turned {
+            turned(&operand([n, depth], true, RIGHT))
+        } else {
+            operand([depth, n], false, RIGHT)
+        };
+        [operand([m, depth], true, LEFT), rhs]
     }
 
     fn launch(
