@@ -17,7 +17,7 @@ use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 pub use adapter::{Adapter, DeviceType, adapters, api};
 #[cfg(feature = "cuda")]
-pub use cuda::driver_version;
+pub use cuda::driver_and_compiler;
 pub use cuda::{CudaGpu, CudaGpus, Missing, gpus};
 pub use guard::{doing, guard};
 pub use self_test::self_test;

@@ -33,6 +33,8 @@ use burn::tensor::{DType, FloatDType, Int, Tensor};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 
+pub use product::{CutChoice, CutKind, Cuts};
+
 use adamw::AdamWStep;
 use attention::{AttentionMask, AttentionOutput};
 use lora_linear::{Lora, LoraGrads};

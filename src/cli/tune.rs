@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{Adapter, DeviceChoice};
 use crate::model::Llama;
-use crate::ops::Kernels;
-use crate::ops::tune::{self, Cuts, DeviceOf, MatrixEngine, Timings};
+use crate::ops::tune::{self, DeviceOf, MatrixEngine, Timings, Verdict};
+use crate::ops::{Cuts, Kernels};
 
 /// Runs of fewer operations are over before timing would have paid.
 const LEAST_FLOPS: f64 = 1e14;
@@ -46,12 +46,12 @@ impl Identity {
     }
 
     #[cfg(feature = "cuda")]
-    fn of_gpu<E: MatrixEngine>(gpu: &crate::device::CudaGpu) -> Self {
+    fn of_gpu<E: MatrixEngine>(gpu: &crate::device::CudaGpu, driver: String) -> Self {
         let name: String =
             gpu.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         Self {
             file_name: format!("tune-cuda-{name}.json").to_lowercase(),
-            of: [gpu.name.clone(), format!("CUDA {}", crate::device::driver_version()), E::revision()],
+            of: [gpu.name.clone(), driver, E::revision()],
         }
     }
 }
@@ -86,8 +86,9 @@ pub(super) fn tune(choice: &DeviceChoice, linears: &[Extents], steps: usize, not
         }
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda(gpu) => {
-            type Routes = tune::Routes<burn::cubecl::cuda::CudaRuntime>;
-            tune_on::<Routes>(&gpu.device(), &Identity::of_gpu::<Routes>(gpu), linears, steps, note);
+            type Routes = crate::ops::engine::Routes<burn::cubecl::cuda::CudaRuntime>;
+            let identity = Identity::of_gpu::<Routes>(gpu, crate::device::driver_and_compiler());
+            tune_on::<Routes>(&gpu.device(), &identity, linears, steps, note);
         }
     }
 }
@@ -121,7 +122,20 @@ fn tune_on<E: MatrixEngine>(
     if new.is_empty() {
         return;
     }
-    note(format!("{} kinds of products timed in {:.1} s", new.len(), started.elapsed().as_secs_f64()));
+    let new_kinds: HashSet<_> = new.iter().map(|timing| timing.kind).collect();
+    note(format!(
+        "{} ways of making {} kinds of products timed in {:.1} s",
+        new.len(),
+        new_kinds.len(),
+        started.elapsed().as_secs_f64()
+    ));
+    let n_wrong = new.iter().filter(|timing| timing.ms.is_none()).count();
+    if n_wrong > 0 {
+        note(format!("{n_wrong} of them come out wrong and are not taken"));
+    }
+    for kind in new_kinds.into_iter().filter(|&kind| tune::verdict::<E>(device, kind) == Verdict::Wrong) {
+        note(format!("no way that was tried comes out right, and registers compute {kind:?}"));
+    }
     timings.extend(new);
     if let Some(path) = path
         && let Err(reason) = write(&path, &Cache { of: identity.of.clone(), timings })
@@ -160,7 +174,8 @@ fn write(path: &Path, cache: &Cache<impl Serialize>) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use crate::ops::kernel::{Cut, Elements, Layout, Tile};
-    use crate::ops::tune::{Choice, Kind, Timing};
+    use crate::ops::tune::Timing;
+    use crate::ops::{CutChoice, CutKind};
 
     fn adapter(name: &str) -> Identity {
         let mut adapter = Adapter::unknown();
@@ -169,10 +184,10 @@ mod tests {
     }
 
     fn timings() -> Timings<Cuts> {
-        let kind = Kind::new(Layout::RowsRows, [1000, 4096, 4096, 8], Elements::F32);
-        let own = Timing { kind, choice: Choice::Own(Cut::Registers(Tile::ALL[0])), ms: 1.5 };
-        let backward = Kind { layout: Layout::RowsColumns, ..kind };
-        vec![own, Timing { kind: backward, choice: Choice::Burn, ms: 2.5 }]
+        let kind = CutKind::new(Layout::RowsRows, [1000, 4096, 4096, 8], Elements::F32);
+        let own = Timing { kind, choice: CutChoice::Own(Cut::Registers(Tile::ALL[0])), ms: Some(1.5) };
+        let backward = CutKind { layout: Layout::RowsColumns, ..kind };
+        vec![own, Timing { kind: backward, choice: CutChoice::Burn, ms: None }]
     }
 
     #[test]
@@ -184,6 +199,24 @@ mod tests {
         assert_eq!(read(&path, &adapter("a")), Ok(timings()));
         assert_eq!(read(&path, &adapter("b")), Ok(Timings::<Cuts>::new()));
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    #[cfg(feature = "cuda")]
+    fn a_gpu_has_a_file_of_its_own() {
+        let identity = |name: &str, driver: &str| {
+            let gpu = crate::device::CudaGpu {
+                index: 0,
+                name: name.to_owned(),
+                memory_bytes: 80 << 30,
+                compute_capability: (9, 0),
+            };
+            Identity::of_gpu::<Cuts>(&gpu, driver.to_owned())
+        };
+        let new = identity("NVIDIA H100 80GB HBM3", "570.86");
+        assert_eq!(new.file_name, "tune-cuda-nvidia-h100-80gb-hbm3.json");
+        assert_ne!(new.of, identity("NVIDIA H100 80GB HBM3", "550.54").of);
+        assert_ne!(new.file_name, identity("NVIDIA L4", "570.86").file_name);
     }
 
     #[test]

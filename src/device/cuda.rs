@@ -66,7 +66,7 @@ pub fn gpus() -> CudaGpus {
 }
 
 #[cfg(feature = "cuda")]
-pub use found::{driver_version, gpus};
+pub use found::{driver_and_compiler, gpus};
 
 #[cfg(feature = "cuda")]
 mod found {
@@ -99,13 +99,19 @@ mod found {
         })
     }
 
-    /// The newest CUDA that the driver knows, as `1000 · major + 10 · minor`; 0 where it does not tell.
-    pub fn driver_version() -> i32 {
-        let mut version = 0;
-        #[expect(unsafe_code, reason = "cudarc has no other function for it")]
-        // SAFETY: the driver writes one number.
-        let result = unsafe { sys::cuDriverGetVersion(&raw mut version) };
-        if result == sys::CUresult::CUDA_SUCCESS { version } else { 0 }
+    /// What the speed of a kernel depends on besides the GPU, in words: the driver, where the system tells of it, the newest CUDA that
+    /// it knows, and the compiler.
+    pub fn driver_and_compiler() -> String {
+        let (mut cuda, mut major, mut minor) = (0, 0, 0);
+        #[expect(unsafe_code, reason = "cudarc has no other functions for them")]
+        // SAFETY: they write these numbers, and leave them alone where they fail.
+        unsafe {
+            let _ = sys::cuDriverGetVersion(&raw mut cuda);
+            let _ = nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor);
+        }
+        let driver = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+        let driver = driver.lines().next().unwrap_or_default();
+        format!("{driver} CUDA {cuda} NVRTC {major}.{minor}").trim_start().to_owned()
     }
 
     fn find() -> CudaGpus {

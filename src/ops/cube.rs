@@ -26,6 +26,16 @@ pub(super) fn computes_in<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DTyp
     usage.is_superset(TypeUsage::Arithmetic | TypeUsage::Conversion | TypeUsage::Buffer)
 }
 
+/// Waits for all that was launched.
+///
+/// # Panics
+/// If any of it failed.
+pub(super) fn settle<R: CubeRuntime>(client: &ComputeClient<R>) {
+    if let Err(error) = pollster::block_on(client.sync()) {
+        panic!("{error}");
+    }
+}
+
 /// The tensor as a kernel reads it: contiguous, of one of the storage types, not empty.
 pub(super) fn readable<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<R> {
     let takes = |dtype: DType| match dtype {

@@ -1,5 +1,6 @@
 //! The matrix products of [`lora_linear`](super::lora_linear) on wgpu: how each is cut, and its launches.
 
+mod cuts;
 mod plan;
 
 use burn::cubecl::client::ComputeClient;
@@ -13,9 +14,9 @@ use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use super::cube::bytes;
 use super::kernel::{Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
-use super::tune::pattern::{self, LEFT, RIGHT};
-use super::tune::{self, Choice, Cuts, Kind};
+use super::tune::{self, LEFT, RIGHT, Verdict};
 
+pub use cuts::{CutChoice, CutKind, Cuts};
 pub(super) use plan::Device;
 use plan::Plan;
 
@@ -120,17 +121,23 @@ impl<'a> Product<'a> {
         let rank = self.prologue.map_or(0, |(lhs, _, _)| dims(lhs)[1]);
         let elements =
             Elements { lhs: self.lhs.dtype.into(), rhs: self.rhs.dtype.into(), out: self.dtype.into() };
-        let kind = Kind::new(self.layout, [m, n, depth, rank], elements);
+        let kind = CutKind::new(self.layout, [m, n, depth, rank], elements);
         let device = Device::of(&self.lhs.client);
         if device.has_matrices() && self.is_split() {
             return self.run_in_halves();
         }
-        let formula = || Choice::Own(device.cuts(self.layout, elements, [m, n], self.rounds)[0]);
+        let cuts = || device.cuts(self.layout, elements, [m, n], self.rounds).into_iter();
+        let rule = || cuts().next();
+        let registers = || cuts().find(|cut| !matches!(cut, Cut::Matrices(_)));
         // burn's product has no factor.
         let has_factor = self.scale.to_bits() != 1f32.to_bits();
-        let timed =
-            tune::choice::<Cuts>(&self.lhs.device, kind).filter(|&c| c != Choice::Burn || !has_factor);
-        let choice = timed.unwrap_or_else(formula);
+        let choice = match tune::verdict::<Cuts>(&self.lhs.device, kind) {
+            Verdict::Fastest(CutChoice::Burn) if has_factor => rule().map(CutChoice::Own),
+            Verdict::Fastest(choice) => Some(choice),
+            Verdict::Untried => rule().map(CutChoice::Own),
+            Verdict::Wrong => registers().map(CutChoice::Own),
+        };
+        let choice = choice.unwrap_or_else(|| panic!("no cut of {m} x {n} fits the device's dispatches"));
         self.run_as(choice)
     }
 
@@ -153,11 +160,11 @@ impl<'a> Product<'a> {
         part(&high, Some(low))
     }
 
-    fn run_as(mut self, choice: Choice) -> Floats {
+    fn run_as(mut self, choice: CutChoice) -> Floats {
         let [m, n, depth] = self.extents();
         let cut = match choice {
-            Choice::Burn => return self.run_by_burn(),
-            Choice::Own(cut) => cut,
+            CutChoice::Burn => return self.run_by_burn(),
+            CutChoice::Own(cut) => cut,
         };
         let busy = Device::of(&self.lhs.client).busy;
         let Plan { splits, span } = Plan::new(busy, cut, [m, n, depth], self.prologue.is_some());
@@ -308,21 +315,22 @@ pub(super) fn lora_backward(
 /// The operands of a product that is only timed.
 #[derive(Debug)]
 pub struct Scratch {
-    kind: Kind,
+    kind: CutKind,
     lhs: Floats,
     rhs: Floats,
     prologue: [Floats; 2],
 }
 
 impl Scratch {
-    pub(super) fn new(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice, kind: Kind) -> Self {
-        let Kind { layout, m, n, depth, rank, elements } = kind;
+    pub(super) fn new(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice, kind: CutKind) -> Self {
+        let CutKind { layout, n, depth, rank, elements, .. } = kind;
+        let m = kind.rows();
         let shape = |lines: u32, depth: u32, is_rows: bool| {
             if is_rows { [lines, depth] } else { [depth, lines] }.map(|n| n as usize)
         };
         let (lhs_rows, rhs_rows) = (layout != Layout::ColumnsColumns, layout == Layout::RowsRows);
         let operand = |shape, is_rows, pattern, element: Element| {
-            pattern::operand(client, device, shape, is_rows, pattern, element.dtype())
+            tune::operand(client, device, shape, is_rows, pattern, element.dtype())
         };
         // The adapter adds nothing to the pattern's sums.
         let zeros = |shape| zeros_client(client.clone(), device.clone(), Shape::from(shape), DType::F32);
@@ -336,12 +344,13 @@ impl Scratch {
 
     /// Zeros of the output's shape and type.
     pub(super) fn zeros(&self) -> Floats {
-        let Kind { m, n, elements, .. } = self.kind;
+        let CutKind { n, elements, .. } = self.kind;
+        let m = self.kind.rows();
         let (client, device) = (self.lhs.client.clone(), self.lhs.device.clone());
         zeros_client(client, device, Shape::from([m as usize, n as usize]), elements.out.dtype())
     }
 
-    pub(super) fn run(&self, choice: Choice, addend: Option<Floats>) -> Floats {
+    pub(super) fn run(&self, choice: CutChoice, addend: Option<Floats>) -> Floats {
         let [prologue_lhs, prologue_rhs] = &self.prologue;
         let product = Product::new(self.kind.layout, &self.lhs, &self.rhs);
         let product = product.into_dtype(self.kind.elements.out.dtype()).add_to(addend);

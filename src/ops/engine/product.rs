@@ -15,9 +15,10 @@ use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError
 use cubek::matmul::launch::{Strategy, launch_ref};
 use cubek::std::InputBinding;
 
+use super::routes::{Route, RouteKind, Routes};
 use crate::ops::cube::{bytes, empty, one_thread_each, overwrite, vector_width};
 use crate::ops::profile;
-use crate::ops::tune::{self, Route, RouteKind, Routes};
+use crate::ops::tune::{self, Verdict};
 
 /// What a left operand in `f32` may become for a right one that tensor cores take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +30,7 @@ pub(super) enum Rounding {
 }
 
 /// The transposed matrix, in the same buffer.
-pub(in crate::ops) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTensor<R> {
+pub(super) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTensor<R> {
     let mut matrix = matrix.clone();
     matrix.meta.swap(0, 1);
     matrix
@@ -56,7 +57,7 @@ pub(super) fn product<R: CubeRuntime>(
 }
 
 /// Whether the device has matrix units for a 16-bit type that sum in `f32`.
-pub(in crate::ops) fn has_matrices<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DType) -> bool {
+pub(super) fn has_matrices<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DType) -> bool {
     let (element, sum) = (dtype.into(), DType::F32.into());
     let is_of = |unit: &cubecl::features::MmaConfig| unit.a_type == element && unit.cd_type == sum;
     dtype != DType::F32 && client.properties().features.matmul.cmma.iter().any(is_of)
@@ -67,17 +68,17 @@ fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeT
     let [rhs_depth, n] = [0, 1].map(|i| rhs.meta.shape()[i]);
     assert_eq!(depth, rhs_depth, "{name}: depth of the operands");
     let out = empty(lhs, Shape::from([m, n]), DType::F32);
-    let is_matrix = lhs.dtype == rhs.dtype && has_matrices(&rhs.client, rhs.dtype);
+    let strategies: Vec<_> = routes(lhs, rhs).into_iter().map(Route::strategy).collect();
+    let registers = Strategy::SimpleUnit(Default::default());
     let moved = bytes(&[lhs, rhs, &out]);
     let mut outcome = Ok(());
     profile::kernel(name, 2 * m * n * depth, moved, &lhs.client, || {
-        let by = |strategy: Strategy| launch(&strategy, lhs, rhs, &out);
-        let registers = || by(Strategy::SimpleUnit(Default::default()));
-        let route =
-            || tune::choice::<Routes<R>>(&lhs.device, RouteKind::of(lhs, rhs)).unwrap_or(Route::ALL[0]);
         // Matrix units have no tile for some shapes.
-        let on_matrices = if is_matrix { by(route().strategy()).ok() } else { None };
-        outcome = on_matrices.map_or_else(registers, Ok).map_err(|error| format!("{error:?}"));
+        let by = |strategy: &Strategy| launch_cubek(strategy, lhs, rhs, &out);
+        let is_made = strategies.iter().any(|strategy| by(strategy).is_ok());
+        if !is_made {
+            outcome = by(&registers).map_err(|error| format!("{error:?}"));
+        }
     });
     if let Err(error) = outcome {
         panic!("{name}: no product of {:?} and {:?}: {error}", lhs.meta.shape(), rhs.meta.shape());
@@ -85,7 +86,22 @@ fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeT
     out
 }
 
-pub(in crate::ops) fn launch<R: CubeRuntime>(
+/// The routes to take, the best first; none where registers have to make the product.
+fn routes<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> Vec<Route> {
+    if lhs.dtype != rhs.dtype || !has_matrices(&rhs.client, rhs.dtype) {
+        return Vec::new();
+    }
+    let kind = RouteKind::of(lhs, rhs);
+    let rule = || tune::rule::<Routes<R>>(&lhs.device, kind.sample());
+    match tune::verdict::<Routes<R>>(&lhs.device, kind) {
+        Verdict::Fastest(route) => [Some(route), rule()].into_iter().flatten().collect(),
+        Verdict::Untried => rule().into_iter().collect(),
+        Verdict::Wrong => Vec::new(),
+    }
+}
+
+/// `lhs · rhs` into `out`, which is `f32`.
+pub(super) fn launch_cubek<R: CubeRuntime>(
     strategy: &Strategy,
     lhs: &CubeTensor<R>,
     rhs: &CubeTensor<R>,

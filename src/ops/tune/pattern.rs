@@ -8,11 +8,13 @@ use burn::tensor::{DType, Shape, TensorData};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
+const PERIOD: usize = 7;
+
 /// Seven numbers, and how many of them a line is ahead of the line before it; an entry of the depth is one ahead of the one before. So
 /// no block of an operand is that block turned.
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct Pattern {
-    numbers: [f32; 7],
+    numbers: [f32; PERIOD],
     step: usize,
 }
 
@@ -24,7 +26,9 @@ pub(in crate::ops) const RIGHT: Pattern =
     Pattern { numbers: [0.5, 1.0, -0.25, 0.75, 0.25, -1.0, 0.0], step: 2 };
 
 /// Rows that are looked at, at either end.
-const ROWS: usize = 16;
+const END_ROWS: usize = 16;
+/// Rows between them that are looked at, about.
+const ROWS: usize = 256;
 /// What an output in `f16` may be off by; one in `f32` is exact.
 const TOLERANCE: f32 = 1.0 / 1024.0;
 
@@ -37,46 +41,55 @@ pub(in crate::ops) fn operand<R: CubeRuntime>(
     Pattern { numbers, step }: Pattern,
     dtype: DType,
 ) -> CubeTensor<R> {
-    let period = numbers.len();
     let [row_step, column_step] = if is_rows { [step, 1] } else { [1, step] };
     let turn = |first: usize| {
         let row: Vec<f32> =
-            (0..columns).map(|column| numbers[(first + column * column_step) % period]).collect();
+            (0..columns).map(|column| numbers[(first + column * column_step) % PERIOD]).collect();
         TensorData::new(row, [columns]).convert_dtype(dtype)
     };
-    let turns: Vec<_> = (0..period).map(turn).collect();
+    let turns: Vec<_> = (0..PERIOD).map(turn).collect();
     let mut bytes = Vec::with_capacity(rows * columns * dtype.size());
     for row in 0..rows {
-        bytes.extend_from_slice(turns[row * row_step % period].as_bytes());
+        bytes.extend_from_slice(turns[row * row_step % PERIOD].as_bytes());
     }
     let handle = client.create_from_slice(&bytes);
     CubeTensor::new_contiguous(client.clone(), device.clone(), Shape::from([rows, columns]), handle, dtype)
 }
 
-/// Whether this is the product of the two operands over so much depth, by its first and its last rows.
-pub(super) fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> bool {
+/// Whether this is the product of the two operands over so much depth.
+///
+/// Looked at are all columns of the first and the last rows, and of rows between that are an odd number apart, so that a few blocks
+/// have one at every place of a block.
+pub fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> bool {
     let [m, n] = [0, 1].map(|i| out.meta.shape()[i]);
-    let period = LEFT.numbers.len();
-    let sum = |row: usize, column: usize| -> f32 {
-        let at =
-            |Pattern { numbers, step }: Pattern, line: usize, k: usize| numbers[(line * step + k) % period];
-        (0..depth).map(|k| at(LEFT, row, k) * at(RIGHT, column, k)).sum()
-    };
-    let sums: Vec<f32> = (0..period * period).map(|at| sum(at / period, at % period)).collect();
     let row_bytes = n * out.dtype.size();
-    [0, m.saturating_sub(ROWS)].into_iter().all(|first| {
-        let rows = ROWS.min(m - first);
-        let handle = out.handle.clone().offset_start((first * row_bytes) as u64);
-        let handle = handle.offset_end(((m - first - rows) * row_bytes) as u64);
-        let Ok(bytes) = out.client.read_one(handle) else { return false };
-        let data = TensorData::from_bytes(bytes, [rows, n], out.dtype);
-        let Ok(values) = data.convert::<f32>().into_vec::<f32>() else { return false };
-        let tolerance = if out.dtype == DType::F32 { 0.0 } else { TOLERANCE };
-        values.len() == rows * n
-            && values.iter().enumerate().all(|(at, value)| {
-                let (row, column) = (first + at / n, at % n);
-                let want = sums[row % period * period + column % period];
-                (value - want).abs() <= tolerance * want.abs()
-            })
+    let step = (m / ROWS) | 1;
+    let is_end = |row: usize| row < END_ROWS || row + END_ROWS >= m;
+    let rows: Vec<_> = (0..m).filter(|&row| is_end(row) || row.is_multiple_of(step)).collect();
+    let of_row = |&row: &usize| {
+        let handle = out.handle.clone().offset_start((row * row_bytes) as u64);
+        handle.offset_end(((m - row - 1) * row_bytes) as u64)
+    };
+    let Ok(read) = pollster::block_on(out.client.read_async(rows.iter().map(of_row).collect())) else {
+        return false;
+    };
+    let sums = sums(depth);
+    let tolerance = if out.dtype == DType::F32 { 0.0 } else { TOLERANCE };
+    rows.into_iter().zip(read).all(|(row, bytes)| {
+        let data = TensorData::from_bytes(bytes, [n], out.dtype);
+        let values = data.convert::<f32>().into_vec::<f32>().unwrap_or_default();
+        let is_sum = |(column, value): (usize, &f32)| {
+            let want = sums[row % PERIOD][column % PERIOD];
+            (value - want).abs() <= tolerance * want.abs()
+        };
+        values.len() == n && values.iter().enumerate().all(is_sum)
+    })
+}
+
+/// The entries of a product over so much depth, by row and column modulo the period.
+fn sums(depth: usize) -> [[f32; PERIOD]; PERIOD] {
+    let at = |Pattern { numbers, step }: Pattern, line: usize, k: usize| numbers[(line * step + k) % PERIOD];
+    std::array::from_fn(|row| {
+        std::array::from_fn(|column| (0..depth).map(|k| at(LEFT, row, k) * at(RIGHT, column, k)).sum())
     })
 }

@@ -7,13 +7,13 @@ use burn::tensor::DType;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use serde::{Deserialize, Serialize};
 
-use super::{MatrixEngine, Table};
+use super::{Device, Floats, Scratch};
 use crate::ops::kernel::{Cut, Element, Elements, Layout, products_revision};
-use crate::ops::product::{Device, Floats, Scratch};
+use crate::ops::tune::{MatrixEngine, Table, typical_rows};
 
 /// What the time of a product depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Kind {
+pub struct CutKind {
     /// How the operands lie in memory.
     pub layout: Layout,
     /// Rows of the output, rounded up to a power of two.
@@ -28,7 +28,7 @@ pub struct Kind {
     pub elements: Elements,
 }
 
-impl Kind {
+impl CutKind {
     /// The kind of a product of these extents.
     pub fn new(layout: Layout, [m, n, depth, rank]: [u32; 4], elements: Elements) -> Self {
         // A product of more rows than that is no product of any model.
@@ -45,6 +45,11 @@ impl Kind {
         ]
     }
 
+    /// Rows of the product that stands for all of this kind.
+    pub(super) fn rows(self) -> u32 {
+        typical_rows(self.m as usize) as u32
+    }
+
     /// Whether burn's product is as precise: it rounds to its operands' type, and so does every sum that follows it.
     fn suits_burn(self) -> bool {
         self.elements == Elements::F32
@@ -53,7 +58,7 @@ impl Kind {
 
 /// Who makes a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Choice {
+pub enum CutChoice {
     /// The project's kernels.
     Own(Cut),
     /// burn's product, to which the rest is added.
@@ -66,12 +71,12 @@ pub enum Cuts {}
 
 impl MatrixEngine for Cuts {
     type Runtime = WgpuRuntime;
-    type Kind = Kind;
-    type Choice = Choice;
+    type Kind = CutKind;
+    type Choice = CutChoice;
     type Scratch = Scratch;
 
-    fn table() -> &'static Table<Kind, Choice> {
-        static TABLE: Table<Kind, Choice> = LazyLock::new(Default::default);
+    fn table() -> &'static Table<CutKind, CutChoice> {
+        static TABLE: Table<CutKind, CutChoice> = LazyLock::new(Default::default);
         &TABLE
     }
 
@@ -79,35 +84,35 @@ impl MatrixEngine for Cuts {
         format!("{:016x}", products_revision())
     }
 
-    fn of_linear(extents: [u32; 4], weight: DType) -> Vec<Kind> {
+    fn of_linear(extents: [u32; 4], weight: DType) -> Vec<CutKind> {
         // Activations are as the weights are; what joins the residual stream goes out as f32, and its gradient comes in as f32.
         let weight = Element::from(weight);
         let mixes = [(weight, weight), (weight, Element::F32), (Element::F32, weight)];
         let elements = mixes.map(|(lhs, out)| Elements { lhs, rhs: weight, out });
-        elements.into_iter().flat_map(|elements| Kind::of_linear(extents, elements)).collect()
+        elements.into_iter().flat_map(|elements| CutKind::of_linear(extents, elements)).collect()
     }
 
-    fn flops(kind: Kind) -> f64 {
-        2.0 * f64::from(kind.m) * f64::from(kind.n) * (f64::from(kind.depth) + f64::from(kind.rank))
+    fn flops(kind: CutKind) -> f64 {
+        2.0 * f64::from(kind.rows()) * f64::from(kind.n) * (f64::from(kind.depth) + f64::from(kind.rank))
     }
 
-    fn depth(kind: Kind) -> usize {
+    fn depth(kind: CutKind) -> usize {
         kind.depth as usize
     }
 
-    fn candidates(client: &ComputeClient<WgpuRuntime>, kind: Kind) -> Vec<Choice> {
+    fn candidates(client: &ComputeClient<WgpuRuntime>, kind: CutKind) -> Vec<CutChoice> {
         // Only the gradient by a layer's input meets a weight of another type and may be rounded to it.
         let rounds = kind.layout == Layout::RowsColumns;
         let cuts = Device::of(client).cuts(kind.layout, kind.elements, [kind.m, kind.n], rounds);
-        let burn = kind.suits_burn().then_some(Choice::Burn);
-        cuts.into_iter().map(Choice::Own).chain(burn).collect()
+        let burn = kind.suits_burn().then_some(CutChoice::Burn);
+        cuts.into_iter().map(CutChoice::Own).chain(burn).collect()
     }
 
-    fn scratch(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice, kind: Kind) -> Scratch {
+    fn scratch(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice, kind: CutKind) -> Scratch {
         Scratch::new(client, device, kind)
     }
 
-    fn launch(scratch: &Scratch, choice: Choice, zeros: Option<Floats>) -> Option<Floats> {
+    fn launch(scratch: &Scratch, choice: CutChoice, zeros: Option<Floats>) -> Option<Floats> {
         Some(scratch.run(choice, zeros))
     }
 
