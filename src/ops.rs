@@ -23,6 +23,7 @@ mod cube;
 pub mod engine;
 mod gpu;
 pub mod kernel;
+pub mod notes;
 mod product;
 pub mod profile;
 pub mod tune;

@@ -6,6 +6,7 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeRuntime, FloatElement, IntElement};
 
 use super::adamw::{self, AdamWStep};
+use super::attention::trial::Pass;
 use super::attention::{self, AttentionMask, AttentionOutput, Tile as AttentionTile};
 use super::engine::{Engine, Floating};
 use super::lora_linear::{Lora, LoraGrads};
@@ -164,7 +165,7 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
             return attention::attention_forward_reference(q, k, v, mask);
         }
         let (qkv, mask) = ([q, k, v].map(operand), mask.launch_mask());
-        let tile = AttentionTile::of(&qkv[0], &qkv[1]);
+        let tile = AttentionTile::of(&qkv[0], &qkv[1], Pass::Forward);
         let (out, lse) = attention::launch::attention_forward(qkv, &mask, tile);
         AttentionOutput { out: tensor(out), lse: tensor(lse) }
     }
@@ -181,7 +182,7 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
             return attention::attention_backward_reference(dout, q, k, v, output, mask);
         }
         let (qkv, mask) = ([q, k, v].map(operand), mask.launch_mask());
-        let tile = AttentionTile::of(&qkv[0], &qkv[1]);
+        let tile = AttentionTile::of(&qkv[0], &qkv[1], Pass::Backward);
         let output = [operand(output.out), operand(output.lse)];
         attention::launch::attention_backward(operand(dout), qkv, output, &mask, tile).map(tensor)
     }

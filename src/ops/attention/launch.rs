@@ -12,8 +12,8 @@ use super::backward;
 use super::forward;
 use super::matrices::shared_bytes;
 use super::tile::{Form, Tile, Units};
-use super::trial::is_right;
-use crate::ops::cube::{bytes, empty, is_software};
+use super::trial::{Pass, is_right};
+use crate::ops::cube::{bytes, empty, is_software, one_thread_each};
 use crate::ops::profile;
 
 /// A mask's table on the device, and how many keys it has.
@@ -118,10 +118,11 @@ pub fn attention_backward<R: CubeRuntime>(
         #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
         // SAFETY: lines are held against their number, quads against the line's, and every loop counts up to a bound.
         unsafe {
+            let (cubes, cube) = one_thread_each(&client, n_lines);
             backward::row_stats::launch_unchecked::<R>(
                 &client,
-                CubeCount::Static(n_lines.div_ceil(64) as u32, 1, 1),
-                CubeDim::new_1d(64),
+                cubes,
+                cube,
                 dout.clone().into_array_arg(),
                 out.into_array_arg(),
                 lse.into_array_arg(),
@@ -192,9 +193,10 @@ impl Tile {
     ];
 
     /// The tile for queries and keys like these.
-    pub fn of<R: CubeRuntime>(q: &CubeTensor<R>, k: &CubeTensor<R>) -> Self {
+    pub fn of<R: CubeRuntime>(q: &CubeTensor<R>, k: &CubeTensor<R>, pass: Pass) -> Self {
         let Sizes { heads, kv_heads, head_dim, .. } = Sizes::of(q, k);
-        let is_right = |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile);
+        let is_right =
+            |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
         match head_dim {
             _ if !is_software(&q.client) => {
                 Self::on_matrices(q, head_dim).filter(is_right).unwrap_or(Self::GPU)
@@ -233,7 +235,10 @@ impl Tile {
             units: Units::Matrices { side },
         };
         let fits = |tile: &Self| {
-            shared_bytes(2, Form { quads: head_dim / 4, heads: 1 }, *tile) <= hardware.max_shared_memory_size
+            let shared = shared_bytes(Form { quads: head_dim / 4, heads: 1 }, *tile);
+            shared <= hardware.max_shared_memory_size
+                && tile.threads_m * tile.threads_n <= hardware.max_units_per_cube as usize
+                && tile.block_n() >= side
         };
         [4, 2, 1].map(cut).into_iter().find(fits)
     }

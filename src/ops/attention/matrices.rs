@@ -56,11 +56,14 @@ const fn pitch(form: Form) -> usize {
     form.quads + PADDING
 }
 
-/// Bytes of workgroup memory for tensors of 16-bit types.
-pub(super) const fn shared_bytes(n_owned: usize, form: Form, tile: Tile) -> usize {
-    let lines = n_owned * tile.block_m() + tile.block_n();
+/// Bytes of workgroup memory that the hungriest kernel takes, for tensors of 16-bit types: of two owned lines, or of one and what the
+/// forward kernel's threads tell each other.
+pub(super) fn shared_bytes(form: Form, tile: Tile) -> usize {
+    let line = 8 * pitch(form);
     let scores = 4 * (tile.block_n() + SCORES_PADDING) + 2 * (tile.block_n() + WEIGHTS_PADDING);
-    8 * lines * pitch(form) + tile.block_m() * scores
+    let owned = line + line.max(4 * tile.threads_n);
+    let rescaled = 4;
+    tile.block_m() * (owned + scores) + tile.block_n() * line + rescaled
 }
 
 #[cube]
