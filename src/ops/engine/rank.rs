@@ -24,7 +24,7 @@ const ROW_THREADS: usize = 128;
 const LANES: usize = 32;
 /// Threads there that take turns with the rows.
 const TURNS: usize = 8;
-/// Rows of which it makes one partial sum.
+/// Rows of which it makes one partial sum for every [`RANKS`] columns, so that the sums stay a sixteenth of the matrix.
 const SLAB: usize = 256;
 
 /// `factor · x · rightᵀ`: `[m, depth] · [r, depth]ᵀ -> [m, r]`; `right` is `f32`.
@@ -41,7 +41,8 @@ pub(super) fn rows<R: CubeRuntime>(
     let out = empty(&x, Shape::from([m, rank]), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
     let width = vector_width(depth);
-    let cubes = CubeCount::Static(m.div_ceil(ROWS) as u32, rank.div_ceil(RANKS) as u32, 1);
+    // Neighbours read the same rows.
+    let cubes = CubeCount::Static(rank.div_ceil(RANKS) as u32, m.div_ceil(ROWS) as u32, 1);
     profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: rows and ranks are held against their numbers, and a row's vectors are counted.
@@ -76,8 +77,8 @@ fn rows_kernel<F: Float, N: Size>(
     factor: f32,
     #[define(F)] _dtype: StorageType,
 ) {
-    let first_row = CUBE_POS_X as usize * ROWS;
-    let first_rank = CUBE_POS_Y as usize * RANKS;
+    let first_rank = CUBE_POS_X as usize * RANKS;
+    let first_row = CUBE_POS_Y as usize * ROWS;
     let unit = UNIT_POS as usize;
     let mut sums = Array::<f32>::new(comptime!(ROWS * RANKS));
     #[unroll]
@@ -150,7 +151,8 @@ pub(super) fn columns<R: CubeRuntime>(
     let rank = left.meta.shape()[1];
     assert_eq!(left.meta.shape()[0], m, "{name}: depth of the operands");
     let width = vector_width(n);
-    let slabs = m.div_ceil(SLAB);
+    let slab = SLAB * rank.div_ceil(RANKS);
+    let slabs = m.div_ceil(slab);
     let sums = empty(&x, Shape::from([slabs, rank, n]), DType::F32);
     let shape = if side == Side::Rows { [rank, n] } else { [n, rank] };
     let out = empty(&x, Shape::from(shape), DType::F32);
@@ -171,6 +173,7 @@ pub(super) fn columns<R: CubeRuntime>(
                 left.into_array_arg(),
                 sums.clone().into_array_arg(),
                 m,
+                slab,
                 n / width,
                 rank,
                 dtype.into(),
@@ -200,6 +203,7 @@ fn columns_kernel<F: Float, N: Size>(
     left: &Array<f32>,
     sums: &mut Array<Vector<f32, N>>,
     m: usize,
+    slab: usize,
     row_vectors: usize,
     rank: usize,
     #[define(F)] _dtype: StorageType,
@@ -208,13 +212,13 @@ fn columns_kernel<F: Float, N: Size>(
     let column = CUBE_POS_X as usize * LANES + unit % LANES;
     let turn = unit / LANES;
     let first_rank = CUBE_POS_Y as usize * RANKS;
-    let slab = CUBE_POS_Z as usize;
+    let part = CUBE_POS_Z as usize;
     let mut own = Array::<Vector<f32, N>>::new(RANKS);
     #[unroll]
     for k in 0..RANKS {
         own[k] = Vector::new(0.0f32);
     }
-    for row in range_stepped(slab * SLAB + turn, min(m, (slab + 1) * SLAB), TURNS) {
+    for row in range_stepped(part * slab + turn, min(m, (part + 1) * slab), TURNS) {
         let entries = Vector::<f32, N>::cast_from(x[row * row_vectors + min(column, row_vectors - 1)]);
         #[unroll]
         for k in 0..RANKS {
@@ -232,7 +236,7 @@ fn columns_kernel<F: Float, N: Size>(
             for i in 1..TURNS {
                 sum += shared[unit + i * LANES];
             }
-            sums[(slab * rank + first_rank + k) * row_vectors + column] = sum;
+            sums[(part * rank + first_rank + k) * row_vectors + column] = sum;
         }
         sync_cube();
     }
