@@ -1,8 +1,14 @@
 //! The command line: what the user typed to what runs. One file a subcommand; the flags of `train` are in [`crate::config`].
 
-/// Prints a line to standard output. Where nobody reads that any more, as behind `| head`, the line is lost and the work goes on.
+/// Prints a line of results to standard output. Where nobody reads that any more, as behind `| head`, the line is lost and the work
+/// goes on; what else can be wrong, as a disk that is full, is the program's error once the work is done.
 macro_rules! say {
     ($($line:tt)*) => { $crate::cli::print_line(format_args!($($line)*)) };
+}
+
+/// Prints a line about the work to standard error, where there is anybody to read it.
+macro_rules! note {
+    ($($line:tt)*) => { $crate::cli::print_note(format_args!($($line)*)) };
 }
 
 pub mod advice;
@@ -24,20 +30,47 @@ pub mod train;
 mod tune;
 pub mod words;
 
+use std::error::Error as _;
 use std::ffi::OsString;
 use std::fmt;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{TrainArgs, with_dashed_aliases};
 use crate::demo;
 use crate::error::{Error, Result};
 
+/// The first failure of standard output.
+static UNPRINTED: Mutex<Option<io::Error>> = Mutex::new(None);
+
 fn print_line(line: fmt::Arguments<'_>) {
-    // That the reader is gone is all that can be wrong.
-    let _ = writeln!(std::io::stdout(), "{line}");
+    keep_failure(writeln!(io::stdout(), "{line}"));
+}
+
+fn keep_failure(printed: io::Result<()>) {
+    if let Err(error) = printed
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        UNPRINTED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+}
+
+/// Whether everything that was printed arrived, or nobody wanted it.
+fn check_printed() -> Result<()> {
+    keep_failure(io::stdout().flush());
+    match UNPRINTED.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(error) => Err(Error::io("write", "standard output")(error)),
+        None => Ok(()),
+    }
+}
+
+/// Unlike `eprintln!`, which panics where standard error is closed.
+fn print_note(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// Fine-tunes Llama-3 with ORPO + LoRA on the GPU you own, then lets you talk to the result.
@@ -77,13 +110,41 @@ pub fn command() -> clap::Command {
     Cli::command().mut_subcommands(|command| with_dashed_aliases(command).args_override_self(true))
 }
 
+/// Runs a command line and prints its error, if it has one: the cause behind it, and what to do.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let Err(error) = run(args) else { return ExitCode::SUCCESS };
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message = format!("{message}: {error}");
+        cause = error.source();
+    }
+    note!("orpo-wgpu: {message}");
+    if let Some(hint) = error.hint() {
+        note!("hint: {hint}");
+    }
+    ExitCode::from(error.exit_code())
+}
+
 /// Parses and runs a command line.
 ///
 /// # Errors
-/// What the subcommand says. Usage errors, help and version end the process as clap does: with code 2, and 0.
+/// What the subcommand says, and standard output that cannot be written. Usage errors end the process as clap does, with code 2.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    let matches = command().get_matches_from(args);
-    let cli = Cli::from_arg_matches(&matches).map_err(|e| Error::config(e.to_string()))?;
+    let matches = match command().try_get_matches_from(args) {
+        Ok(matches) => matches,
+        Err(usage) if usage.use_stderr() => usage.exit(),
+        // Help and version, which clap would lose in silence where the disk is full.
+        Err(asked) => {
+            keep_failure(asked.print());
+            return check_printed();
+        }
+    };
+    run_matches(&matches).and_then(|()| check_printed())
+}
+
+fn run_matches(matches: &ArgMatches) -> Result<()> {
+    let cli = Cli::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
     match (cli.command, matches.subcommand()) {
         (Command::Train(command), Some((_, matches))) => {
             train::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)

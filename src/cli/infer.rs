@@ -108,7 +108,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
-        eprintln!("device   {note}");
+        note!("device   {note}");
     }
     match &selected.choice {
         choice @ DeviceChoice::Cpu => run_on::<Flex>(args, &prompts, &open, &Default::default(), choice),
@@ -140,7 +140,7 @@ fn run_on<B: Kernels>(
         }
         let name = adapter.map_or("no adapter".to_owned(), |folder| folder.display().to_string());
         let speed = loaded.speed().map_or_else(String::new, |speed| format!(", {speed}"));
-        eprintln!("{} with {name}, in {precision} on {choice}{speed}", open.name);
+        note!("{} with {name}, in {precision} on {choice}{speed}", open.name);
         let mut chat =
             Chat::new(&model, &open.tokenizer, open.template, args.system.clone(), &args.generation())?;
         let (output, notes) = (&mut stdout(), &mut stderr());

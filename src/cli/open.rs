@@ -114,7 +114,7 @@ impl OpenModel {
         let loaded = Loaded { bytes: checkpoint.read_bytes(), elapsed: started.elapsed() };
         let n_flushed = checkpoint.flaws().n_flushed;
         if n_flushed > 0 {
-            eprintln!(
+            note!(
                 "note: {n_flushed} weights of {} are too small for fp16 and count as 0",
                 self.config.n_weights()
             );

@@ -25,7 +25,7 @@ pub fn answers<B: Kernels>(
     when: &str,
 ) -> Result<Vec<String>> {
     if !questions.is_empty() {
-        eprintln!("demo     answering {} held-out questions {when}", questions.len());
+        note!("demo     answering {} held-out questions {when}", questions.len());
     }
     let config = GenerationConfig::greedy(48);
     questions

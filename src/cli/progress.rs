@@ -110,9 +110,7 @@ impl Observer for Progress<'_> {
 
     fn on_skip(&mut self, step: usize, scale: f64) {
         self.bar.suspend(|| {
-            eprintln!(
-                "step {step} skipped: its gradient overflows fp16 at loss scale {scale}, which is lowered"
-            );
+            note!("step {step} skipped: its gradient overflows fp16 at loss scale {scale}, which is lowered");
         });
     }
 
@@ -134,7 +132,7 @@ impl Observer for Progress<'_> {
         let speed = figure("tokens_per_second").map(|v| format!("{v:.0} tokens/s"));
         let left = self.left.as_secs();
         let figures: Vec<String> = figures.chain(speed).collect();
-        eprintln!(
+        note!(
             "step {}/{}  {}  {left} s left",
             line["step"],
             self.bar.length().unwrap_or(0),

@@ -72,7 +72,7 @@ impl Data {
             Ok(pairs)
         };
         let (train, val) = (tokenize(&train)?, tokenize(&val)?);
-        eprint!("{}", first_of(&skipped));
+        first_of(&skipped).iter().for_each(|line| note!("{line}"));
         if train.is_empty() {
             let name = args.dataset.first().map_or(demo::NAME, String::as_str);
             return Err(Error::file(
@@ -102,16 +102,16 @@ impl Data {
 }
 
 /// The first of the rows that are left out, a line each, and how many more there are.
-fn first_of(skipped: &[Skipped]) -> String {
+fn first_of(skipped: &[Skipped]) -> Vec<String> {
     let (shown, others) = skipped.split_at(skipped.len().min(SHOWN_ROWS));
-    let mut lines: Vec<String> = shown.iter().map(|row| format!("left out: {row}\n")).collect();
+    let mut lines: Vec<String> = shown.iter().map(|row| format!("left out: {row}")).collect();
     if !others.is_empty() {
         let n = thousands(others.len());
         lines.push(format!(
-            "left out: and {n} more; a run lists all of them in {LEFT_OUT_FILE} in its folder\n"
+            "left out: and {n} more; a run lists all of them in {LEFT_OUT_FILE} in its folder"
         ));
     }
-    lines.concat()
+    lines
 }
 
 /// How long pairs are, as `train` and `plan` say it: by what `--max_length` counts, and by what a step computes.
@@ -171,11 +171,15 @@ mod tests {
             let location = |line| Location { path: Path::new("rows.jsonl").into(), line };
             (1..=n).map(|line| Skipped { location: location(line), reason: "too long".to_owned() }).collect()
         };
-        assert_eq!(first_of(&[]), "");
+        assert!(first_of(&[]).is_empty());
         let five = first_of(&skipped(5));
-        assert!(five.ends_with("left out: rows.jsonl:5: too long\n"), "{five}");
+        assert_eq!(five[4], "left out: rows.jsonl:5: too long");
         let many = first_of(&skipped(1239));
-        let rest = many.strip_prefix(&five).expect(&many);
-        assert_eq!(rest, "left out: and 1,234 more; a run lists all of them in left_out.txt in its folder\n");
+        assert_eq!(many[..5], five);
+        assert_eq!(
+            many[5],
+            "left out: and 1,234 more; a run lists all of them in left_out.txt in its folder"
+        );
+        assert_eq!(many.len(), 6);
     }
 }

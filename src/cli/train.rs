@@ -48,7 +48,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let ranks = ranks(&args)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
-        eprintln!("device   {note}");
+        note!("device   {note}");
     }
     let choice = &selected.choice;
     let case = Case::new(&args, &open.config, ranks, Rows::Known(&data.train), choice)?.with_val(&data.val);
@@ -74,10 +74,7 @@ fn budget(args: &TrainArgs, case: &Case<'_>) -> Result<Budget> {
     check_fits(case, &setting, &budget, resumes)?;
     let room = case.memory.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
     let again = runs_again(budget.keep, case.config.num_hidden_layers);
-    eprintln!(
-        "memory   {}{room} predicted for the longest step; {again}",
-        size(budget.memory.total() as u64)
-    );
+    note!("memory   {}{room} predicted for the longest step; {again}", size(budget.memory.total() as u64));
     Ok(budget)
 }
 
@@ -188,11 +185,11 @@ fn run_on<B: Kernels>(
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     if longest::is_worth_it(case, &budget) {
         let batch = case.longest_batch(args.max_length, batch_size);
-        eprintln!(
+        note!(
             "longest  the longest row is tried first; what the device has not run yet is compiled on the way"
         );
         let accumulates = gradient_accumulation_steps > 1;
-        eprintln!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates, choice)?);
+        note!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates, choice)?);
     }
     device::doing("preparing the run");
     let lengths = data.train.iter().map(|pair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len());
@@ -201,9 +198,9 @@ fn run_on<B: Kernels>(
     if let Some(checkpoint) = &args.resume_from_checkpoint {
         let scale = resume.as_ref().and_then(|state| state.loss_scale).filter(|_| dtype == DType::F16);
         let scale = scale.map_or_else(String::new, |s| format!(", with its loss scale of {}", s.scale));
-        eprintln!("resume   after step {first_step} of {max_steps}, from {}{scale}", checkpoint.display());
+        note!("resume   after step {first_step} of {max_steps}, from {}{scale}", checkpoint.display());
     }
-    tune::tune(choice, &tune::linears(&model, tokens), n_steps, |note| eprintln!("device   {note}"));
+    tune::tune(choice, &tune::linears(&model, tokens), n_steps, |note| note!("device   {note}"));
 
     let is_demo = open.is_demo() && is_demo_data(args);
     let held_out = if is_demo { demo::held_out()?.rows } else { Vec::new() };
@@ -216,7 +213,7 @@ fn run_on<B: Kernels>(
     let texts = texts(args, open, &lora_config);
     let mut run = RunFolder::create(&folder, texts, args.save_total_limit, history, tracker)?;
     data.list_left_out(&folder)?;
-    eprintln!("output   {}", folder.display());
+    note!("output   {}", folder.display());
     let memory = || choice.memory_bytes();
     let mut progress = Progress::new(settings.schedule.max_steps, first_step, args.profile, &memory);
     let data = TrainData { train: &data.train, val: &data.val };
@@ -229,7 +226,7 @@ fn run_on<B: Kernels>(
         // The error is what there is to report; that its picture cannot be drawn either tells nothing new.
         let _ = run.plot(true);
         if let Some(checkpoint) = run.last_checkpoint() {
-            eprintln!("the last checkpoint stays: {}", checkpoint.display());
+            note!("the last checkpoint stays: {}", checkpoint.display());
         }
     })?;
     device::doing("answering after the training");
@@ -285,19 +282,20 @@ fn describe<B: Kernels>(
     let longest = data.train.iter().map(TokenizedPair::prompt_and_longer_answer).max().unwrap_or(0);
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     let loaded = loaded.speed().unwrap_or_else(|| format!("loaded in {:.1} s", loaded.elapsed.as_secs_f64()));
-    eprintln!(
+    note!(
         "model    {} in {} on {choice}, {loaded}, {trainable} trainable weights",
-        open.name, model.precision
+        open.name,
+        model.precision
     );
-    eprintln!(
+    note!(
         "data     {} rows to train on, {} to evaluate on, {} left out; template {}",
         data.train.len(),
         data.val.len(),
         data.skipped.len(),
         open.template
     );
-    eprintln!("lengths  {}", lengths(&data.train));
-    eprintln!(
+    note!("lengths  {}", lengths(&data.train));
+    note!(
         "training {} steps of {} pairs, loss {} with beta {}, learning rate {:e}",
         settings.schedule.max_steps,
         batch_size * gradient_accumulation_steps,
@@ -306,7 +304,7 @@ fn describe<B: Kernels>(
         args.learning_rate
     );
     if longest > open.config.max_position_embeddings {
-        eprintln!(
+        note!(
             "note: the longest prompt + answer has {longest} tokens, the model was made for {} (max_position_embeddings)",
             open.config.max_position_embeddings
         );

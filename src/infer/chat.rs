@@ -208,45 +208,48 @@ struct Loop<'io> {
 
 impl Loop<'_> {
     fn run<B: Kernels>(&mut self, chat: &mut Chat<'_, B>, output: &mut dyn Write) -> Result<()> {
-        self.say("type a message, or /help for the commands\n")?;
+        self.say("type a message, or /help for the commands\n");
         while let Some(message) = self.read_message(">>> ")? {
             match Command::parse(&message) {
                 Some(Command::Exit) => return Ok(()),
                 Some(Command::Clear) => {
                     chat.clear();
-                    self.say("forgotten\n")?;
+                    self.say("forgotten\n");
                 }
                 Some(Command::ResetSystem) => {
                     let Some(system) = self.read_message("system prompt> ")? else { break };
                     chat.reset_system(Some(system));
-                    self.say("new system prompt, and nothing said so far\n")?;
+                    self.say("new system prompt, and nothing said so far\n");
                 }
                 Some(Command::MultiLine) => {
                     self.lines = Lines::Multi;
-                    self.say("a line with only # ends a message\n")?;
+                    self.say("a line with only # ends a message\n");
                 }
                 Some(Command::SingleLine) => self.lines = Lines::Single,
-                Some(Command::Help) => self.say(HELP)?,
+                Some(Command::Help) => self.say(HELP),
                 None if message.trim().is_empty() => {}
                 None => match ask_on_line(chat, &message, output, self.notes, self.manner) {
                     Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
-                        self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")))?;
+                        self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")));
                     }
                     answered => answered?,
                 },
             }
         }
         // The shell's prompt begins on its own line.
-        self.say("\n")
+        self.say("\n");
+        Ok(())
     }
 
-    fn say(&mut self, text: &str) -> Result<()> {
-        if self.manner.is_terminal { note(self.notes, text) } else { Ok(()) }
+    fn say(&mut self, text: &str) {
+        if self.manner.is_terminal {
+            note(self.notes, text);
+        }
     }
 
     /// Reads a message or a command; `None` at the end of input.
     fn read_message(&mut self, prompt: &str) -> Result<Option<String>> {
-        self.say(prompt)?;
+        self.say(prompt);
         let Some(first) = self.read_line()? else { return Ok(None) };
         if self.lines == Lines::Single || Command::parse(&first).is_some() {
             return Ok(Some(first));
@@ -256,7 +259,7 @@ impl Loop<'_> {
         while let Some(text) = line.filter(|text| text.trim() != "#") {
             message.push_str(&text);
             message.push('\n');
-            self.say("... ")?;
+            self.say("... ");
             line = self.read_line()?;
         }
         message.truncate(message.trim_end_matches('\n').len());
@@ -285,10 +288,11 @@ pub(super) fn ask_on_line<B: Kernels>(
     match manner {
         Manner { verbose: true, .. } => note(notes, &format!("[{}]\n", figures(&generation))),
         Manner { is_terminal: true, .. } if is_cut => {
-            note(notes, &format!("[cut: {}]\n", generation.stop_reason))
+            note(notes, &format!("[cut: {}]\n", generation.stop_reason));
         }
-        _ => Ok(()),
+        _ => {}
     }
+    Ok(())
 }
 
 /// What an answer cost, in words.
@@ -304,11 +308,9 @@ pub(super) fn figures(generation: &Generation) -> String {
     text
 }
 
-pub(super) fn note(notes: &mut dyn Write, text: &str) -> Result<()> {
-    notes
-        .write_all(text.as_bytes())
-        .and_then(|()| notes.flush())
-        .map_err(Error::io("write", "standard error"))
+/// Writes beside the answers, where there is anybody to read it.
+pub(super) fn note(notes: &mut dyn Write, text: &str) {
+    let _ = notes.write_all(text.as_bytes()).and_then(|()| notes.flush());
 }
 
 /// Takes it for a good end that nobody reads the output any more, as in `orpo-wgpu infer … | head`.

@@ -136,7 +136,7 @@ pub fn answer_prompts<B: Kernels>(
                     chat.history().last().map(|(_, response)| response.as_str()).unwrap_or_default();
                 writeln!(file, "{}", result(prompt, response)).map_err(Error::io("write", *path))?;
                 if manner.is_terminal || manner.verbose {
-                    note(notes, &format!("{}/{}: {}\n", i + 1, prompts.len(), figures(&generation)))?;
+                    note(notes, &format!("{}/{}: {}\n", i + 1, prompts.len(), figures(&generation)));
                 }
                 Ok(())
             }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -495,6 +495,28 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
     let output = workplace.train(&done);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("6 of 6 steps are done already"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_run_goes_on_when_nobody_reads_what_it_says() {
+    let workplace = Workplace::new();
+    let mut command = workplace.train_command(&["--logging_steps", "1"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert!(child.wait().unwrap().success());
+    assert!(workplace.path("out/checkpoint-2/adapter_model.safetensors").exists());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    for args in [&["bench", "--model_type", "list"][..], &["--version"], &["train", "--help"]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = orpo_wgpu(args).stdout(full).output().unwrap();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
+        assert!(message.contains("cannot write standard output: No space left"), "{args:?}: {message}");
+    }
 }
 
 #[cfg(unix)]
