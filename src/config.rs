@@ -84,7 +84,7 @@ pub struct TrainArgs {
     /// Shuffle the rows; false keeps the file's order
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().dataset_shuffle, help_heading = "Data")]
     pub dataset_shuffle: bool,
-    /// Other names of the columns, as JSON: {"question":"query"}
+    /// Other names of the columns, as JSON: {"question":"query"}; {"input":""} leaves one out
     #[arg(long, value_parser = parse_columns, help_heading = "Data")]
     pub columns: Option<Columns>,
     /// System prompt of rows that have none of their own

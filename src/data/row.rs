@@ -7,11 +7,15 @@
 //! | `question`, `answer_zh`, `answer_en` | `shareAI/DPO-zh-en-emoji`: Chinese is chosen, English rejected |
 //! | `chosen`, `rejected` | TRL; two whole conversations that differ in their last message |
 //! | `messages`, `rejected_response` or `rejected_messages` | ms-swift 4 |
+//! | `instruction`, `chosen`, `rejected`, perhaps `input` | LLaMA-Factory's alpaca; `input` is the query's second line |
+//! | `conversations`, `chosen`, `rejected` | LLaMA-Factory's sharegpt; `chosen` and `rejected` are one message each |
 //!
+//! A message is `{role, content}` with the roles system, user and assistant, or `{from, value}` with system, human and gpt.
 //! `system` and `history` may stand beside any of the text forms, `system` beside any form. A conversation's own
-//! system message goes before the column. Other columns are ignored.
+//! system message goes before the column. Other columns are ignored, but for those without which a row says something else
+//! ([`MATTERS`]): a row that has one, and a form that does not read it, cannot be used.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
@@ -22,15 +26,24 @@ use crate::error::{Error, Result};
 const SWIFT: Columns =
     Columns { query: "query", response: "response", rejected_response: "rejected_response" };
 const TRL: Columns = Columns { query: "prompt", response: "chosen", rejected_response: "rejected" };
+const ALPACA: Columns = Columns { query: "instruction", response: "chosen", rejected_response: "rejected" };
 
 /// The text forms, in the order in which they are looked for.
-const FORMS: [Columns; 3] = [SWIFT, TRL, SHAREAI];
+const FORMS: [Columns; 4] = [SWIFT, TRL, SHAREAI, ALPACA];
 
-const OTHER_COLUMNS: [&str; 4] = ["messages", "rejected_messages", "system", "history"];
+/// What alpaca rows have beside `instruction`.
+const INPUT: &str = "input";
+const CONVERSATIONS: &str = "conversations";
+
+const OTHER_COLUMNS: [&str; 6] = [INPUT, CONVERSATIONS, "messages", "rejected_messages", "system", "history"];
+
+/// Columns without which a query is not what its writer asked.
+const MATTERS: [&str; 7] = [ALPACA.query, INPUT, "history", "tools", "images", "videos", "audios"];
 
 const ACCEPTED: &str = "accepted are `query` + `response` + `rejected_response`, `prompt` + `chosen` + `rejected`, \
-                        `question` + `answer_zh` + `answer_en`, `chosen` + `rejected` as conversations, and `messages` \
-                        + `rejected_response`";
+                        `question` + `answer_zh` + `answer_en`, `instruction` + `chosen` + `rejected`, `chosen` + \
+                        `rejected` as conversations, `conversations` + `chosen` + `rejected`, and `messages` + \
+                        `rejected_response`";
 
 type Object = Map<String, Value>;
 /// Every failure in here is the reason for which the row cannot be used.
@@ -43,7 +56,16 @@ struct Context {
     query: String,
 }
 
-/// Checks that `--columns` renames to columns of ours.
+/// A row as its form gives it.
+struct Pair {
+    context: Context,
+    response: String,
+    rejected_response: String,
+    /// The columns of [`MATTERS`] that are read, or that repeat what is.
+    read: &'static [&'static str],
+}
+
+/// Checks that `--columns` renames to columns of ours, or to nothing.
 ///
 /// # Errors
 /// [`Error::Config`] with every entry that does not.
@@ -51,13 +73,15 @@ pub(super) fn check_renames(columns: &BTreeMap<String, String>) -> Result<()> {
     let known = || FORMS.iter().flat_map(|c| [c.query, c.response, c.rejected_response]).chain(OTHER_COLUMNS);
     let problems: Vec<_> = columns
         .iter()
-        .filter(|(_, ours)| known().all(|column| column != *ours))
+        .filter(|(_, ours)| !ours.is_empty() && known().all(|column| column != *ours))
         .map(|(theirs, ours)| format!("--columns renames `{theirs}` to `{ours}`, which is no column of ours"))
         .collect();
     if problems.is_empty() {
         return Ok(());
     }
-    let hint = format!("our columns are {}", known().collect::<Vec<_>>().join(", "));
+    let known: BTreeSet<_> = known().collect();
+    let known: Vec<_> = known.into_iter().collect();
+    let hint = format!("our columns are {}; \"\" leaves one out", known.join(", "));
     Err(Error::Config { problems, hint: Some(hint) })
 }
 
@@ -67,7 +91,13 @@ pub(super) fn parse(value: Value, renames: &BTreeMap<String, String>, location: 
         return Err(format!("expected a JSON object, found {}", kind(&value)));
     };
     rename(&mut object, renames);
-    let (context, response, rejected_response) = pair(&object)?;
+    let Pair { context, response, rejected_response, read } = pair(&object)?;
+    if let Some(column) = MATTERS.iter().find(|column| !read.contains(column) && is_filled(&object, column)) {
+        let place = if *column == INPUT { ", but beside `instruction`" } else { "" };
+        return Err(format!(
+            "`{column}` is not read in a row of this form{place}; --columns '{{\"{column}\":\"\"}}' leaves it out"
+        ));
+    }
     if response.trim().is_empty() {
         return Err("the chosen answer is empty".to_owned());
     }
@@ -84,67 +114,113 @@ pub(super) fn parse(value: Value, renames: &BTreeMap<String, String>, location: 
     Ok(Row { query: context.query, response, rejected_response, system, history: context.history, location })
 }
 
-/// Renames all columns at once, so that two may change places.
+/// Renames all columns at once, so that two may change places; those that have no new name are gone.
 fn rename(object: &mut Object, renames: &BTreeMap<String, String>) {
     let renamed: Vec<_> = renames
         .iter()
         .filter_map(|(theirs, ours)| Some((ours.clone(), object.shift_remove(theirs)?)))
+        .filter(|(ours, _)| !ours.is_empty())
         .collect();
     object.extend(renamed);
 }
 
-/// Finds the form by the columns present: the context, the chosen and the rejected answer.
-fn pair(object: &Object) -> Parsed<(Context, String, String)> {
+/// Whether a column is there and says something.
+fn is_filled(object: &Object, column: &str) -> bool {
+    match object.get(column) {
+        None | Some(Value::Null) => false,
+        Some(Value::String(text)) => !text.trim().is_empty(),
+        Some(Value::Array(list)) => !list.is_empty(),
+        Some(_) => true,
+    }
+}
+
+/// Finds the form by the columns present.
+fn pair(object: &Object) -> Parsed<Pair> {
     let has = |column: &str| object.contains_key(column);
-    if object.get("messages").is_some_and(|messages| !messages.is_null()) {
+    let is_list = |column: &str| object.get(column).is_some_and(Value::is_array);
+    let has_answers = has(TRL.response) && has(TRL.rejected_response);
+    // Beside two whole conversations it repeats the chosen one.
+    let is_repeated = is_list(TRL.response) && !has("rejected_response") && !has("rejected_messages");
+    if object.get("messages").is_some_and(|messages| !messages.is_null()) && !is_repeated {
+        if has_answers && !has("rejected_response") && !has("rejected_messages") {
+            return answers_to(object, "messages");
+        }
         let chosen = messages(object, "messages")?;
         let (context, response) = last_answer(&chosen, "messages")?;
-        let rejected = match (has("rejected_response"), has("rejected_messages")) {
+        let rejected_response = match (has("rejected_response"), has("rejected_messages")) {
             (true, _) => text(object, "rejected_response")?.to_owned(),
             (_, true) => last_of_same(object, "rejected_messages", &chosen)?,
             _ => return Err("`messages` needs a column `rejected_response` beside it".to_owned()),
         };
-        return Ok((context, response, rejected));
+        return Ok(Pair { context, response, rejected_response, read: &[] });
     }
-    if object.get(TRL.response).is_some_and(Value::is_array) && has(TRL.rejected_response) {
-        return conversations(object);
+    if is_list(TRL.response) && has(TRL.rejected_response) {
+        return whole_conversations(object);
+    }
+    if is_list(CONVERSATIONS) && has_answers {
+        return answers_to(object, CONVERSATIONS);
     }
     let Some(columns) = FORMS.iter().find(|c| has(c.query) && has(c.response) && has(c.rejected_response))
     else {
         return Err(unknown_form(object));
     };
-    let context = match &object[columns.query] {
-        Value::Array(_) if *columns == TRL => context(&messages(object, columns.query)?, columns.query)?,
-        _ => Context {
-            system: None,
-            history: history(object)?,
-            query: text(object, columns.query)?.to_owned(),
-        },
+    let (context, read): (_, &[_]) = match &object[columns.query] {
+        Value::Array(_) if *columns == TRL => {
+            (context(&messages(object, columns.query)?, columns.query)?, &[])
+        }
+        _ if *columns == ALPACA => (single(object, instruction(object)?)?, &[ALPACA.query, INPUT, "history"]),
+        _ => (single(object, text(object, columns.query)?.to_owned())?, &["history"]),
     };
     let response = text(object, columns.response)?.to_owned();
-    Ok((context, response, text(object, columns.rejected_response)?.to_owned()))
+    let rejected_response = text(object, columns.rejected_response)?.to_owned();
+    Ok(Pair { context, response, rejected_response, read })
+}
+
+/// A text after the turns of `history`.
+fn single(object: &Object, query: String) -> Parsed<Context> {
+    Ok(Context { system: None, history: history(object)?, query })
+}
+
+/// `instruction` and `input`, a line each; where one is empty, the other.
+fn instruction(object: &Object) -> Parsed<String> {
+    let parts = [optional_text(object, ALPACA.query)?, optional_text(object, INPUT)?];
+    let parts: Vec<_> = parts.into_iter().flatten().filter(|part| !part.is_empty()).collect();
+    Ok(parts.join("\n"))
+}
+
+/// LLaMA-Factory's sharegpt: a conversation in `column` that ends with the user, and an answer each in `chosen` and `rejected`.
+fn answers_to(object: &Object, column: &str) -> Parsed<Pair> {
+    let answer = |column: &str| match message(&object[column], column)? {
+        Message { role: Role::Assistant, content } => Ok(content.to_owned()),
+        _ => Err(format!("`{column}` must be a message of the assistant (gpt)")),
+    };
+    Ok(Pair {
+        context: context(&messages(object, column)?, column)?,
+        response: answer(TRL.response)?,
+        rejected_response: answer(TRL.rejected_response)?,
+        read: &[],
+    })
 }
 
 /// TRL's conversational forms: `chosen` and `rejected` are one assistant message each after `prompt`, or whole
 /// conversations (a `prompt` beside those repeats their first message, and is not looked at).
-fn conversations(object: &Object) -> Parsed<(Context, String, String)> {
+fn whole_conversations(object: &Object) -> Parsed<Pair> {
     let chosen = messages(object, TRL.response)?;
+    let rejected_response = |chosen: &[Message]| last_of_same(object, TRL.rejected_response, chosen);
     if let [Message { role: Role::Assistant, content }] = chosen[..] {
-        let context = match object.get(TRL.query) {
+        let (context, read): (_, &[_]) = match object.get(TRL.query) {
             None | Some(Value::Null) => {
                 return Err("`chosen` has only an answer, and there is no `prompt`".to_owned());
             }
-            Some(Value::Array(_)) => context(&messages(object, TRL.query)?, TRL.query)?,
-            Some(_) => Context {
-                system: None,
-                history: history(object)?,
-                query: text(object, TRL.query)?.to_owned(),
-            },
+            Some(Value::Array(_)) => (context(&messages(object, TRL.query)?, TRL.query)?, &[]),
+            Some(_) => (single(object, text(object, TRL.query)?.to_owned())?, &["history"]),
         };
-        return Ok((context, content.to_owned(), last_of_same(object, TRL.rejected_response, &chosen)?));
+        let rejected_response = rejected_response(&chosen)?;
+        return Ok(Pair { context, response: content.to_owned(), rejected_response, read });
     }
     let (context, response) = last_answer(&chosen, TRL.response)?;
-    Ok((context, response, last_of_same(object, TRL.rejected_response, &chosen)?))
+    let rejected_response = rejected_response(&chosen)?;
+    Ok(Pair { context, response, rejected_response, read: &[ALPACA.query, INPUT] })
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,23 +239,29 @@ struct Message<'a> {
 fn messages<'a>(object: &'a Object, column: &str) -> Parsed<Vec<Message<'a>>> {
     let value = &object[column];
     let list = value.as_array().ok_or_else(|| wrong_type(column, "a list of messages", value))?;
-    let message = |(i, value): (usize, &'a Value)| {
-        let field = |name: &str| match value.get(name) {
-            Some(Value::String(text)) => Ok(text.as_str()),
-            Some(other) => Err(wrong_type(&format!("{column}[{i}].{name}"), "a string", other)),
-            None => Err(format!("`{column}[{i}]` has no `{name}`")),
-        };
-        let role = match field("role")? {
-            "system" => Role::System,
-            "user" => Role::User,
-            "assistant" => Role::Assistant,
-            other => {
-                return Err(format!("`{column}[{i}].role` is `{other}`, expected system, user or assistant"));
-            }
-        };
-        Ok(Message { role, content: field("content")? })
+    list.iter().enumerate().map(|(i, value)| message(value, &format!("{column}[{i}]"))).collect()
+}
+
+/// A message in either spelling; `place` is where it stands.
+fn message<'a>(value: &'a Value, place: &str) -> Parsed<Message<'a>> {
+    let object = value.as_object().ok_or_else(|| wrong_type(place, "a message", value))?;
+    let (role, content) = if object.contains_key("from") { ("from", "value") } else { ("role", "content") };
+    let field = |name: &str| match object.get(name) {
+        Some(Value::String(text)) => Ok(text.as_str()),
+        Some(other) => Err(wrong_type(&format!("{place}.{name}"), "a string", other)),
+        None => Err(format!("`{place}` has no `{name}`")),
     };
-    list.iter().enumerate().map(message).collect()
+    let role = match field(role)? {
+        "system" => Role::System,
+        "user" | "human" => Role::User,
+        "assistant" | "gpt" => Role::Assistant,
+        other => {
+            return Err(format!(
+                "`{place}.{role}` is `{other}`, expected system, user (human) or assistant (gpt)"
+            ));
+        }
+    };
+    Ok(Message { role, content: field(content)? })
 }
 
 /// Splits a whole conversation into what comes before its last message, and that message, an answer.
@@ -272,8 +354,8 @@ fn kind(value: &Value) -> &'static str {
 
 fn unknown_form(object: &Object) -> String {
     let quoted = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-    for columns in FORMS {
-        let names = [columns.query, columns.response, columns.rejected_response];
+    let forms = FORMS.map(|columns| [columns.query, columns.response, columns.rejected_response]);
+    for names in forms.into_iter().chain([[CONVERSATIONS, TRL.response, TRL.rejected_response]]) {
         let (found, missing): (Vec<_>, Vec<_>) =
             names.into_iter().partition(|name| object.contains_key(*name));
         if found.len() == 2 {
@@ -356,8 +438,92 @@ mod tests {
                 "-||q|c|r",
             ),
             (json!({"messages": null, "query": "q", "response": "c", "rejected_response": "r"}), "-||q|c|r"),
+            (
+                json!({"prompt": "q", "messages": [user("q"), assistant("c")],
+                       "chosen": [user("q"), assistant("c")], "rejected": [user("q"), assistant("r")]}),
+                "-||q|c|r",
+            ),
         ] {
             assert_eq!(flat(&parsed(value.clone(), &[]).unwrap()), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn llama_factory_s_forms_give_their_rows() {
+        let human = |text: &str| json!({"from": "human", "value": text});
+        let gpt = |text: &str| json!({"from": "gpt", "value": text});
+        let system = json!({"from": "system", "value": "s"});
+        for (value, expected) in [
+            (json!({"instruction": "i", "chosen": "c", "rejected": "r"}), "-||i|c|r"),
+            (json!({"instruction": "i", "input": "x", "chosen": "c", "rejected": "r"}), "-||i\nx|c|r"),
+            (json!({"instruction": "i", "input": "", "chosen": "c", "rejected": "r"}), "-||i|c|r"),
+            (json!({"instruction": "i", "input": null, "chosen": "c", "rejected": "r"}), "-||i|c|r"),
+            (json!({"instruction": "", "input": "x", "chosen": "c", "rejected": "r"}), "-||x|c|r"),
+            (
+                json!({"instruction": "i", "input": "x", "chosen": "c", "rejected": "r", "system": "s",
+                       "history": [["a", "b"]], "images": []}),
+                "s|a>b|i\nx|c|r",
+            ),
+            (json!({"conversations": [human("q")], "chosen": gpt("c"), "rejected": gpt("r")}), "-||q|c|r"),
+            (
+                json!({"conversations": [human("a"), gpt("b"), human("q")], "chosen": gpt("c"),
+                       "rejected": gpt("r"), "system": "s", "tools": ""}),
+                "s|a>b|q|c|r",
+            ),
+            (
+                json!({"conversations": [system, human("q")], "chosen": gpt("c"), "rejected": gpt("r"), "system": "other"}),
+                "s||q|c|r",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": "q"}],
+                       "chosen": {"role": "assistant", "content": "c"},
+                       "rejected": {"role": "assistant", "content": "r"}}),
+                "-||q|c|r",
+            ),
+            (
+                json!({"chosen": [human("q"), gpt("c")], "rejected": [human("q"), gpt("r")], "instruction": "q"}),
+                "-||q|c|r",
+            ),
+        ] {
+            assert_eq!(flat(&parsed(value.clone(), &[]).unwrap()), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn what_matters_is_not_left_out_in_silence() {
+        let row = |column: &str, value: Value| {
+            let mut row = json!({"prompt": "q", "chosen": "c", "rejected": "r"});
+            row[column] = value;
+            row
+        };
+        for (column, value) in [
+            ("input", json!("x")),
+            ("instruction", json!("i")),
+            ("tools", json!([{"name": "t"}])),
+            ("images", json!(["a.png"])),
+        ] {
+            let reason = parsed(row(column, value.clone()), &[]).unwrap_err();
+            assert!(reason.starts_with(&format!("`{column}` is not read in a row of this form")), "{reason}");
+            assert!(
+                reason.ends_with(&format!("--columns '{{\"{column}\":\"\"}}' leaves it out")),
+                "{reason}"
+            );
+            assert_eq!(flat(&parsed(row(column, value), &[(column, "")]).unwrap()), "-||q|c|r");
+            parsed(row(column, json!(null)), &[]).unwrap();
+        }
+        let renamed = json!({"question": "i", "input": "x", "chosen": "c", "rejected": "r"});
+        let reason = parsed(renamed.clone(), &[("question", "prompt")]).unwrap_err();
+        assert!(reason.contains("but beside `instruction`"), "{reason}");
+        assert_eq!(flat(&parsed(renamed, &[("question", "instruction")]).unwrap()), "-||i\nx|c|r");
+        let user = json!({"role": "user", "content": "q"});
+        let answer = |text: &str| json!({"role": "assistant", "content": text});
+        for value in [
+            json!({"prompt": [user], "chosen": [answer("c")], "rejected": [answer("r")], "history": [["a", "b"]]}),
+            json!({"chosen": [user, answer("c")], "rejected": [user, answer("r")], "history": [["a", "b"]]}),
+            json!({"messages": [user, answer("c")], "rejected_response": "r", "history": [["a", "b"]]}),
+        ] {
+            let reason = parsed(value, &[]).unwrap_err();
+            assert!(reason.starts_with("`history` is not read"), "{reason}");
         }
     }
 
@@ -440,8 +606,45 @@ mod tests {
             (json!({"messages": [assistant("c")], "rejected_response": "r"}), "`messages` must take turns"),
             (
                 json!({"messages": [{"role": "tool", "content": ""}], "rejected_response": "r"}),
-                "`messages[0].role` is `tool`, expected system, user or assistant",
+                "`messages[0].role` is `tool`, expected system, user (human) or assistant (gpt)",
             ),
+            (
+                json!({"messages": [1], "rejected_response": "r"}),
+                "`messages[0]` must be a message, found a number",
+            ),
+            (
+                json!({"instruction": "i", "chosen": "c"}),
+                "no column `rejected` beside `instruction`, `chosen`",
+            ),
+            (
+                json!({"instruction": "i", "input": ["x"], "chosen": "c", "rejected": "r"}),
+                "`input` must be a string, found a list",
+            ),
+            (
+                json!({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "c"}}),
+                "no column `rejected` beside `conversations`, `chosen`",
+            ),
+            (
+                json!({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "human", "value": "c"}, "rejected": {}}),
+                "`chosen` must be a message of the assistant (gpt)",
+            ),
+            (
+                json!({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "c"}, "rejected": "r"}),
+                "`rejected` must be a message, found a string",
+            ),
+            (
+                json!({"conversations": [{"from": "observation", "value": "q"}], "chosen": {}, "rejected": {}}),
+                "`conversations[0].from` is `observation`, expected system, user (human) or assistant (gpt)",
+            ),
+            (
+                json!({"conversations": [{"from": "human"}], "chosen": {}, "rejected": {}}),
+                "`conversations[0]` has no `value`",
+            ),
+            (
+                json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "chosen": {}, "rejected": {}}),
+                "`conversations` must take turns",
+            ),
+            (json!({"conversations": [], "chosen": {}, "rejected": {}}), "`conversations` must take turns"),
             (
                 json!({"messages": [user, {"role": "assistant"}], "rejected_response": "r"}),
                 "`messages[1]` has no `content`",
@@ -488,7 +691,9 @@ mod tests {
     fn renames_must_go_to_our_columns() {
         let renames = |ours: &str| BTreeMap::from([("frage".to_owned(), ours.to_owned())]);
         check_renames(&renames("query")).unwrap();
-        check_renames(&renames("history")).unwrap();
+        for ours in ["history", "input", "conversations", ""] {
+            check_renames(&renames(ours)).unwrap();
+        }
         let error = check_renames(&renames("qeury")).unwrap_err();
         assert!(error.to_string().contains("--columns renames `frage` to `qeury`"), "{error}");
         assert!(error.hint().unwrap().contains("rejected_response"), "{error:?}");
