@@ -38,9 +38,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{TrainArgs, with_dashed_aliases};
+use crate::config::{TrainArgs, other_names, with_dashed_aliases};
 use crate::demo;
 use crate::error::{Error, Result};
 
@@ -131,9 +132,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// # Errors
 /// What the subcommand says, and standard output that cannot be written. Usage errors end the process as clap does, with code 2.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
-    let matches = match command().try_get_matches_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let matches = match command().try_get_matches_from(&args) {
         Ok(matches) => matches,
-        Err(usage) if usage.use_stderr() => usage.exit(),
+        Err(usage) if usage.use_stderr() => with_tip(usage, &args).exit(),
         // Help and version, which clap would lose in silence where the disk is full.
         Err(asked) => {
             keep_failure(asked.print());
@@ -141,6 +143,23 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         }
     };
     run_matches(&matches).and_then(|()| check_printed())
+}
+
+/// The same error; of a flag that another trainer has, with what it is here.
+fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error {
+    let theirs = match usage.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(flag)) if usage.kind() == ErrorKind::UnknownArgument => flag,
+        _ => return usage,
+    };
+    let command = command();
+    let subcommand = args.iter().skip(1).find_map(|arg| command.find_subcommand(arg));
+    let has = |flag| subcommand.is_some_and(|c| c.get_arguments().any(|arg| arg.get_long() == Some(flag)));
+    if let Some(ours) = other_names::ours(theirs).filter(|ours| has(other_names::flag_of(ours))) {
+        usage.remove(ContextKind::SuggestedArg);
+        let tip = format!("here this is {ours}").into();
+        usage.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
+    }
+    usage
 }
 
 fn run_matches(matches: &ArgMatches) -> Result<()> {
@@ -156,5 +175,49 @@ fn run_matches(matches: &ArgMatches) -> Result<()> {
         (Command::Bench(args), _) => bench::run(&args),
         (Command::Devices(args), _) => devices::run(&args),
         (Command::Train(_) | Command::Plan(_), None) => unreachable!("a parsed subcommand has matches"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn usage(args: &[&str]) -> String {
+        let args: Vec<OsString> = [&["orpo-wgpu"], args].concat().into_iter().map(OsString::from).collect();
+        with_tip(command().try_get_matches_from(&args).unwrap_err(), &args).to_string()
+    }
+
+    #[test]
+    fn a_flag_of_another_trainer_is_told_what_it_is_here() {
+        for (args, tip) in [
+            (&["train", "--per-device-train-batch-size", "4"][..], "tip: here this is --batch_size\n"),
+            (&["plan", "--load_in_4bit"], "tip: here this is --quantization_bit 4\n"),
+            (&["train", "--warmup_steps=10"], "tip: here this is --warmup_ratio, a share of the steps\n"),
+            (&["infer", "--ckpt_dir", "x"], "tip: here this is --adapters\n"),
+            (&["train", "--betta", "1"], "tip: a similar argument exists: '--beta'"),
+        ] {
+            let message = usage(args);
+            assert!(message.contains(tip), "{args:?}: {message}");
+            assert_eq!(message.matches("tip:").count(), 1, "{message}");
+        }
+        let message = usage(&["infer", "--lora_r", "8"]);
+        assert!(!message.contains("--lora_rank"), "infer has no such flag: {message}");
+    }
+
+    #[test]
+    fn other_names_are_of_flags_that_there_are_and_hide_none() {
+        let command = command();
+        let flags = command.get_subcommands().flat_map(clap::Command::get_arguments);
+        let flags: BTreeSet<&str> = flags.filter_map(clap::Arg::get_long).collect();
+        let mut seen = BTreeSet::new();
+        for (ours, theirs) in other_names::OTHER_NAMES {
+            assert!(flags.contains(other_names::flag_of(ours)), "{ours} is no flag");
+            for name in *theirs {
+                assert!(!flags.contains(name), "--{name} is a flag of ours");
+                assert!(seen.insert(name), "--{name} stands in the table twice");
+            }
+        }
     }
 }

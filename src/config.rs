@@ -4,6 +4,7 @@
 //! own settings (where no model is named), from `--config FILE` and from the flags.
 
 mod byte_size;
+pub mod other_names;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -420,12 +421,13 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
         (Ok(()), Some(Value::Object(map))) => Ok(map),
         (checked, _) => {
             let problem = checked.err().unwrap_or_else(|| "is not a table of settings".to_owned());
-            Err(Error::Config {
-                problems: vec![format!("{}: {}", path.display(), problem.trim())],
-                hint: Some(
-                    "a setting is named as its flag, without the dashes: learning_rate = 1e-4".to_owned(),
-                ),
-            })
+            let unknown = problem.split_once("unknown field `").and_then(|(_, rest)| rest.split_once('`'));
+            let hint = match unknown.and_then(|(name, _)| Some((name, other_names::ours(name)?))) {
+                Some((name, ours)) => format!("`{name}` is {} here", ours.trim_start_matches('-')),
+                None => "a setting is named as its flag, without the dashes: learning_rate = 1e-4".to_owned(),
+            };
+            let problem = format!("{}: {}", path.display(), problem.trim());
+            Err(Error::Config { problems: vec![problem], hint: Some(hint) })
         }
     }
 }

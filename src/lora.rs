@@ -41,7 +41,7 @@ pub struct LoraConfig {
 /// Names every unknown module and the known ones.
 pub fn target_modules(names: &[String]) -> Result<Vec<String>> {
     let known: Vec<&str> = LINEAR_NAMES.iter().map(|name| last_name(name)).collect();
-    let all = ["ALL", "all-linear"];
+    let all = ["ALL", "all", "all-linear"];
     let is_known = |name: &&str| known.contains(name) || all.contains(name);
     let unknown: Vec<&str> = names.iter().map(String::as_str).filter(|n| !is_known(n)).collect();
     if !unknown.is_empty() || names.is_empty() {

@@ -300,6 +300,13 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             says: &["run.toml", "betta", "beta"],
         },
         Case {
+            name: "a setting of another trainer",
+            spoil: |w| fs::write(w.path("run.toml"), "per_device_train_batch_size = 4\n").unwrap(),
+            flags: &["--config", "run.toml"],
+            code: 2,
+            says: &["hint: `per_device_train_batch_size` is batch_size here"],
+        },
+        Case {
             name: "a model name without a folder",
             spoil: |w| fs::write(w.path("run.toml"), "model_type = \"llama3-8b-instruct\"\n").unwrap(),
             flags: &[

@@ -1,0 +1,86 @@
+//! What other trainers call our flags: TRL and `transformers`, LLaMA-Factory, ms-swift of all versions, Unsloth, Axolotl, mlx-lm.
+
+/// Our flag as it is typed, perhaps with its value or a remark, and what others call it.
+pub const OTHER_NAMES: &[(&str, &[&str])] = &[
+    (
+        "--model_id_or_path",
+        &["model", "model_name", "model_name_or_path", "model_path", "base_model", "pretrained_model"],
+    ),
+    ("--adapters", &["adapter", "adapter_path", "adapter_name_or_path", "ckpt_dir", "lora_path"]),
+    ("--sft_type", &["finetuning_type", "train_type", "tuner_type"]),
+    ("--lora_target_modules", &["lora_target", "target_modules"]),
+    ("--lora_rank", &["lora_r", "r", "rank"]),
+    ("--lora_alpha", &["alpha"]),
+    ("--dtype", &["torch_dtype", "precision", "compute_type", "infer_dtype"]),
+    ("--dtype bf16", &["bf16", "bfloat16", "pure_bf16"]),
+    ("--dtype fp16", &["fp16", "float16"]),
+    ("--quantization_bit", &["quant_bits", "bits"]),
+    ("--quantization_bit 4", &["load_in_4bit"]),
+    ("--quantization_bit 8", &["load_in_8bit"]),
+    (
+        "--dataset, which takes files and folders",
+        &["data", "data_path", "dataset_dir", "dataset_name", "dataset_path", "train_file", "train_data"],
+    ),
+    ("--dataset FILE#500, for 500 rows", &["max_samples", "max_train_samples", "train_dataset_sample"]),
+    ("--val_dataset", &["eval_dataset", "eval_file", "val_data", "validation_file"]),
+    ("--dataset_test_ratio", &["split_dataset_ratio", "test_size", "val_set_size", "val_size"]),
+    ("--system", &["default_system", "system_prompt"]),
+    ("--template_type", &["template", "chat_template"]),
+    (
+        "--max_length",
+        &["cutoff_len", "max_len", "max_seq_len", "max_seq_length", "model_max_length", "sequence_len"],
+    ),
+    ("--max_length, which counts prompt and answer", &["max_prompt_length", "max_completion_length"]),
+    ("--truncation_strategy", &["truncation_mode"]),
+    ("--beta", &["dpo_beta", "orpo_alpha", "orpo_beta", "pref_beta", "rl_beta"]),
+    (
+        "--batch_size",
+        &["micro_batch_size", "per_device_batch_size", "per_device_train_batch_size", "train_batch_size"],
+    ),
+    ("--batch_size, of evaluation as well", &["eval_batch_size", "per_device_eval_batch_size"]),
+    ("--gradient_accumulation_steps", &["accumulation_steps", "grad_accum", "gradient_accumulation"]),
+    ("--num_train_epochs", &["epochs", "num_epochs", "train_epochs"]),
+    ("--max_steps", &["iters", "num_steps", "total_steps", "train_steps"]),
+    ("--learning_rate", &["lr"]),
+    ("--lr_scheduler_type", &["lr_scheduler", "scheduler", "scheduler_type"]),
+    ("--warmup_ratio, a share of the steps", &["num_warmup_steps", "warmup", "warmup_steps"]),
+    ("--adam_epsilon", &["adam_eps", "eps"]),
+    ("--max_grad_norm", &["clip_grad", "grad_clip", "gradient_clipping"]),
+    ("--gradient_checkpointing", &["grad_checkpoint", "use_gradient_checkpointing"]),
+    ("--gradient_checkpointing false", &["disable_gradient_checkpointing"]),
+    ("--seed", &["data_seed", "random_seed", "random_state"]),
+    ("--device", &["cuda", "device_type", "gpu", "gpus"]),
+    ("--logging_steps", &["logging_strategy", "steps_per_report"]),
+    ("--eval_steps", &["eval_strategy", "evaluation_strategy", "steps_per_eval"]),
+    ("--save_steps", &["save_every", "save_strategy"]),
+    ("--output_dir", &["out", "out_dir", "output", "save_path"]),
+    ("--resume_from_checkpoint", &["resume", "resume_from"]),
+    ("--report_to", &["tracker"]),
+    ("--max_new_tokens", &["max_tokens", "max_gen_len"]),
+];
+
+/// What a flag or setting of another trainer is here, whatever its dashes: `--batch_size`.
+pub fn ours(theirs: &str) -> Option<&'static str> {
+    let name = theirs.trim_start_matches('-').replace('-', "_");
+    OTHER_NAMES.iter().find(|(_, names)| names.contains(&name.as_str())).map(|(ours, _)| *ours)
+}
+
+/// The name of the flag in what [`ours`] gives: `batch_size`.
+pub fn flag_of(ours: &str) -> &str {
+    ours.trim_start_matches('-').split([' ', ',']).next().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_whatever_their_dashes() {
+        for theirs in ["--per_device_train_batch_size", "--per-device-train-batch-size"] {
+            assert_eq!(ours(theirs), Some("--batch_size"));
+        }
+        assert_eq!(ours("--load_in_4bit").map(flag_of), Some("quantization_bit"));
+        assert_eq!(ours("--warmup_steps").map(flag_of), Some("warmup_ratio"));
+        assert_eq!(ours("--num_generations"), None);
+    }
+}
