@@ -9,6 +9,7 @@ use burn_wgpu::Wgpu;
 use super::budget::{keep_for_speed, runs_again};
 use super::limits::{self, measure_limits, wait};
 use super::precision::PrecisionArgs;
+use super::words::millions;
 use super::{profile_table, tune};
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
@@ -67,9 +68,7 @@ pub struct BenchArgs {
 /// Settings that cannot be run, a device that is not there or fails.
 pub fn run(args: &BenchArgs) -> Result<()> {
     if args.model_type == "list" {
-        for (name, what) in PRESETS {
-            say!("{name:24} {what}");
-        }
+        print_presets();
         return Ok(());
     }
     let config = args.config()?;
@@ -86,6 +85,13 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda(gpu) => run_on::<burn_cuda::Cuda>(args, &config, precision, &gpu.device(), choice),
     })
+}
+
+/// Lists what `--model_type` knows.
+pub(super) fn print_presets() {
+    for (name, what) in PRESETS {
+        say!("{name:24} {what}");
+    }
 }
 
 impl BenchArgs {
@@ -179,11 +185,11 @@ fn run_on<B: Kernels>(
         _ => format!("{choice} ({})", choice.describe()),
     };
     say!(
-        "model    {}, {} layer{}, {:.2} billion weights, random, {precision}, on {place}",
+        "model    {}, {} layer{}, {} weights, random, {precision}, on {place}",
         args.model_type,
         config.num_hidden_layers,
         if config.num_hidden_layers == 1 { "" } else { "s" },
-        config.n_weights() as f64 / 1e9,
+        millions(config.n_weights()),
     );
     say!(
         "step     {} x 2 x {} tokens, of which {} are computed: a pair shares its first half, and last tokens predict nothing",

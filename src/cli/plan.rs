@@ -2,17 +2,18 @@
 
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets as styles};
+use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets as styles};
 
 use super::advice::advice;
-use super::budget::{Budget, Case, Rows, Setting, USABLE, longest_pair};
+use super::bench::print_presets;
+use super::budget::{Budget, Case, Rows, Setting, USABLE, longest_pair, runs_again};
 use super::limits::best_product;
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
 use super::precision;
 use super::rows::{Data, lengths, plan_of, shuffle};
 use super::train;
-use super::words::{duration, thousands};
+use super::words::{duration, entry, millions, thousands};
 use crate::config::TrainArgs;
 use crate::data::batch::pack;
 use crate::data::dataset::{self, Strictness};
@@ -21,7 +22,6 @@ use crate::demo;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
-use crate::model::llama::Keep;
 use crate::model::presets::{PRESETS, preset};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
 
@@ -29,6 +29,8 @@ use crate::train::cost::{StepFlops, StepMemory, StepShape};
 ///
 /// Whole steps were measured at 28 to 85 % of it: norms, attention and the head come in between, and products of few tokens are slow.
 const RATE: f64 = 0.5;
+/// Columns of the table's first one, which holds the longest flag: all of them together fit 80.
+const SETTINGS_WIDTH: u16 = 34;
 /// Pairs that are counted where the data set is not known.
 const PAIRS: usize = 1000;
 
@@ -37,6 +39,10 @@ const PAIRS: usize = 1000;
 /// # Errors
 /// What the settings, the model's folder and the data can be wrong in, and a device that is not there.
 pub fn run(args: TrainArgs) -> Result<()> {
+    if args.model_type.as_deref() == Some("list") {
+        print_presets();
+        return Ok(());
+    }
     let args = &train::with_checkpoint(args)?;
     let source = Source::open(args)?;
     let selected = device::select(&args.device)?;
@@ -45,10 +51,9 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let choice = match args.max_memory.filter(|_| is_elsewhere) {
         Some(memory) => DeviceChoice::elsewhere(memory.0),
         None => {
-            selected
-                .note
-                .iter()
-                .for_each(|note| say!("device   {note}; --max_memory 8GiB asks about a GPU of 8 GiB"));
+            if let Some(note) = &selected.note {
+                tell("device", &format!("{note}; --max_memory 8GiB asks about a GPU of 8 GiB"));
+            }
             selected.choice
         }
     };
@@ -60,10 +65,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let none = || Error::config("no row is left to train on");
     let chosen = case.predict(&base)?.ok_or_else(none)?;
 
-    say!("model    {}, {:.1} million weights", source.name, source.config.n_weights() as f64 / 1e6);
+    tell("model", &format!("{}, {} weights", source.name, millions(source.config.n_weights())));
     source.print_data(args);
-    print_device(args, &case, is_elsewhere, &chosen);
-    say!("chosen   {}", base.flags(None));
+    print_device(args, &case, is_elsewhere);
+    tell("chosen", &base.flags(None));
+    print_memory(&case, &chosen);
     let resumes = args.resume_from_checkpoint.is_some();
     let mut others = alternatives(&case, &base, resumes)?;
     let nearest = if case.fits(&chosen) { None } else { nearest(&case, &base, resumes)? };
@@ -71,28 +77,26 @@ pub fn run(args: TrainArgs) -> Result<()> {
         let is_new = !others.iter().any(|(other, _)| other == setting) && *setting != base;
         others.extend(is_new.then(|| (setting.clone(), *budget)));
     }
-    say!("{}", table(&case, &base, &chosen, &others));
-    let embedding = size(2 * (source.config.vocab_size * source.config.hidden_size) as u64);
-    say!(
-        "besides, in the computer's own memory: the embedding, {embedding} where the file has it in 16 bits"
-    );
-    if choice == DeviceChoice::Cpu {
-        say!(
-            "and more on the CPU, which computes attention in tables of scores, where the GPU's kernels have none"
-        );
-    }
+    say!("\n{}", table(&case, &base, &chosen, &others));
+    tell("kept", "what layers compute in forward and hold until backward has read it");
+    let n_layers = source.config.num_hidden_layers;
+    tell("again", &format!("how many of the {n_layers} layers hold less, and run again in backward instead"));
     if let Some(nearest) = nearest {
-        say!("nearest  {}", advice(&case, &base, &nearest));
+        tell("nearest", &advice(&case, &base, &nearest));
     }
     say!("");
     let work = Work::of(args, &case, &source, &chosen)?;
-    say!("run      {}", work.what);
+    tell("run", &work.what);
     let time = match is_elsewhere {
         true => "unknown: the device is not here to be measured".to_owned(),
         false => work.time(measure(args, &choice)?),
     };
-    say!("time     {time}");
+    tell("time", &time);
     Ok(())
+}
+
+fn tell(label: &str, text: &str) {
+    say!("{}", entry(label, text));
 }
 
 /// What is planned for.
@@ -142,20 +146,17 @@ impl Source {
 
     fn print_data(&self, args: &TrainArgs) {
         let Some(pairs) = &self.pairs else {
-            say!(
-                "data     every pair is taken as two sequences of {} tokens with nothing in common, the most that --max_length lets \
-                 through; without the model's tokenizer nothing shorter is known",
+            let what = format!(
+                "every pair is taken as two sequences of {} tokens with nothing in common, the most that --max_length lets through; \
+                 without the model's tokenizer nothing shorter is known",
                 thousands(args.max_length)
             );
+            tell("data", &what);
             return;
         };
-        say!(
-            "data     {} pairs, {} left out by --max_length {}",
-            pairs.len(),
-            self.n_too_long,
-            args.max_length
-        );
-        say!("lengths  {}", lengths(pairs));
+        let (n_pairs, n_too_long) = (pairs.len(), self.n_too_long);
+        tell("data", &format!("{n_pairs} pairs, {n_too_long} left out by --max_length {}", args.max_length));
+        tell("lengths", &lengths(pairs));
     }
 }
 
@@ -172,73 +173,77 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
     Ok(Some(rows.len()))
 }
 
-fn print_device(args: &TrainArgs, case: &Case<'_>, is_elsewhere: bool, chosen: &Budget) {
+fn print_device(args: &TrainArgs, case: &Case<'_>, is_elsewhere: bool) {
     let device = match is_elsewhere {
         true => "a GPU that is not here, and is taken to compute in fp16".to_owned(),
         false => case.choice.describe(),
     };
     let memory = match (case.memory, case.usable()) {
         (Some(memory), Some(usable)) => {
-            let free = match case.choice {
-                DeviceChoice::Cpu if args.max_memory.is_none() => " free",
-                _ => "",
+            let whence = match (args.max_memory, case.choice) {
+                (Some(max_memory), _) => format!(" by --max_memory {max_memory}"),
+                (None, DeviceChoice::Cpu) => " free".to_owned(),
+                _ => String::new(),
             };
-            format!(
-                "{}{free}, of which a run may fill {:.0} %, {}",
-                size(memory),
-                100.0 * USABLE,
-                size(usable)
-            )
+            let (memory, usable) = (size(memory), size(usable));
+            format!("{memory}{whence}, of which a run may fill {:.0} %, {usable}", 100.0 * USABLE)
         }
         _ => "which does not say how much memory it has, so that whether a run fits is unknown".to_owned(),
     };
-    say!("device   {device}: {memory}");
-    say!(
-        "memory   at the fullest, in a step with the longest pairs ({} tokens), for the chosen settings and others:",
-        thousands(chosen.tokens)
-    );
+    tell("device", &format!("{device}: {memory}"));
 }
 
-/// One line for each setting, the chosen one first.
+/// The memory of the chosen settings by part.
+fn print_memory(case: &Case<'_>, chosen: &Budget) {
+    let StepMemory { weights, adapters, gradients, kept, layer, scratch, head } = chosen.memory;
+    let (total, tokens) = (size(chosen.memory.total() as u64), thousands(chosen.tokens));
+    tell("memory", &format!("{total} at the fullest, in a step with the longest pairs ({tokens} tokens)"));
+    let kept_what = format!("kept for backward ({})", runs_again(chosen.keep, case.config.num_hidden_layers));
+    for (bytes, what) in [
+        (weights, "weights"),
+        (adapters + gradients, "LoRA and optimizer"),
+        (kept, &kept_what),
+        (layer, "one live layer"),
+        (head, "a chunk of the head"),
+        (scratch, "scratch"),
+    ] {
+        say!("  {:>10}  {what}", size(bytes as u64));
+    }
+    let embedding = size(2 * (case.config.vocab_size * case.config.hidden_size) as u64);
+    tell(
+        "besides",
+        &format!("in the computer's own memory the embedding, {embedding} where the file has it in 16 bits"),
+    );
+    if *case.choice == DeviceChoice::Cpu {
+        tell("", "and more on the CPU, whose attention is computed in tables of scores");
+    }
+}
+
+/// One line for each setting, the chosen one first; no wider than a terminal.
 fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, Budget)]) -> Table {
     let mut table = Table::new();
     table.load_style(styles::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header([
-        "settings",
-        "kept",
-        "weights",
-        "LoRA + optimizer",
-        "kept for backward",
-        "one live layer",
-        "head chunk",
-        "scratch",
-        "total",
-        "fits",
-    ]);
+    table.set_header(["settings", "kept", "total", "again", "fits"]);
     let cells = |flags: String, budget: &Budget| {
-        let StepMemory { weights, adapters, gradients, kept, layer, scratch, head } = budget.memory;
-        let parts = [weights, adapters + gradients, kept, layer, head, scratch, budget.memory.total()];
         let fits = match case.memory {
             None => "unknown",
             Some(_) if case.fits(budget) => "yes",
             Some(_) => "no",
         };
-        let sizes = parts.map(|bytes| size(bytes as u64));
-        let n_layers = case.config.num_hidden_layers;
-        let kept = match (budget.keep.rest, budget.keep.n_again(n_layers)) {
-            (_, 0) => "all".to_owned(),
-            (Keep::Attention, n) if n == n_layers => "attention".to_owned(),
-            (Keep::Attention, n) => format!("attention, {} layers whole", n_layers - n),
-            (_, _) => "inputs".to_owned(),
-        };
-        [flags, kept].into_iter().chain(sizes).chain([fits.to_owned()]).collect::<Vec<_>>()
+        let [kept, total] = [budget.memory.kept, budget.memory.total()].map(|bytes| size(bytes as u64));
+        let again = budget.keep.n_again(case.config.num_hidden_layers).to_string();
+        [flags, kept, total, again, fits.to_owned()]
     };
     table.add_row(cells("as chosen".to_owned(), chosen));
     for (setting, budget) in others {
         table.add_row(cells(setting.flags(Some(base)) + &case.left_out(setting.max_length), budget));
     }
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(CellAlignment::Right);
+    for (i, column) in table.column_iter_mut().enumerate() {
+        if i == 0 {
+            column.set_constraint(ColumnConstraint::UpperBoundary(Width::Fixed(SETTINGS_WIDTH)));
+        } else {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
     }
     table
 }
@@ -297,8 +302,8 @@ impl Work {
     /// How long it takes on a device with so many operations a second in its best product.
     fn time(&self, rate: f64) -> String {
         format!(
-            "about {}, without evaluations and saves: at {:.0} % of the {:.3} TFLOP/s of the best product that was measured here just now \
-             (whole steps were seen at 28 to 85 %, and far below with models of a few million weights; `orpo-wgpu bench` measures one)",
+            "about {}, without evaluations and saves, at {:.0} % of the {:.3} TFLOP/s of the best product, measured here just now. Whole \
+             steps were seen at 28 to 85 %, and far below with models of a few million weights; `orpo-wgpu bench` measures one.",
             duration(self.flops / (RATE * rate)),
             100.0 * RATE,
             rate / 1e12

@@ -15,6 +15,7 @@ use super::precision;
 use super::progress::Progress;
 use super::rows::{Data, is_demo_data, lengths, plan_of};
 use super::tune;
+use super::words::entry;
 use crate::config::TrainArgs;
 use crate::data::batch::LossCompat;
 use crate::data::tokenize::TokenizedPair;
@@ -294,7 +295,7 @@ fn describe<B: Kernels>(
         data.skipped.len(),
         open.template
     );
-    note!("lengths  {}", lengths(&data.train));
+    note!("{}", entry("lengths", &lengths(&data.train)));
     note!(
         "training {} steps of {} pairs, loss {} with beta {}, learning rate {:e}",
         settings.schedule.max_steps,

@@ -1,4 +1,9 @@
-//! Numbers as people read them.
+//! Numbers and lines as people read them.
+
+/// Columns of a terminal that nobody made wider.
+const WIDTH: usize = 80;
+/// Columns of a line's label.
+const LABEL: usize = 9;
 
 /// `1,941`
 pub fn thousands(number: usize) -> String {
@@ -18,6 +23,29 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
+/// `8.03 billion`, `1.1 million`
+pub fn millions(number: usize) -> String {
+    let number = number as f64;
+    if number < 1e9 { format!("{:.1} million", number / 1e6) } else { format!("{:.2} billion", number / 1e9) }
+}
+
+/// A label and its text, cut between words for a terminal, with the text's lines below each other. A word that is longer than a line
+/// stays whole.
+pub fn entry(label: &str, text: &str) -> String {
+    let (mut lines, mut line) = (Vec::new(), format!("{label:LABEL$}"));
+    for (i, word) in text.split(' ').enumerate() {
+        let is_first = i == 0 || line.len() == LABEL;
+        if !is_first && line.chars().count() + 1 + word.chars().count() > WIDTH {
+            lines.push(std::mem::replace(&mut line, " ".repeat(LABEL)));
+        } else if !is_first {
+            line.push(' ');
+        }
+        line.push_str(word);
+    }
+    lines.push(line);
+    lines.join("\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -25,7 +53,20 @@ mod tests {
     #[test]
     fn numbers_are_readable() {
         assert_eq!([0, 999, 1941, 1_234_567].map(thousands), ["0", "999", "1,941", "1,234,567"]);
+        let counts = [1_058_112, 8_030_261_248].map(millions);
+        assert_eq!(counts, ["1.1 million", "8.03 billion"]);
         let shown = [4.2, 80.0, 3600.0, 12_000.0, 1e6].map(duration);
         assert_eq!(shown, ["4 s", "80 s", "60 min", "3 h 20 min", "11.6 days"]);
+    }
+
+    #[test]
+    fn long_lines_are_cut_between_words() {
+        assert_eq!(entry("data", "429 pairs"), "data     429 pairs");
+        let text = format!("{} of it and a path{}", "word ".repeat(14).trim_end(), "/long".repeat(20));
+        let lines: Vec<_> = entry("device", &text).lines().map(str::to_owned).collect();
+        assert_eq!(lines[0], format!("device   {}", "word ".repeat(14).trim_end()));
+        assert_eq!(lines[1], "         of it and a");
+        assert_eq!(lines[2], format!("         path{}", "/long".repeat(20)));
+        assert_eq!(lines.len(), 3);
     }
 }
