@@ -62,6 +62,8 @@ pub enum Error {
         path: PathBuf,
         /// One sentence a tensor, with both shapes; all of them.
         problems: Vec<String>,
+        /// What to do, where more is known than that they are another model's.
+        hint: Option<String>,
     },
     /// A device that is not there, or cannot do what is asked.
     #[error("device {device}: {problem}")]
@@ -128,6 +130,7 @@ impl Error {
         if let Self::Config { hint, .. }
         | Self::File { hint, .. }
         | Self::Row { hint, .. }
+        | Self::Tensors { hint, .. }
         | Self::Device { hint, .. }
         | Self::OutOfMemory { hint, .. } = &mut self
         {
@@ -144,9 +147,9 @@ impl Error {
             | Self::Row { hint, .. }
             | Self::Device { hint, .. }
             | Self::OutOfMemory { hint, .. } => hint.as_deref(),
-            Self::Tensors { .. } => Some(
-                "these are tensors of another model: compare config.json, or the adapter's base_model_name_or_path",
-            ),
+            Self::Tensors { hint, .. } => {
+                Some(hint.as_deref().unwrap_or("these are tensors of another model than config.json's"))
+            }
             Self::NonFinite { .. } => Some(
                 "lower --learning_rate or --beta, or take the rows named above out of the data; in fp16, which ends at \
                      65504, --dtype fp32 may do",
@@ -172,7 +175,7 @@ mod tests {
     fn only_the_first_tensors_that_do_not_fit_are_named() {
         let error = |n: usize| {
             let problems = (1..=n).map(|i| format!("`t{i}` is missing")).collect();
-            Error::Tensors { path: PathBuf::from("model"), problems }.to_string()
+            Error::Tensors { path: PathBuf::from("model"), problems, hint: None }.to_string()
         };
         assert_eq!(error(1), "model: 1 of its tensors do not fit:\n  `t1` is missing");
         assert!(error(5).ends_with("\n  `t5` is missing"), "{}", error(5));

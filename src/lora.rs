@@ -124,6 +124,7 @@ pub fn tensors_mut<B: Backend>(model: &mut Llama<B>) -> Vec<&mut Tensor<B, 2>> {
 #[derive(Debug, Deserialize)]
 struct AdapterConfigFile {
     peft_type: Option<String>,
+    base_model_name_or_path: Option<String>,
     r: usize,
     lora_alpha: f64,
     target_modules: Option<serde_json::Value>,
@@ -159,12 +160,13 @@ pub fn ranks_of(folder: &Path) -> Result<[usize; LINEAR_NAMES.len()]> {
     Ok(ranks(most, &names.map_or_else(all, Ok)?))
 }
 
-/// Checks by its `adapter_config.json` that a folder holds an adapter that is computed, before a model is loaded in vain.
+/// The base model that an adapter folder's `adapter_config.json` names, and a check that the adapter is one that is computed, before a
+/// model is loaded in vain.
 ///
 /// # Errors
 /// As [`load`].
-pub fn check_folder(folder: &Path) -> Result<()> {
-    read_config(folder).map(drop)
+pub fn base_model(folder: &Path) -> Result<Option<String>> {
+    Ok(read_config(folder)?.base_model_name_or_path)
 }
 
 fn read_config(folder: &Path) -> Result<AdapterConfigFile> {
@@ -214,10 +216,16 @@ pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfi
         expected.push((name_b.clone(), vec![n_out, r]));
         found.push((name, name_a, name_b, (alpha / denominator) as f32));
     }
-    checkpoint.check(&expected, |_| false)?;
-    if found.is_empty() {
-        return Err(Error::file(&weights_path, "holds no LoRA tensors of this model's layers"));
+    let mut fits = checkpoint.check(&expected, |_| false);
+    if fits.is_ok() && found.is_empty() {
+        fits = Err(Error::file(&weights_path, "holds no LoRA tensors of this model's layers"));
     }
+    fits.map_err(|error| match &config.base_model_name_or_path {
+        Some(base) => {
+            error.with_hint(format!("{ADAPTER_CONFIG_FILE} names `{base}` as the model it belongs to"))
+        }
+        None => error,
+    })?;
     let mut modules: Vec<String> = Vec::new();
     let mut found = found.into_iter().peekable();
     for (name, linear) in targeted(model, &all) {

@@ -132,7 +132,7 @@ fn run_on<B: Kernels>(
     device::guard("answering", choice, || {
         let adapter = args.adapter();
         if let Some(folder) = &adapter {
-            lora::check_folder(folder)?;
+            open.check_adapter(folder)?;
         }
         let (mut model, loaded) = open.load::<B>(precision, device, choice.shard_bytes())?;
         if let Some(folder) = &adapter {

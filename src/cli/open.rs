@@ -84,6 +84,25 @@ impl OpenModel {
         matches!(self.source, Source::Demo)
     }
 
+    /// Checks by its configuration that an adapter is one that is computed, and that it is not another model's where none is named.
+    ///
+    /// # Errors
+    /// If it is none, or another model's.
+    pub fn check_adapter(&self, folder: &Path) -> Result<()> {
+        match lora::base_model(folder)? {
+            Some(base) if self.is_demo() && base != demo::NAME => {
+                let what = format!(
+                    "is an adapter of `{base}`, and without --model_id_or_path the model is the demo"
+                );
+                let is_here = Path::new(&base).is_dir();
+                let model = if is_here { base } else { format!("DIR, where DIR is the folder of {base}") };
+                let config = folder.join(lora::ADAPTER_CONFIG_FILE);
+                Err(Error::file(config, what).with_hint(format!("pass --model_id_or_path {model}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Loads the weights onto a device. Matrices of the vocabulary's size come in shards of at most `shard_bytes`. A terminal sees how
     /// far it is.
     ///

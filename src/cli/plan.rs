@@ -132,6 +132,7 @@ impl Source {
             });
         }
         let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
+        train::adapter_of(args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
         let Data { train, val, skipped } = Data::load(args, &open)?;
         let is_too_long = |reason: &str| reason.contains("--max_length is");
         Ok(Self {

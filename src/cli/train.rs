@@ -44,6 +44,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     }
     let args = with_checkpoint(args)?;
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
+    adapter_of(&args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
     let data = Data::load(&args, &open)?;
     let ranks = ranks(&args)?;
@@ -101,12 +102,17 @@ pub fn with_checkpoint(args: TrainArgs) -> Result<TrainArgs> {
     Ok(TrainArgs { resume_from_checkpoint, adapters, ..args })
 }
 
+/// The adapter that the run starts from.
+pub fn adapter_of(args: &TrainArgs) -> Option<&Path> {
+    args.resume_from_checkpoint.as_deref().or(args.adapters.as_deref())
+}
+
 /// The ranks of the run's adapters: those of the adapter it starts from, else those of `--lora_rank` and `--lora_target_modules`.
 ///
 /// # Errors
 /// If that adapter's configuration cannot be read, or there is no such module.
 pub fn ranks(args: &TrainArgs) -> Result<[usize; LINEAR_NAMES.len()]> {
-    match args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref()) {
+    match adapter_of(args) {
         Some(folder) => lora::ranks_of(folder),
         None => Ok(lora::ranks(args.lora_rank, &lora::target_modules(&args.lora_target_modules)?)),
     }
@@ -151,8 +157,7 @@ fn run_on<B: Kernels>(
     let settings = TrainSettings { keep: budget.keep, ..settings };
     device::doing("loading the weights");
     let (mut model, loaded) = open.load::<B>(precision, device, choice.shard_bytes())?;
-    let adapter = args.resume_from_checkpoint.as_ref().or(args.adapters.as_ref());
-    let lora_config = match adapter {
+    let lora_config = match adapter_of(args) {
         Some(folder) => lora::load(&mut model, folder)?,
         None => {
             let config = LoraConfig { r: args.lora_rank, lora_alpha: args.lora_alpha, target_modules };

@@ -99,7 +99,7 @@ impl Checkpoint {
             .map(|(name, file)| format!("`{name}` is not in {file}, where the index says it is"))
             .collect();
         if !missing.is_empty() {
-            return Err(Error::Tensors { path: index_path, problems: missing });
+            return Err(Error::Tensors { path: index_path, problems: missing, hint: None });
         }
         Ok(Self::new(folder, tensors))
     }
@@ -171,7 +171,11 @@ impl Checkpoint {
         for name in self.names().filter(|name| !known.contains(name) && !ignored(name)) {
             problems.push(format!("`{name}` {:?} is not part of the model", self.tensors[name].shape));
         }
-        if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: self.path.clone(), problems }) }
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Tensors { path: self.path.clone(), problems, hint: None })
+        }
     }
 
     /// Reads a tensor that [`check`](Self::check) has seen, converted to `f32`.

@@ -42,11 +42,31 @@ fn a_folder_that_is_none_is_one_error_before_a_model_is_loaded() {
 }
 
 #[test]
-fn an_adapter_of_another_model_is_a_short_error() {
+fn an_adapter_of_another_model_is_a_short_error_that_names_its_own() {
     let folder = tempfile::tempdir().unwrap();
-    let message = failure(folder.path(), &["--adapters", gqa("adapter").to_str().unwrap()]);
-    assert!(message.contains("adapter_model.safetensors: 28 of its tensors do not fit:"), "{message}");
-    assert!(message.contains("has shape [8, 64], expected [8, 128]"), "{message}");
-    assert!(message.contains("\n  and 23 more\nhint: these are tensors of another model"), "{message}");
-    assert_eq!(message.lines().count(), 8, "{message}");
+    let adapter = gqa("adapter").display().to_string();
+    let message = failure(folder.path(), &["--adapters", &adapter]);
+    let says = format!(
+        "{adapter}/adapter_config.json: is an adapter of `fixture`, and without --model_id_or_path the model is the demo\n\
+         hint: pass --model_id_or_path DIR, where DIR is the folder of fixture\n"
+    );
+    assert_eq!(message, format!("orpo-wgpu: {says}"));
+
+    let other = gqa("../odd/model").display().to_string();
+    let message = failure(folder.path(), &["--adapters", &adapter, "--model_id_or_path", &other]);
+    assert!(message.contains("of its tensors do not fit:"), "{message}");
+    let hint = "hint: adapter_config.json names `fixture` as the model it belongs to";
+    assert!(message.ends_with(&format!("{hint}\n")) && message.lines().count() <= 8, "{message}");
+}
+
+#[test]
+fn train_and_plan_name_it_as_well() {
+    let adapter = gqa("adapter").display().to_string();
+    for subcommand in ["train", "plan"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
+        command.args([subcommand, "--device", "cpu", "--adapters", &adapter]).current_dir(folder.path());
+        let message = String::from_utf8(command.output().unwrap().stderr).unwrap();
+        assert!(message.contains("is an adapter of `fixture`"), "{subcommand}: {message}");
+    }
 }
