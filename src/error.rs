@@ -87,6 +87,16 @@ pub enum Error {
         /// What to do.
         hint: Option<String>,
     },
+    /// A run that the user ended, and that can go on.
+    #[error("interrupted after step {step} of {max_steps}")]
+    Interrupted {
+        /// Optimizer steps that are done and saved.
+        step: usize,
+        /// Those of the whole run.
+        max_steps: usize,
+        /// How to go on.
+        hint: Option<String>,
+    },
     /// A number that is no longer finite.
     #[error("step {step}: {quantity} is {value}, computed from {rows}")]
     NonFinite {
@@ -132,7 +142,8 @@ impl Error {
         | Self::Row { hint, .. }
         | Self::Tensors { hint, .. }
         | Self::Device { hint, .. }
-        | Self::OutOfMemory { hint, .. } = &mut self
+        | Self::OutOfMemory { hint, .. }
+        | Self::Interrupted { hint, .. } = &mut self
         {
             *hint = Some(text.into());
         }
@@ -146,7 +157,8 @@ impl Error {
             | Self::File { hint, .. }
             | Self::Row { hint, .. }
             | Self::Device { hint, .. }
-            | Self::OutOfMemory { hint, .. } => hint.as_deref(),
+            | Self::OutOfMemory { hint, .. }
+            | Self::Interrupted { hint, .. } => hint.as_deref(),
             Self::Tensors { hint, .. } => {
                 Some(hint.as_deref().unwrap_or("these are tensors of another model than config.json's"))
             }
@@ -158,10 +170,12 @@ impl Error {
         }
     }
 
-    /// The process's exit code: 2 for usage and configuration, 1 for a run that failed.
+    /// The process's exit code: 2 for usage and configuration, 1 for a run that failed, 130 (as shells have it) for one that Ctrl-C
+    /// ended.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config { .. } => 2,
+            Self::Interrupted { .. } => 130,
             _ => 1,
         }
     }

@@ -82,6 +82,10 @@ pub trait Observer {
     fn on_skip(&mut self, step: usize, scale: f64);
     /// A line was written to the log.
     fn on_log(&mut self, line: &Map<String, Value>);
+    /// Whether the run is to end: asked after each step, which is then saved.
+    fn is_interrupted(&self) -> bool {
+        false
+    }
     /// Memory in use in bytes, asked where the device does not tell what its tensors take.
     fn memory_bytes(&self) -> u64;
 }
@@ -108,8 +112,8 @@ pub struct Summary {
 /// Trains the model's adapter.
 ///
 /// # Errors
-/// If a loss or a gradient is no longer finite, the device fails, a file cannot be written, or the adapter came out as it went in. The
-/// checkpoints written before stay.
+/// If a loss or a gradient is no longer finite, the device fails, a file cannot be written, the adapter came out as it went in, or the
+/// observer interrupts. The checkpoints written before stay.
 pub fn train<B: Kernels>(
     model: &mut Llama<B>,
     lora_config: &LoraConfig,
@@ -205,13 +209,17 @@ pub fn train<B: Kernels>(
         if is_last {
             check_moved(step, n_skipped(&loss_scale) - skipped_before, &initial, &lora::parameters(model))?;
         }
-        if done.is_multiple_of(settings.save_steps) || is_last {
+        let is_interrupted = !is_last && observer.is_interrupted();
+        if done.is_multiple_of(settings.save_steps) || is_last || is_interrupted {
             let paused = Instant::now();
             let loss_scale = loss_scale.map(|(_, loss_scale)| loss_scale);
             let position = Position { step: done, plan: &settings.plan, loss_scale };
             run.save(model, lora_config, &optimizer, position)?;
             run.plot(is_last)?;
             window.paused_s += paused.elapsed().as_secs_f64();
+        }
+        if is_interrupted {
+            return Err(Error::Interrupted { step: done, max_steps, hint: None });
         }
     }
     let last = window.last_eval.or(window.last);

@@ -93,7 +93,11 @@ pub fn print_summary(summary: &Summary, args: &TrainArgs) {
     };
     let model = args.model_id_or_path.as_ref();
     let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();
-    // As the program was called, so that the line can be pasted.
-    let program = std::env::args_os().next().unwrap_or_else(|| env!("CARGO_PKG_NAME").into());
-    say!("talk to it: {} infer {model}{bits}--adapters {}", program.display(), summary.checkpoint.display());
+    say!("talk to it: {} infer {model}{bits}--adapters {}", program(), summary.checkpoint.display());
+}
+
+/// The program as it was called, so that a command can be pasted.
+pub fn program() -> String {
+    let name = std::env::args_os().next().unwrap_or_else(|| env!("CARGO_PKG_NAME").into());
+    name.to_string_lossy().into_owned()
 }

@@ -10,7 +10,7 @@ use super::advice::{check_fits, smaller};
 use super::budget::{Budget, Case, Rows, Setting, runs_again};
 use super::longest;
 use super::open::{Loaded, OpenModel, adapter_in};
-use super::outcome::{answers, print_answers, print_summary};
+use super::outcome::{answers, print_answers, print_summary, program};
 use super::precision;
 use super::progress::Progress;
 use super::rows::{Data, is_demo_data, lengths, plan_of};
@@ -228,11 +228,20 @@ fn run_on<B: Kernels>(
         train(&mut model, &lora_config, data, &settings, &mut run, resume, &mut progress)
     });
     progress.finish();
-    let summary = trained.inspect_err(|_| {
+    let summary = trained.map_err(|error| {
         // The error is what there is to report; that its picture cannot be drawn either tells nothing new.
         let _ = run.plot(true);
         if let Some(checkpoint) = run.last_checkpoint() {
             note!("the last checkpoint stays: {}", checkpoint.display());
+        }
+        match error {
+            Error::Interrupted { .. } => error.with_hint(format!(
+                "{} train --config {} --resume_from_checkpoint {} goes on",
+                program(),
+                folder.join("args.json").display(),
+                folder.display()
+            )),
+            other => other,
         }
     })?;
     device::doing("answering after the training");

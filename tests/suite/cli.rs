@@ -1,6 +1,7 @@
 //! The binary as a user meets it: bad input, output files, adapters that come and go.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -502,6 +503,36 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
     let output = workplace.train(&done);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("6 of 6 steps are done already"), "{}", stderr(&output));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_is_saved_and_can_go_on() {
+    let workplace = Workplace::new();
+    let mut command = workplace.train_command(&["--max_steps", "100000", "--logging_steps", "1"]);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.starts_with("step 2/100000")), "it trains");
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let message: Vec<String> = lines.collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{message:?}");
+    let said = |text: &str| message.iter().any(|line| line.starts_with(text));
+    assert!(said("interrupted: the step under way is finished and saved"), "{message:?}");
+    assert!(said("the last checkpoint stays: out/checkpoint-"), "{message:?}");
+    assert!(message.last().unwrap().ends_with("--config out/args.json --resume_from_checkpoint out goes on"));
+    assert!(workplace.path("out/images/train_loss.png").exists());
+
+    let ended =
+        message.iter().find_map(|line| line.strip_prefix("orpo-wgpu: interrupted after step ")).unwrap();
+    let step: usize = ended.strip_suffix(" of 100000").unwrap().parse().unwrap();
+    let max_steps = (step + 1).to_string();
+    let output = workplace.train(&["--max_steps", &max_steps, "--resume_from_checkpoint", "out"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains(&format!("resume   after step {step} of {max_steps}")),
+        "{}",
+        stderr(&output)
+    );
 }
 
 #[test]
