@@ -22,6 +22,7 @@ use crate::model::parts::logits_bytes;
 use crate::model::presets::{PRESETS, preset};
 use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::adamw::grad_norm;
+use crate::ops::tune::LinearKind;
 use crate::ops::{Kernels, profile};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
 use crate::train::optim::{AdamW, AdamWConfig, read};
@@ -199,7 +200,8 @@ fn run_on<B: Kernels>(
     );
     let note = |note| say!("device   {note}");
     let n = limits::square(choice) as u32;
-    tune::tune(choice, &[([n, n, n, 0], dtype)], STEPS_OF_A_RUN, note);
+    let square = LinearKind { extents: [n, n, n, 0], dtype, joins_stream: false };
+    tune::tune(choice, &[square], STEPS_OF_A_RUN, note);
     let limits = measure_limits::<B>(dtype, choice, device)?;
     say!(
         "limits   {:.3} TFLOP/s in the best {} product found, {:.1} GB/s in an addition",

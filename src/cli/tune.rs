@@ -9,13 +9,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use burn::tensor::DType;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Adapter, DeviceChoice};
 use crate::model::Llama;
-use crate::ops::tune::{self, DeviceOf, MatrixEngine, Timings, Verdict};
+use crate::model::llama::joins_stream;
+use crate::ops::tune::{self, DeviceOf, LinearKind, Timings, Tunable, Verdict};
 use crate::ops::{Cuts, Kernels};
 
 /// Runs of fewer operations are over before timing would have paid.
@@ -37,37 +37,39 @@ struct Identity {
     of: [String; 3],
 }
 
+fn revision<E: Tunable>() -> String {
+    format!("{}, method {}", E::revision(), tune::METHOD)
+}
+
 impl Identity {
     fn of_adapter(adapter: &Adapter) -> Self {
         Self {
             file_name: format!("tune-{:04x}-{:04x}.json", adapter.vendor_id, adapter.device_id),
-            of: [adapter.name.clone(), adapter.driver.clone(), Cuts::revision()],
+            of: [adapter.name.clone(), adapter.driver.clone(), revision::<Cuts>()],
         }
     }
 
     #[cfg(feature = "cuda")]
-    fn of_gpu<E: MatrixEngine>(gpu: &crate::device::CudaGpu, driver: String) -> Self {
+    fn of_gpu<E: Tunable>(gpu: &crate::device::CudaGpu, driver: String) -> Self {
         let name: String =
             gpu.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         Self {
             file_name: format!("tune-cuda-{name}.json").to_lowercase(),
-            of: [gpu.name.clone(), driver, E::revision()],
+            of: [gpu.name.clone(), driver, revision::<E>()],
         }
     }
 }
 
-/// A linear layer on packed rows: `[tokens, in, out, rank]`, and what its frozen weight holds.
-pub(super) type Extents = ([u32; 4], DType);
-
-/// The model's linear layers on packed rows of so many tokens, each once.
-pub(super) fn linears<B: Kernels>(model: &Llama<B>, tokens: [usize; 2]) -> Vec<Extents> {
+/// The model's linear layers on packed rows of so many tokens, each kind once.
+pub(super) fn linears<B: Kernels>(model: &Llama<B>, tokens: [usize; 2]) -> Vec<LinearKind> {
     let mut linears = Vec::new();
-    for (_, linear) in model.layers.iter().flat_map(|layer| layer.linears()) {
+    for (name, linear) in model.layers.iter().flat_map(|layer| layer.linears()) {
         let [n_out, n_in] = linear.weight.dims();
         let rank = linear.lora.as_ref().map_or(0, |lora| lora.a.dims()[0]);
         for tokens in tokens {
             let extents = [tokens, n_in, n_out, rank].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-            let linear = (extents, linear.weight.dtype());
+            let joins_stream = joins_stream(name);
+            let linear = LinearKind { extents, dtype: linear.weight.dtype(), joins_stream };
             if !linears.contains(&linear) {
                 linears.push(linear);
             }
@@ -78,7 +80,7 @@ pub(super) fn linears<B: Kernels>(model: &Llama<B>, tokens: [usize; 2]) -> Vec<E
 
 /// Lets the device's products for these linear layers follow timings: those of earlier runs and, where some are missing and a run of
 /// `steps` steps would gain from them, new ones. `note` is told of these, and of what is not as it should be.
-pub(super) fn tune(choice: &DeviceChoice, linears: &[Extents], steps: usize, note: impl Fn(String)) {
+pub(super) fn tune(choice: &DeviceChoice, linears: &[LinearKind], steps: usize, note: impl Fn(String)) {
     match choice {
         DeviceChoice::Cpu => {}
         DeviceChoice::Wgpu { device, adapter } => {
@@ -93,15 +95,15 @@ pub(super) fn tune(choice: &DeviceChoice, linears: &[Extents], steps: usize, not
     }
 }
 
-fn tune_on<E: MatrixEngine>(
+fn tune_on<E: Tunable>(
     device: &DeviceOf<E>,
     identity: &Identity,
-    linears: &[Extents],
+    linears: &[LinearKind],
     steps: usize,
     note: impl Fn(String),
 ) {
     let mut seen = HashSet::new();
-    let all = linears.iter().flat_map(|&(extents, weight)| E::of_linear(extents, weight));
+    let all = linears.iter().flat_map(|&linear| E::of_linear(linear));
     let kinds: Vec<_> = all.filter(|kind| seen.insert(*kind)).collect();
     // A step takes each product once a layer at least, forward or backward; one layer's are enough to tell small runs from others.
     let flops: f64 = kinds.iter().map(|&kind| E::flops(kind)).sum::<f64>() * steps as f64;
@@ -109,16 +111,24 @@ fn tune_on<E: MatrixEngine>(
         return;
     }
     let path = folder().map(|folder| folder.join(&identity.file_name));
-    let mut timings: Timings<E> = match &path {
-        Some(path) => read(path, identity).unwrap_or_else(|reason| {
-            note(format!("{} is left alone: {reason}", path.display()));
-            Vec::new()
-        }),
-        None => Vec::new(),
-    };
+    let known = path.as_ref().map(|path| read(path, identity).map_err(|reason| (path, reason)));
+    let mut timings: Timings<E> = known.unwrap_or_else(|| Ok(Vec::new())).unwrap_or_else(|(path, reason)| {
+        note(format!("{} cannot be read, and is replaced: {reason}", path.display()));
+        Vec::new()
+    });
     tune::install::<E>(device, &timings);
-    let started = Instant::now();
-    let new = tune::tune::<E>(device, &kinds, BUDGET);
+    let (started, n_before) = (Instant::now(), timings.len());
+    let mut unwritten = None;
+    tune::tune::<E>(device, &kinds, BUDGET, |timing| {
+        timings.push(timing);
+        // Each at once: a driver may not survive the next.
+        if let Some(path) = &path
+            && let Err(reason) = write(path, &Cache { of: identity.of.clone(), timings: &timings })
+        {
+            unwritten = Some(format!("timings are not kept in {}: {reason}", path.display()));
+        }
+    });
+    let new = &timings[n_before..];
     if new.is_empty() {
         return;
     }
@@ -133,15 +143,12 @@ fn tune_on<E: MatrixEngine>(
     if n_wrong > 0 {
         note(format!("{n_wrong} of them come out wrong and are not taken"));
     }
-    for kind in new_kinds.into_iter().filter(|&kind| tune::verdict::<E>(device, kind) == Verdict::Wrong) {
-        note(format!("no way that was tried comes out right, and registers compute {kind:?}"));
+    let is_none_right = |&&kind: &&E::Kind| tune::verdict::<E>(device, kind) == Verdict::NoneRight;
+    let n_none = new_kinds.iter().filter(is_none_right).count();
+    if n_none > 0 {
+        note(format!("{n_none} kinds come out right in no way that was tried: slower ways have to do"));
     }
-    timings.extend(new);
-    if let Some(path) = path
-        && let Err(reason) = write(&path, &Cache { of: identity.of.clone(), timings })
-    {
-        note(format!("timings are not kept in {}: {reason}", path.display()));
-    }
+    unwritten.into_iter().for_each(note);
 }
 
 fn folder() -> Option<PathBuf> {
@@ -187,7 +194,7 @@ mod tests {
         let kind = CutKind::new(Layout::RowsRows, [1000, 4096, 4096, 8], Elements::F32);
         let own = Timing { kind, choice: CutChoice::Own(Cut::Registers(Tile::ALL[0])), ms: Some(1.5) };
         let backward = CutKind { layout: Layout::RowsColumns, ..kind };
-        vec![own, Timing { kind: backward, choice: CutChoice::Burn, ms: None }]
+        vec![own, Timing { kind: backward, choice: CutChoice::Cubek, ms: None }]
     }
 
     #[test]

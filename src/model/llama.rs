@@ -219,6 +219,11 @@ pub const LINEAR_NAMES: [&str; 7] = [
     "mlp.down_proj",
 ];
 
+/// Whether a linear's output joins the residual stream.
+pub fn joins_stream(name: &str) -> bool {
+    matches!(name, "self_attn.o_proj" | "mlp.down_proj")
+}
+
 /// A Llama model on one device. Its embedding stays in host memory: a step reads only the rows of its tokens.
 #[derive(Debug, Clone)]
 pub struct Llama<B: Backend> {

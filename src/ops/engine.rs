@@ -4,9 +4,9 @@
 //! The default bodies serve every runtime, and CUDA takes them as they are: cubek's matrix product with sums and output in `f32`,
 //! on tensor cores where both operands are 16-bit, by the route that [`tune`](super::tune) found the fastest, and one pass behind it
 //! for what else belongs to the output. So LoRA does not ride in the product. It could, with `s` and `B` (or `ds` and `A`) as 16 more
-//! entries of the depth of both operands: but then they would be rounded to the weight's type, in which a young `B` is next to
-//! nothing, and every frozen matrix would be stored with room for them at the end of its rows and of its columns. The pass behind
-//! reads the rank-r tensors in `f32` and rounds once.
+//! entries of the depth of both operands: but then they would be rounded to the weight's type, 8 bits in `bf16`, and every frozen
+//! matrix would be stored with room for them at the end of its rows and of its columns. The pass behind reads the rank-r tensors in
+//! `f32` and rounds once.
 //!
 //! wgpu has shaders for them instead (`wgpu.rs`).
 
@@ -24,9 +24,9 @@ use burn_cubecl::tensor::CubeTensor;
 use super::gpu::{input, operand, tensor};
 use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::PairSpan;
-use product::{Adapter, Finish, Rounding, product, turned};
 use rank::Side;
 
+pub(super) use product::{Adapter, Finish, Rounding, product, turned};
 pub use routes::{Instruction, Route, RouteKind, Routes};
 
 /// A backend whose float tensors are those of a runtime.

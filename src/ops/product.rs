@@ -5,14 +5,14 @@ mod plan;
 
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Shape};
-use burn_cubecl::kernel::cast;
-use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
+use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::ops::numeric::{self, zeros_client};
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 use super::cube::bytes;
-use super::kernel::{Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
+use super::engine::{self, Adapter, Finish, Rounding, turned};
+use super::kernel::{Cut, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
 use super::tune::{self, LEFT, RIGHT, Verdict};
 
@@ -126,19 +126,31 @@ impl<'a> Product<'a> {
         if device.has_matrices() && self.is_split() {
             return self.run_in_halves();
         }
-        let cuts = || device.cuts(self.layout, elements, [m, n], self.rounds).into_iter();
-        let rule = || cuts().next();
-        let registers = || cuts().find(|cut| !matches!(cut, Cut::Matrices(_)));
-        // burn's product has no factor.
+        // cubek's product has no factor.
         let has_factor = self.scale.to_bits() != 1f32.to_bits();
         let choice = match tune::verdict::<Cuts>(&self.lhs.device, kind) {
-            Verdict::Fastest(CutChoice::Burn) if has_factor => rule().map(CutChoice::Own),
-            Verdict::Fastest(choice) => Some(choice),
-            Verdict::Untried => rule().map(CutChoice::Own),
-            Verdict::Wrong => registers().map(CutChoice::Own),
+            Verdict::Fastest(choice) if choice != CutChoice::Cubek || !has_factor => choice,
+            _ => CutChoice::Own(self.rule(device, kind)),
         };
-        let choice = choice.unwrap_or_else(|| panic!("no cut of {m} x {n} fits the device's dispatches"));
         self.run_as(choice)
+    }
+
+    /// The cheapest cut that does not come out wrong; one on matrices has to get a small product right first.
+    ///
+    /// # Panics
+    /// If there is none.
+    fn rule(&self, device: Device, kind: CutKind) -> Cut {
+        let at = &self.lhs.device;
+        let is_right = |&cut: &Cut| {
+            let choice = CutChoice::Own(cut);
+            let is_sample_right = || {
+                !matches!(cut, Cut::Matrices(_)) || tune::comes_out_right::<Cuts>(at, kind.sample(), choice)
+            };
+            tune::is_known_right::<Cuts>(at, kind, choice).unwrap_or_else(is_sample_right)
+        };
+        let cuts = device.cuts(self.layout, kind.elements, [kind.m, kind.n], self.rounds);
+        let cut = cuts.into_iter().find(is_right);
+        cut.unwrap_or_else(|| panic!("the device makes no product of the kind {kind:?} right"))
     }
 
     /// Whether it meets a weight in `f16` with an `f32` that may not be rounded, and nothing else.
@@ -148,7 +160,7 @@ impl<'a> Product<'a> {
         is_head && !self.rounds && self.prologue.is_none() && self.scale.to_bits() == 1f32.to_bits()
     }
 
-    /// Takes the left operand as a sum of two `f16`, which has 22 of its 24 bits: two products on matrices cost less than one
+    /// Takes the left operand as a sum of two `f16`, which has 22 of the 24 bits of a number around one: two products on matrices cost less than one
     /// without.
     fn run_in_halves(self) -> Floats {
         let high = cast(self.lhs.clone(), DType::F16);
@@ -163,7 +175,7 @@ impl<'a> Product<'a> {
     fn run_as(mut self, choice: CutChoice) -> Floats {
         let [m, n, depth] = self.extents();
         let cut = match choice {
-            CutChoice::Burn => return self.run_by_burn(),
+            CutChoice::Cubek => return self.run_by_cubek(),
             CutChoice::Own(cut) => cut,
         };
         let busy = Device::of(&self.lhs.client).busy;
@@ -180,34 +192,19 @@ impl<'a> Product<'a> {
         sum(parts, addend, dtype)
     }
 
-    /// burn's product, and what else there is added to it.
-    fn run_by_burn(self) -> Floats {
-        let work = self.work();
+    /// cubek's product, and what else there is added to it.
+    fn run_by_cubek(self) -> Floats {
         let Self { name, layout, lhs, rhs, prologue, addend, dtype, .. } = self;
-        let turned = |tensor: &Floats, is_turned: bool| {
-            let mut tensor = tensor.clone();
-            if is_turned {
-                tensor.meta.swap(0, 1);
-            }
-            tensor
-        };
-        let (turned_lhs, turned_rhs) =
-            (turned(lhs, layout == Layout::ColumnsColumns), turned(rhs, layout == Layout::RowsRows));
-        let mut product = None;
-        profile::kernel(name, work[0], work[1], &lhs.client, || {
-            product = matmul(turned_lhs, turned_rhs, None, MatmulStrategy::default(), dtype).ok();
+        let is_turned = layout == Layout::RowsRows;
+        let right = |tensor: &Floats| if is_turned { turned(tensor) } else { tensor.clone() };
+        assert_ne!(layout, Layout::ColumnsColumns, "{name}: no such product is timed");
+        let product = engine::product(name, lhs, &right(rhs), Rounding::Whole);
+        let adapter = prologue.map(|(left, factor, scale)| Adapter {
+            left: left.clone(),
+            right: into_contiguous(right(factor)),
+            scale,
         });
-        let product = product.expect("burn multiplies any two matrices of one type");
-        let with_prologue = |addend: Floats| match prologue {
-            Some((lhs, rhs, scale)) => {
-                Product::new(layout, lhs, rhs).times(scale).add_to(Some(addend)).into_dtype(dtype).run()
-            }
-            None => addend,
-        };
-        match addend {
-            Some(addend) => numeric::add(with_prologue(addend), product),
-            None => with_prologue(product),
-        }
+        Finish { adapter, addend, dtype }.run(name, product)
     }
 
     /// Operations, and bytes that are read and written at least.
@@ -318,7 +315,7 @@ pub struct Scratch {
     kind: CutKind,
     lhs: Floats,
     rhs: Floats,
-    prologue: [Floats; 2],
+    prologue: Option<[Floats; 2]>,
 }
 
 impl Scratch {
@@ -329,16 +326,29 @@ impl Scratch {
             if is_rows { [lines, depth] } else { [depth, lines] }.map(|n| n as usize)
         };
         let (lhs_rows, rhs_rows) = (layout != Layout::ColumnsColumns, layout == Layout::RowsRows);
-        let operand = |shape, is_rows, pattern, element: Element| {
-            tune::operand(client, device, shape, is_rows, pattern, element.dtype())
+        let operand = |lines, depth, is_rows, first: u32, pattern, dtype| {
+            tune::operand(
+                client,
+                device,
+                shape(lines, depth, is_rows),
+                is_rows,
+                first as usize,
+                pattern,
+                dtype,
+            )
         };
-        // The adapter adds nothing to the pattern's sums.
-        let zeros = |shape| zeros_client(client.clone(), device.clone(), Shape::from(shape), DType::F32);
+        // The adapter's operands go on where the others end.
+        let prologue = (rank > 0).then(|| {
+            [
+                operand(m, rank, lhs_rows, depth, LEFT, DType::F32),
+                operand(n, rank, rhs_rows, depth, RIGHT, DType::F32),
+            ]
+        });
         Self {
             kind,
-            lhs: operand(shape(m, depth, lhs_rows), lhs_rows, LEFT, elements.lhs),
-            rhs: operand(shape(n, depth, rhs_rows), rhs_rows, RIGHT, elements.rhs),
-            prologue: [zeros(shape(m, rank.max(1), lhs_rows)), zeros(shape(n, rank.max(1), rhs_rows))],
+            lhs: operand(m, depth, lhs_rows, 0, LEFT, elements.lhs.dtype()),
+            rhs: operand(n, depth, rhs_rows, 0, RIGHT, elements.rhs.dtype()),
+            prologue,
         }
     }
 
@@ -351,12 +361,11 @@ impl Scratch {
     }
 
     pub(super) fn run(&self, choice: CutChoice, addend: Option<Floats>) -> Floats {
-        let [prologue_lhs, prologue_rhs] = &self.prologue;
         let product = Product::new(self.kind.layout, &self.lhs, &self.rhs);
         let product = product.into_dtype(self.kind.elements.out.dtype()).add_to(addend);
-        if self.kind.rank == 0 {
-            return product.run_as(choice);
+        match &self.prologue {
+            Some([lhs, rhs]) => product.after(lhs, rhs, 1.0).run_as(choice),
+            None => product.run_as(choice),
         }
-        product.after(prologue_lhs, prologue_rhs, 1.0).run_as(choice)
     }
 }

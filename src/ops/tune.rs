@@ -1,8 +1,8 @@
 //! How the products of [`lora_linear`](super::lora_linear) are made where that was timed on the device itself.
 //!
-//! Without a timing an engine follows a rule, which knows blocks and workgroups but no device. [`tune`] times the few ways that an
+//! Without a timing an engine follows a rule, which knows blocks and workgroups but no device. [`tune()`] times the few ways that an
 //! engine has of making a product on scratch tensors, and from then on products of the same kind take the fastest that comes out right:
-//! drivers run some that they should refuse, or pretend to.
+//! drivers run some that they should refuse, or pretend to. So a rule takes matrix units only where they get a small product right.
 
 mod pattern;
 
@@ -10,12 +10,14 @@ use std::any::TypeId;
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::hash::Hash;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use burn::cubecl::Runtime;
 use burn::cubecl::client::ComputeClient;
 use burn::cubecl::device::{Device, DeviceId};
+use burn::cubecl::server::ServerError;
 use burn::tensor::DType;
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
@@ -27,8 +29,8 @@ use super::cube::settle;
 pub use pattern::is_product;
 pub(super) use pattern::{LEFT, RIGHT, operand};
 
-/// A matrix engine that has several ways of making a product.
-pub trait MatrixEngine: 'static {
+/// A matrix engine that has several ways of making a product, of which a device has its fastest.
+pub trait Tunable: 'static {
     /// Where it runs.
     type Runtime: CubeRuntime;
     /// What the time of a product depends on.
@@ -44,13 +46,13 @@ pub trait MatrixEngine: 'static {
     /// What the ways are: other code has others.
     fn revision() -> String;
 
-    /// The products of a linear layer, `[tokens, in, out, rank]`, with frozen weights of this type.
-    fn of_linear(extents: [u32; 4], weight: DType) -> Vec<Self::Kind>;
+    /// The products of a linear layer, forward and by its input.
+    fn of_linear(linear: LinearKind) -> [Self::Kind; 2];
 
     /// A product's multiplications and additions.
     fn flops(kind: Self::Kind) -> f64;
 
-    /// How many products of two entries each entry of the output sums.
+    /// How many products of two entries each entry of the output sums, the adapter's included.
     fn depth(kind: Self::Kind) -> usize;
 
     /// What is worth timing, the rule's choice first.
@@ -75,6 +77,17 @@ pub trait MatrixEngine: 'static {
     fn zeros(scratch: &Self::Scratch) -> CubeTensor<Self::Runtime>;
 }
 
+/// What the products of a linear layer depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearKind {
+    /// `[tokens, in, out, rank]`
+    pub extents: [u32; 4],
+    /// What its frozen weight holds, and the activations.
+    pub dtype: DType,
+    /// Whether its output joins the residual stream, which is `f32`, as is the gradient that it gets then.
+    pub joins_stream: bool,
+}
+
 /// What is known of products of one kind: every way that was tried, with its time where it came out right.
 type Tried<C> = Vec<(C, Option<f64>)>;
 
@@ -93,10 +106,10 @@ pub struct Timing<K, C> {
 }
 
 /// The timings of an engine.
-pub type Timings<E> = Vec<Timing<<E as MatrixEngine>::Kind, <E as MatrixEngine>::Choice>>;
+pub type Timings<E> = Vec<Timing<<E as Tunable>::Kind, <E as Tunable>::Choice>>;
 
 /// The device of an engine.
-pub type DeviceOf<E> = <<E as MatrixEngine>::Runtime as Runtime>::Device;
+pub type DeviceOf<E> = <<E as Tunable>::Runtime as Runtime>::Device;
 
 /// How a kind of product is best made on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,10 +118,12 @@ pub enum Verdict<C> {
     Untried,
     /// The fastest way that comes out right.
     Fastest(C),
-    /// What was tried comes out wrong.
-    Wrong,
+    /// Of what was tried, none comes out right.
+    NoneRight,
 }
 
+/// Raised with every change of what is timed or held to be right: older timings say something else.
+pub const METHOD: u32 = 2;
 /// Products of fewer operations are not timed: there is nothing to win.
 pub const LEAST_FLOPS: f64 = 1e8;
 const WARM_UPS: usize = 2;
@@ -123,110 +138,165 @@ pub fn typical_rows(power_of_two: usize) -> usize {
 }
 
 /// What is known of a kind of product on a device.
-pub fn verdict<E: MatrixEngine>(device: &DeviceOf<E>, kind: E::Kind) -> Verdict<E::Choice> {
-    let tried = tried::<E>(device, kind);
-    let right = tried.iter().filter_map(|&(choice, ms)| Some((choice, ms?)));
-    match right.min_by(|a, b| a.1.total_cmp(&b.1)) {
-        Some((choice, _)) => Verdict::Fastest(choice),
-        None if tried.is_empty() => Verdict::Untried,
-        None => Verdict::Wrong,
-    }
+pub fn verdict<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind) -> Verdict<E::Choice> {
+    with_tried::<E, _>(device, kind, |tried| {
+        let right = tried.iter().filter_map(|&(choice, ms)| Some((choice, ms?)));
+        match right.min_by(|a, b| a.1.total_cmp(&b.1)) {
+            Some((choice, _)) => Verdict::Fastest(choice),
+            None if tried.is_empty() => Verdict::Untried,
+            None => Verdict::NoneRight,
+        }
+    })
 }
 
-fn tried<E: MatrixEngine>(device: &DeviceOf<E>, kind: E::Kind) -> Tried<E::Choice> {
+/// Whether a way makes this kind of product right, where it was tried.
+pub(super) fn is_known_right<E: Tunable>(
+    device: &DeviceOf<E>,
+    kind: E::Kind,
+    choice: E::Choice,
+) -> Option<bool> {
+    with_tried::<E, _>(device, kind, |tried| {
+        let known = tried.iter().find(|(known, _)| *known == choice);
+        known.map(|(_, ms)| ms.is_some())
+    })
+}
+
+fn with_tried<E: Tunable, T>(
+    device: &DeviceOf<E>,
+    kind: E::Kind,
+    f: impl FnOnce(&[(E::Choice, Option<f64>)]) -> T,
+) -> T {
     let table = E::table().lock().unwrap_or_else(PoisonError::into_inner);
-    table.get(&key::<E>(device, kind)).cloned().unwrap_or_default()
+    f(table.get(&key::<E>(device, kind)).map_or(&[], |tried| tried))
 }
 
-fn key<E: MatrixEngine>(device: &DeviceOf<E>, kind: E::Kind) -> (TypeId, DeviceId, E::Kind) {
+fn keep<E: Tunable>(device: &DeviceOf<E>, timing: &Timing<E::Kind, E::Choice>) {
+    let mut table = E::table().lock().unwrap_or_else(PoisonError::into_inner);
+    let tried = table.entry(key::<E>(device, timing.kind)).or_default();
+    tried.retain(|&(choice, _)| choice != timing.choice);
+    tried.push((timing.choice, timing.ms));
+}
+
+fn key<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind) -> (TypeId, DeviceId, E::Kind) {
     (TypeId::of::<E::Runtime>(), device.to_id(), kind)
 }
 
 /// Lets the device's products follow earlier timings, and returns how many. One of what the device would not try is left out.
-pub fn install<E: MatrixEngine>(device: &DeviceOf<E>, timings: &[Timing<E::Kind, E::Choice>]) -> usize {
+pub fn install<E: Tunable>(device: &DeviceOf<E>, timings: &[Timing<E::Kind, E::Choice>]) -> usize {
     let client = E::Runtime::client(device);
     let fits =
         |timing: &&Timing<E::Kind, E::Choice>| E::candidates(&client, timing.kind).contains(&timing.choice);
-    let installed: Vec<_> = timings.iter().filter(fits).collect();
-    let mut table = E::table().lock().unwrap_or_else(PoisonError::into_inner);
-    for &&Timing { kind, choice, ms } in &installed {
-        let tried = table.entry(key::<E>(device, kind)).or_default();
-        tried.retain(|&(known, _)| known != choice);
-        tried.push((choice, ms));
-    }
-    installed.len()
+    timings.iter().filter(fits).inspect(|timing| keep::<E>(device, timing)).count()
 }
 
-/// Times every way of every kind of product, the largest first, lets the device's products follow them and gives them back. Kinds that
-/// are tiny are left out, and so is what was timed before or what the budget has no time for: that comes next time.
+/// Times every way of every kind of product, the largest first, lets the device's products follow them and hands each timing to
+/// `keep`. Kinds that are tiny are left out, and so is what was timed before or what the budget has no time for: that comes next time.
 ///
 /// # Panics
-/// If the device failed before, or one of the ways makes it fail.
-pub fn tune<E: MatrixEngine>(device: &DeviceOf<E>, kinds: &[E::Kind], budget: Duration) -> Timings<E> {
+/// If the device failed before, or does not survive one of the ways; that one has been kept as wrong then.
+pub fn tune<E: Tunable>(
+    device: &DeviceOf<E>,
+    kinds: &[E::Kind],
+    budget: Duration,
+    mut keep_timing: impl FnMut(Timing<E::Kind, E::Choice>),
+) {
     let client = E::Runtime::client(device);
     let start = Instant::now();
     let is_over = || start.elapsed() > budget;
     let mut kinds = kinds.to_vec();
     kinds.retain(|&kind| E::flops(kind) >= LEAST_FLOPS);
     kinds.sort_by(|&a, &b| E::flops(b).total_cmp(&E::flops(a)));
-    let mut timings: Timings<E> = Vec::new();
     for kind in kinds {
-        let tried = tried::<E>(device, kind);
         let mut candidates = E::candidates(&client, kind);
-        candidates.retain(|candidate| tried.iter().all(|(choice, _)| choice != candidate));
+        candidates.retain(|&choice| is_known_right::<E>(device, kind, choice).is_none());
         if candidates.is_empty() || is_over() {
             continue;
         }
         let scratch = E::scratch(&client, device, kind);
-        let candidates = candidates.into_iter().take_while(|_| !is_over());
-        let timed = candidates.map(|choice| measure::<E>(&client, &scratch, kind, choice));
-        let timed: Timings<E> = timed.collect();
-        install::<E>(device, &timed);
-        timings.extend(timed);
+        for choice in candidates {
+            if is_over() {
+                break;
+            }
+            // What failed before must not count as a failure of this way.
+            settle(&client);
+            let mut tell = |ms| keep_timing(Timing { kind, choice, ms });
+            match catch_unwind(AssertUnwindSafe(|| measure::<E>(device, &scratch, kind, choice))) {
+                Ok(Outcome::Right(ms)) => tell(Some(ms)),
+                Ok(Outcome::Wrong) => tell(None),
+                Ok(Outcome::Failed) => {}
+                Err(panic) => {
+                    tell(None);
+                    resume_unwind(panic);
+                }
+            }
+        }
     }
     // What the scratch tensors took is the model's.
     client.memory_cleanup();
-    timings
 }
 
-/// The rule's choice for this kind of product, if it comes out right; tried once a process.
+/// Whether a way makes this kind of product right; tried once a process.
 ///
 /// # Panics
-/// As [`tune()`].
-pub(super) fn rule<E: MatrixEngine>(device: &DeviceOf<E>, kind: E::Kind) -> Option<E::Choice> {
-    match verdict::<E>(device, kind) {
-        Verdict::Fastest(choice) => Some(choice),
-        Verdict::Wrong => None,
-        Verdict::Untried => {
-            let client = E::Runtime::client(device);
-            let choice = E::candidates(&client, kind).into_iter().next()?;
-            let timing = measure::<E>(&client, &E::scratch(&client, device, kind), kind, choice);
-            install::<E>(device, std::slice::from_ref(&timing));
-            timing.ms.map(|_| choice)
-        }
-    }
+/// If the device failed before.
+pub(super) fn comes_out_right<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind, choice: E::Choice) -> bool {
+    is_known_right::<E>(device, kind, choice).unwrap_or_else(|| {
+        let client = E::Runtime::client(device);
+        settle(&client);
+        let scratch = E::scratch(&client, device, kind);
+        matches!(measure::<E>(device, &scratch, kind, choice), Outcome::Right(_))
+    })
 }
 
-fn measure<E: MatrixEngine>(
-    client: &ComputeClient<E::Runtime>,
+/// What came of trying a way.
+enum Outcome {
+    /// It takes so many ms.
+    Right(f64),
+    /// It gives something else, or cannot be tried.
+    Wrong,
+    /// The device failed, maybe for want of memory: another time it may not.
+    Failed,
+}
+
+/// Tries a way, and lets the device's products follow what came of it.
+fn measure<E: Tunable>(
+    device: &DeviceOf<E>,
     scratch: &E::Scratch,
     kind: E::Kind,
     choice: E::Choice,
-) -> Timing<E::Kind, E::Choice> {
-    // What failed before must not count as a failure of this way.
-    settle(client);
-    let ms = is_right::<E>(scratch, kind, choice).then(|| time::<E>(client, scratch, choice));
-    Timing { kind, choice, ms: ms.filter(|ms| ms.is_finite()) }
+) -> Outcome {
+    let client = E::Runtime::client(device);
+    let is_right = is_right::<E>(scratch, kind, choice);
+    // wgpu tells of a launch that failed only when it is waited for.
+    let has_failed = pollster::block_on(client.sync()).is_err();
+    let outcome = match is_right {
+        Ok(true) if !has_failed => match time::<E>(&client, scratch, choice) {
+            ms if ms.is_finite() => Outcome::Right(ms),
+            _ => Outcome::Failed,
+        },
+        Ok(false) if !has_failed => Outcome::Wrong,
+        _ => Outcome::Failed,
+    };
+    let ms = if let Outcome::Right(ms) = outcome { Some(ms) } else { None };
+    keep::<E>(device, &Timing { kind, choice, ms });
+    outcome
 }
 
 /// Whether the product comes out right in this way.
-pub fn is_right<E: MatrixEngine>(scratch: &E::Scratch, kind: E::Kind, choice: E::Choice) -> bool {
+///
+/// # Errors
+/// If the device fails.
+pub fn is_right<E: Tunable>(
+    scratch: &E::Scratch,
+    kind: E::Kind,
+    choice: E::Choice,
+) -> Result<bool, ServerError> {
     let out = E::launch(scratch, choice, Some(E::zeros(scratch)));
-    out.is_some_and(|out| is_product(&out, E::depth(kind)))
+    out.map_or(Ok(false), |out| is_product(&out, E::depth(kind)))
 }
 
 /// The best time of a few, in ms; each over as many launches as take long beside a wait for the device.
-fn time<E: MatrixEngine>(client: &ComputeClient<E::Runtime>, scratch: &E::Scratch, choice: E::Choice) -> f64 {
+fn time<E: Tunable>(client: &ComputeClient<E::Runtime>, scratch: &E::Scratch, choice: E::Choice) -> f64 {
     let run = |launches: u32| {
         let start = Instant::now();
         for _ in 0..launches {

@@ -22,22 +22,22 @@ use crate::ops::tune::{self, Verdict};
 
 /// What a left operand in `f32` may become for a right one that tensor cores take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Rounding {
-    /// A sum of two numbers of the right operand's type: 22 bits of its 24 in `f16`, 16 in `bf16`.
+pub(in crate::ops) enum Rounding {
+    /// A sum of two numbers of the right operand's type: of a number around one 22 bits of its 24 in `f16`, 16 in `bf16`.
     InParts,
     /// One such number.
     Whole,
 }
 
 /// The transposed matrix, in the same buffer.
-pub(super) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTensor<R> {
+pub(in crate::ops) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTensor<R> {
     let mut matrix = matrix.clone();
     matrix.meta.swap(0, 1);
     matrix
 }
 
 /// `lhs · rhs` in `f32`: `[m, depth] · [depth, n] -> [m, n]`.
-pub(super) fn product<R: CubeRuntime>(
+pub(in crate::ops) fn product<R: CubeRuntime>(
     name: &'static str,
     lhs: &CubeTensor<R>,
     rhs: &CubeTensor<R>,
@@ -68,16 +68,15 @@ fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeT
     let [rhs_depth, n] = [0, 1].map(|i| rhs.meta.shape()[i]);
     assert_eq!(depth, rhs_depth, "{name}: depth of the operands");
     let out = empty(lhs, Shape::from([m, n]), DType::F32);
-    let strategies: Vec<_> = routes(lhs, rhs).into_iter().map(Route::strategy).collect();
+    let route = route(lhs, rhs).map(Route::strategy);
     let registers = Strategy::SimpleUnit(Default::default());
     let moved = bytes(&[lhs, rhs, &out]);
     let mut outcome = Ok(());
     profile::kernel(name, 2 * m * n * depth, moved, &lhs.client, || {
         // Matrix units have no tile for some shapes.
-        let by = |strategy: &Strategy| launch_cubek(strategy, lhs, rhs, &out);
-        let is_made = strategies.iter().any(|strategy| by(strategy).is_ok());
+        let is_made = route.is_some_and(|route| launch_cubek(&route, lhs, rhs, &out).is_ok());
         if !is_made {
-            outcome = by(&registers).map_err(|error| format!("{error:?}"));
+            outcome = launch_cubek(&registers, lhs, rhs, &out).map_err(|error| format!("{error:?}"));
         }
     });
     if let Err(error) = outcome {
@@ -86,17 +85,18 @@ fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeT
     out
 }
 
-/// The routes to take, the best first; none where registers have to make the product.
-fn routes<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> Vec<Route> {
+/// The route to take; none where registers have to make the product.
+fn route<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> Option<Route> {
     if lhs.dtype != rhs.dtype || !has_matrices(&rhs.client, rhs.dtype) {
-        return Vec::new();
+        return None;
     }
     let kind = RouteKind::of(lhs, rhs);
-    let rule = || tune::rule::<Routes<R>>(&lhs.device, kind.sample());
+    let rule = Route::ALL[0];
+    let is_rule_right = || tune::comes_out_right::<Routes<R>>(&lhs.device, kind.sample(), rule);
     match tune::verdict::<Routes<R>>(&lhs.device, kind) {
-        Verdict::Fastest(route) => [Some(route), rule()].into_iter().flatten().collect(),
-        Verdict::Untried => rule().into_iter().collect(),
-        Verdict::Wrong => Vec::new(),
+        Verdict::Fastest(route) => Some(route),
+        Verdict::Untried if is_rule_right() => Some(rule),
+        Verdict::Untried | Verdict::NoneRight => None,
     }
 }
 
@@ -117,26 +117,26 @@ pub(super) fn launch_cubek<R: CubeRuntime>(
 const ROWS: usize = 8;
 
 /// A product of rank r, `scale · left · right`.
-pub(super) struct Adapter<R: CubeRuntime> {
+pub(in crate::ops) struct Adapter<R: CubeRuntime> {
     /// `[m, r]` in `f32`.
-    pub(super) left: CubeTensor<R>,
+    pub(in crate::ops) left: CubeTensor<R>,
     /// `[r, n]` in `f32`.
-    pub(super) right: CubeTensor<R>,
-    pub(super) scale: f32,
+    pub(in crate::ops) right: CubeTensor<R>,
+    pub(in crate::ops) scale: f32,
 }
 
 /// What becomes of a product `[m, n]`: `addend + product + adapter`, in `dtype`.
-pub(super) struct Finish<R: CubeRuntime> {
-    pub(super) adapter: Option<Adapter<R>>,
+pub(in crate::ops) struct Finish<R: CubeRuntime> {
+    pub(in crate::ops) adapter: Option<Adapter<R>>,
     /// `[m, n]`, in `dtype`.
-    pub(super) addend: Option<CubeTensor<R>>,
+    pub(in crate::ops) addend: Option<CubeTensor<R>>,
     /// The output's type.
-    pub(super) dtype: DType,
+    pub(in crate::ops) dtype: DType,
 }
 
 impl<R: CubeRuntime> Finish<R> {
     /// Launches it, over the addend or the product where it can.
-    pub(super) fn run(self, name: &'static str, product: CubeTensor<R>) -> CubeTensor<R> {
+    pub(in crate::ops) fn run(self, name: &'static str, product: CubeTensor<R>) -> CubeTensor<R> {
         let Self { adapter, addend, dtype } = self;
         if adapter.is_none() && addend.is_none() && dtype == DType::F32 {
             return product;

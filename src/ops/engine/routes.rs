@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::product::{has_matrices, launch_cubek, turned};
 use crate::ops::cube::empty;
-use crate::ops::tune::{self, LEFT, MatrixEngine, RIGHT, Table, typical_rows};
+use crate::ops::tune::{self, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
 
 /// What the time of a product depends on: `[m, depth] · [depth, n]` of 16-bit entries, summed in `f32`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -45,9 +45,11 @@ impl RouteKind {
         Self { m: m.next_power_of_two(), n, depth, is_turned, dtype: rhs.dtype }
     }
 
-    /// A product by which one like this is judged that was not timed: a few blocks of it.
+    /// A product by which one like this is judged that was not timed: a few blocks of it, with edges where it has edges, for which the
+    /// routines have kernels of their own.
     pub(super) fn sample(self) -> Self {
-        Self { m: 256, n: 264, depth: 264, ..self }
+        let like = |extent: usize| if extent.is_multiple_of(256) { 256 } else { 264 };
+        Self { m: 256, n: like(self.n), depth: like(self.depth), ..self }
     }
 }
 
@@ -141,7 +143,7 @@ impl<R> fmt::Debug for Routes<R> {
     }
 }
 
-impl<R: CubeRuntime> MatrixEngine for Routes<R> {
+impl<R: CubeRuntime> Tunable for Routes<R> {
     type Runtime = R;
     type Kind = RouteKind;
     type Choice = Route;
@@ -156,12 +158,13 @@ impl<R: CubeRuntime> MatrixEngine for Routes<R> {
         env!("CARGO_PKG_VERSION").to_owned()
     }
 
-    fn of_linear([tokens, n_in, n_out, _]: [u32; 4], weight: DType) -> Vec<RouteKind> {
-        let [tokens, n_in, n_out] = [tokens, n_in, n_out].map(|n| n as usize);
+    fn of_linear(LinearKind { extents, dtype, .. }: LinearKind) -> [RouteKind; 2] {
+        // The adapter is no part of the product, whose output is `f32` whatever it goes on as.
+        let [tokens, n_in, n_out, _] = extents.map(|n| n as usize);
         let m = tokens.next_power_of_two();
-        vec![
-            RouteKind { m, n: n_out, depth: n_in, is_turned: true, dtype: weight },
-            RouteKind { m, n: n_in, depth: n_out, is_turned: false, dtype: weight },
+        [
+            RouteKind { m, n: n_out, depth: n_in, is_turned: true, dtype },
+            RouteKind { m, n: n_in, depth: n_out, is_turned: false, dtype },
         ]
     }
 
@@ -179,7 +182,8 @@ impl<R: CubeRuntime> MatrixEngine for Routes<R> {
 
     fn scratch(client: &ComputeClient<R>, device: &R::Device, kind: RouteKind) -> [CubeTensor<R>; 2] {
         let RouteKind { m, n, depth, is_turned, dtype } = kind;
-        let operand = |shape, is_rows, pattern| tune::operand(client, device, shape, is_rows, pattern, dtype);
+        let operand =
+            |shape, is_rows, pattern| tune::operand(client, device, shape, is_rows, 0, pattern, dtype);
         let rhs = if is_turned {
             turned(&operand([n, depth], true, RIGHT))
         } else {

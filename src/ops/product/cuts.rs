@@ -1,15 +1,14 @@
-//! Of the products that wgpu has shaders for: how they are cut, and burn's own product.
+//! Of the products that wgpu has shaders for: how they are cut, and the product that burn brings.
 
 use std::sync::LazyLock;
 
 use burn::cubecl::client::ComputeClient;
-use burn::tensor::DType;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use serde::{Deserialize, Serialize};
 
 use super::{Device, Floats, Scratch};
 use crate::ops::kernel::{Cut, Element, Elements, Layout, products_revision};
-use crate::ops::tune::{MatrixEngine, Table, typical_rows};
+use crate::ops::tune::{LinearKind, Table, Tunable, typical_rows};
 
 /// What the time of a product depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -36,23 +35,14 @@ impl CutKind {
         Self { layout, m, n, depth, rank, elements }
     }
 
-    /// The forward product of a linear layer and its gradient by the input, `[tokens, in, out, rank]`, with activations, weight
-    /// and output of these types.
-    pub fn of_linear([tokens, n_in, n_out, rank]: [u32; 4], elements: Elements) -> [Self; 2] {
-        [
-            Self::new(Layout::RowsRows, [tokens, n_out, n_in, rank], elements),
-            Self::new(Layout::RowsColumns, [tokens, n_in, n_out, rank], elements),
-        ]
-    }
-
     /// Rows of the product that stands for all of this kind.
     pub(super) fn rows(self) -> u32 {
         typical_rows(self.m as usize) as u32
     }
 
-    /// Whether burn's product is as precise: it rounds to its operands' type, and so does every sum that follows it.
-    fn suits_burn(self) -> bool {
-        self.elements == Elements::F32
+    /// A product by which a cut of one like this is judged that was not timed: a few blocks of it.
+    pub(super) fn sample(self) -> Self {
+        Self { m: 256, n: 264, depth: 264, rank: 8 * self.rank.min(1), ..self }
     }
 }
 
@@ -61,15 +51,15 @@ impl CutKind {
 pub enum CutChoice {
     /// The project's kernels.
     Own(Cut),
-    /// burn's product, to which the rest is added.
-    Burn,
+    /// cubek's, which is burn's library for it, and a pass behind it for the rest.
+    Cubek,
 }
 
 /// The matrix engine of the shaders.
 #[derive(Debug)]
 pub enum Cuts {}
 
-impl MatrixEngine for Cuts {
+impl Tunable for Cuts {
     type Runtime = WgpuRuntime;
     type Kind = CutKind;
     type Choice = CutChoice;
@@ -81,15 +71,19 @@ impl MatrixEngine for Cuts {
     }
 
     fn revision() -> String {
-        format!("{:016x}", products_revision())
+        format!("{} {:016x}", env!("CARGO_PKG_VERSION"), products_revision())
     }
 
-    fn of_linear(extents: [u32; 4], weight: DType) -> Vec<CutKind> {
-        // Activations are as the weights are; what joins the residual stream goes out as f32, and its gradient comes in as f32.
-        let weight = Element::from(weight);
-        let mixes = [(weight, weight), (weight, Element::F32), (Element::F32, weight)];
-        let elements = mixes.map(|(lhs, out)| Elements { lhs, rhs: weight, out });
-        elements.into_iter().flat_map(|elements| CutKind::of_linear(extents, elements)).collect()
+    fn of_linear(LinearKind { extents, dtype, joins_stream }: LinearKind) -> [CutKind; 2] {
+        let [tokens, n_in, n_out, rank] = extents;
+        let weight = Element::from(dtype);
+        let outside = if joins_stream { Element::F32 } else { weight };
+        let forward = Elements { lhs: weight, rhs: weight, out: outside };
+        let backward = Elements { lhs: outside, rhs: weight, out: weight };
+        [
+            CutKind::new(Layout::RowsRows, [tokens, n_out, n_in, rank], forward),
+            CutKind::new(Layout::RowsColumns, [tokens, n_in, n_out, rank], backward),
+        ]
     }
 
     fn flops(kind: CutKind) -> f64 {
@@ -97,15 +91,14 @@ impl MatrixEngine for Cuts {
     }
 
     fn depth(kind: CutKind) -> usize {
-        kind.depth as usize
+        (kind.depth + kind.rank) as usize
     }
 
     fn candidates(client: &ComputeClient<WgpuRuntime>, kind: CutKind) -> Vec<CutChoice> {
         // Only the gradient by a layer's input meets a weight of another type and may be rounded to it.
         let rounds = kind.layout == Layout::RowsColumns;
         let cuts = Device::of(client).cuts(kind.layout, kind.elements, [kind.m, kind.n], rounds);
-        let burn = kind.suits_burn().then_some(CutChoice::Burn);
-        cuts.into_iter().map(CutChoice::Own).chain(burn).collect()
+        cuts.into_iter().map(CutChoice::Own).chain([CutChoice::Cubek]).collect()
     }
 
     fn scratch(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice, kind: CutKind) -> Scratch {

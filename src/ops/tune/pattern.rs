@@ -4,6 +4,7 @@
 //! products of two entries are multiples of 1/16.
 
 use burn::cubecl::client::ComputeClient;
+use burn::cubecl::server::ServerError;
 use burn::tensor::{DType, Shape, TensorData};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
@@ -32,25 +33,26 @@ const ROWS: usize = 256;
 /// What an output in `f16` may be off by; one in `f32` is exact.
 const TOLERANCE: f32 = 1.0 / 1024.0;
 
-/// The operand of this shape, `[lines, depth]` if its rows are its lines.
+/// The operand of this shape, `[lines, depth]` if its rows are its lines; its depth starts `first` entries into the pattern.
 pub(in crate::ops) fn operand<R: CubeRuntime>(
     client: &ComputeClient<R>,
     device: &R::Device,
     [rows, columns]: [usize; 2],
     is_rows: bool,
+    first: usize,
     Pattern { numbers, step }: Pattern,
     dtype: DType,
 ) -> CubeTensor<R> {
     let [row_step, column_step] = if is_rows { [step, 1] } else { [1, step] };
-    let turn = |first: usize| {
+    let turn = |start: usize| {
         let row: Vec<f32> =
-            (0..columns).map(|column| numbers[(first + column * column_step) % PERIOD]).collect();
+            (0..columns).map(|column| numbers[(start + column * column_step) % PERIOD]).collect();
         TensorData::new(row, [columns]).convert_dtype(dtype)
     };
     let turns: Vec<_> = (0..PERIOD).map(turn).collect();
     let mut bytes = Vec::with_capacity(rows * columns * dtype.size());
     for row in 0..rows {
-        bytes.extend_from_slice(turns[row * row_step % PERIOD].as_bytes());
+        bytes.extend_from_slice(turns[(first + row * row_step) % PERIOD].as_bytes());
     }
     let handle = client.create_from_slice(&bytes);
     CubeTensor::new_contiguous(client.clone(), device.clone(), Shape::from([rows, columns]), handle, dtype)
@@ -58,24 +60,26 @@ pub(in crate::ops) fn operand<R: CubeRuntime>(
 
 /// Whether this is the product of the two operands over so much depth.
 ///
-/// Looked at are all columns of the first and the last rows, and of rows between that are an odd number apart, so that a few blocks
-/// have one at every place of a block.
-pub fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> bool {
+/// Looked at are all columns of the first and the last rows, and of rows between that lie apart by a number that divides neither a
+/// block's rows nor the period.
+///
+/// # Errors
+/// If the device fails.
+pub fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> Result<bool, ServerError> {
     let [m, n] = [0, 1].map(|i| out.meta.shape()[i]);
     let row_bytes = n * out.dtype.size();
     let step = (m / ROWS) | 1;
+    let step = if step.is_multiple_of(PERIOD) { step + 2 } else { step };
     let is_end = |row: usize| row < END_ROWS || row + END_ROWS >= m;
     let rows: Vec<_> = (0..m).filter(|&row| is_end(row) || row.is_multiple_of(step)).collect();
     let of_row = |&row: &usize| {
         let handle = out.handle.clone().offset_start((row * row_bytes) as u64);
         handle.offset_end(((m - row - 1) * row_bytes) as u64)
     };
-    let Ok(read) = pollster::block_on(out.client.read_async(rows.iter().map(of_row).collect())) else {
-        return false;
-    };
+    let read = pollster::block_on(out.client.read_async(rows.iter().map(of_row).collect()))?;
     let sums = sums(depth);
     let tolerance = if out.dtype == DType::F32 { 0.0 } else { TOLERANCE };
-    rows.into_iter().zip(read).all(|(row, bytes)| {
+    Ok(rows.into_iter().zip(read).all(|(row, bytes)| {
         let data = TensorData::from_bytes(bytes, [n], out.dtype);
         let values = data.convert::<f32>().into_vec::<f32>().unwrap_or_default();
         let is_sum = |(column, value): (usize, &f32)| {
@@ -83,7 +87,7 @@ pub fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> bool {
             (value - want).abs() <= tolerance * want.abs()
         };
         values.len() == n && values.iter().enumerate().all(is_sum)
-    })
+    }))
 }
 
 /// The entries of a product over so much depth, by row and column modulo the period.

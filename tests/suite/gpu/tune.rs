@@ -1,16 +1,18 @@
 //! What tuning times and installs for the products of `lora_linear` on wgpu, and the products that it takes for right.
 
+use std::panic::catch_unwind;
 use std::time::Duration;
 
 use burn::cubecl::Runtime;
-use burn::tensor::{Tensor, TensorData, TensorPrimitive};
+use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use orpo_wgpu::ops::kernel::{Cut, Elements, Layout};
-use orpo_wgpu::ops::tune::{self, MatrixEngine, Timing, Timings, Verdict};
+use orpo_wgpu::ops::tune::{self, LinearKind, Timing, Timings, Tunable, Verdict};
 use orpo_wgpu::ops::{CutChoice, CutKind, Cuts};
 
-use super::lora_linear::{Case, F32, Input, compare};
+use super::lora_linear::{Case, F16, F32, Input, compare};
 use super::on::Gpu;
+use super::product::matrix_sizes;
 use crate::support::adapter;
 
 fn install(device: &WgpuDevice, kinds: &[CutKind], choice: CutChoice, ms: Option<f64>) -> usize {
@@ -22,28 +24,83 @@ fn candidates(device: &WgpuDevice, kind: CutKind) -> Vec<CutChoice> {
     Cuts::candidates(&WgpuRuntime::client(device), kind)
 }
 
-/// Whatever is fastest for a kind of product, or if nothing is right, it comes out the same.
+fn tune(device: &WgpuDevice, kinds: &[CutKind], budget: Duration) -> Timings<Cuts> {
+    let mut timings = Vec::new();
+    tune::tune::<Cuts>(device, kinds, budget, |timing| timings.push(timing));
+    timings
+}
+
+/// The forward product and the gradient by the input of a layer within a block, and of one that joins the stream.
+fn kinds(shape: [usize; 4], dtype: DType) -> Vec<CutKind> {
+    let linear = |joins_stream| LinearKind { extents: shape.map(|n| n as u32), dtype, joins_stream };
+    [false, true].into_iter().flat_map(|joins_stream| Cuts::of_linear(linear(joins_stream))).collect()
+}
+
+/// Whatever is fastest for a kind of product, it comes out the same.
 #[test]
 fn a_tuned_product_is_right_whoever_makes_it() {
     let Some(device) = adapter() else { return };
-    // No other test has products of these sizes, whose choice holds for the whole process.
-    let shape = [60, 68, 92, 8];
-    let case = Case { shape, has_adapter: true, has_residual: true, input: Input::AddTo, types: F32 };
-    let kinds = CutKind::of_linear(shape.map(|n| n as u32), Elements::F32);
-    let cuts = Cut::all().into_iter().filter(|cut| !matches!(cut, Cut::Matrices(_))).map(CutChoice::Own);
-    // What the device would never try is not installed.
-    let mut n_installed = 0;
-    for choice in cuts.chain([CutChoice::Burn]) {
-        if install(&device, &kinds, choice, Some(1.0)) > 0 {
-            n_installed += 1;
-            compare(case, &device);
-            install(&device, &kinds, choice, None);
+    for (types, dtype, [tokens, n_in, n_out, rank]) in
+        [(F32, DType::F32, [60, 68, 92, 8]), (F16, DType::F16, [60, 68, 100, 8])]
+    {
+        // No other test has products of these sizes, whose choice holds for the whole process.
+        let shape = [tokens, n_in, n_out, rank];
+        let cases = [(true, Input::New), (false, Input::AddTo)].map(|(has_residual, input)| Case {
+            shape,
+            has_adapter: true,
+            has_residual,
+            input,
+            types,
+        });
+        let kinds = kinds(shape, dtype);
+        let choices = Cut::all().into_iter().map(CutChoice::Own).chain([CutChoice::Cubek]);
+        // What the device would never try is not installed.
+        let mut n_installed = 0;
+        for choice in choices {
+            if install(&device, &kinds, choice, Some(1.0)) > 0 {
+                n_installed += 1;
+                cases.iter().for_each(|&case| compare(case, &device));
+                install(&device, &kinds, choice, Some(2.0));
+            }
+        }
+        assert!(n_installed > 3, "{n_installed} ways to make the product");
+        // What is wrong is not taken by the rule either.
+        let ways = candidates(&device, kinds[0]);
+        for choice in ways.iter().filter(|choice| **choice != ways[1]) {
+            install(&device, &kinds, *choice, None);
+        }
+        assert_eq!(tune::verdict::<Cuts>(&device, kinds[0]), Verdict::Fastest(ways[1]));
+        install(&device, &kinds, ways[1], None);
+        assert_eq!(tune::verdict::<Cuts>(&device, kinds[0]), Verdict::NoneRight);
+        let outcome = catch_unwind(|| compare(cases[0], &device));
+        assert!(outcome.is_err(), "a device that makes no product right makes no step");
+    }
+}
+
+/// A way that comes out right on a product whose entries are known is timed, the adapter's part included.
+#[test]
+fn every_way_is_right_on_the_known_product() {
+    let Some(device) = adapter() else { return };
+    let client = WgpuRuntime::client(&device);
+    let mut n_matrices = 0;
+    for dtype in [DType::F32, DType::F16] {
+        for kind in kinds([100, 136, 72, 8], dtype) {
+            let scratch = Cuts::scratch(&client, &device, kind);
+            for choice in candidates(&device, kind) {
+                let is_right = tune::is_right::<Cuts>(&scratch, kind, choice);
+                assert!(is_right.unwrap(), "{choice:?} of {kind:?}");
+                n_matrices += usize::from(matches!(choice, CutChoice::Own(Cut::Matrices(_))));
+            }
+            let without = CutKind { rank: 0, ..kind };
+            let out = Cuts::launch(&scratch, candidates(&device, kind)[0], None).unwrap();
+            assert!(
+                !tune::is_product(&out, Cuts::depth(without)).unwrap(),
+                "the adapter is seen in {kind:?}"
+            );
         }
     }
-    assert!(n_installed > 3, "{n_installed} ways to make the product");
-    let verdicts = kinds.map(|kind| tune::verdict::<Cuts>(&device, kind));
-    assert_eq!(verdicts, [Verdict::Wrong; 2]);
-    compare(case, &device);
+    let has_matrices = !matrix_sizes::<WgpuRuntime>(&device).is_empty();
+    assert_eq!(n_matrices > 0, has_matrices, "matrices are tried where there are some");
 }
 
 #[test]
@@ -51,7 +108,7 @@ fn tuning_times_what_is_worth_it_once() {
     let Some(device) = adapter() else { return };
     let large = CutKind::new(Layout::RowsRows, [256, 516, 520, 8], Elements::F32);
     let tiny = CutKind::new(Layout::RowsRows, [16, 516, 520, 8], Elements::F32);
-    let tune = |kinds: &[CutKind]| tune::tune::<Cuts>(&device, kinds, Duration::from_secs(60));
+    let tune = |kinds: &[CutKind]| tune(&device, kinds, Duration::from_secs(60));
     // A run that had no time for the others has timed one way.
     let [first, others @ ..] = &candidates(&device, large)[..] else { panic!("there are ways") };
     install(&device, &[large], *first, Some(1e9));
@@ -68,7 +125,7 @@ fn tuning_times_what_is_worth_it_once() {
 fn tuning_without_time_times_nothing() {
     let Some(device) = adapter() else { return };
     let kind = CutKind::new(Layout::RowsRows, [256, 532, 520, 8], Elements::F32);
-    assert_eq!(tune::tune::<Cuts>(&device, &[kind], Duration::ZERO), []);
+    assert_eq!(tune(&device, &[kind], Duration::ZERO), []);
     assert_eq!(tune::verdict::<Cuts>(&device, kind), Verdict::Untried);
 }
 
@@ -87,7 +144,7 @@ fn a_wrong_product_is_seen() {
     let is_product = |values: &[f32], depth| {
         let data = TensorData::new(values.to_vec(), [values.len() / n, n]);
         let tensor = Tensor::<Gpu, 2>::from_data(data, &device).into_primitive().tensor();
-        tune::is_product(&tensor, depth)
+        tune::is_product(&tensor, depth).unwrap()
     };
     assert!(is_product(&right, 96));
     assert!(!is_product(&right, 95), "another depth");
