@@ -378,9 +378,7 @@ fn check_moved<B: Kernels>(
         .with_hint("a lower --fp16_init_scale, more steps for the scale to fall, or --dtype fp32"));
     }
     Err(Error::config(format!("the adapter did not change in the whole run (largest change {moved})"))
-        .with_hint(
-            "the learning rate is 0 in every step: raise --learning_rate, or --max_steps above the warm-up",
-        ))
+        .with_hint("raise --learning_rate"))
 }
 
 fn log_line(

@@ -257,12 +257,12 @@ fn settings(args: &TrainArgs, loss_scale: Option<LossScaleConfig>, data: &Data) 
     let schedule = Schedule {
         learning_rate: args.learning_rate,
         kind: args.lr_scheduler_type,
-        warmup_steps: (args.warmup_ratio * max_steps as f64).ceil() as usize,
+        // The first step of a warm-up has a rate of 0, and a run of one step has no other.
+        warmup_steps: if max_steps == 1 { 0 } else { (args.warmup_ratio * max_steps as f64).ceil() as usize },
         max_steps,
     };
-    if (0..max_steps).all(|step| schedule.at(step) == 0.0) {
-        return Err(Error::config(format!("the learning rate is 0 in each of the {max_steps} steps"))
-            .with_hint("the first step of a warm-up uses 0: pass --warmup_ratio 0 or more steps, where --learning_rate is not 0 itself"));
+    if args.learning_rate == 0.0 {
+        return Err(Error::config("--learning_rate is 0: nothing would be learned"));
     }
     Ok(TrainSettings {
         plan,

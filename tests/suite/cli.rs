@@ -258,11 +258,11 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
         },
         Case { name: "unknown device", spoil: |_| {}, flags: &["--device", "tpu"], code: 2, says: &["tpu"] },
         Case {
-            name: "a warm-up that is the whole run",
+            name: "a learning rate of 0",
             spoil: |_| {},
-            flags: &["--max_steps", "1", "--warmup_ratio", "0.05"],
+            flags: &["--learning_rate", "0"],
             code: 2,
-            says: &["the learning rate is 0", "--warmup_ratio 0"],
+            says: &["--learning_rate is 0"],
         },
         Case { name: "dtype", spoil: |_| {}, flags: &["--dtype", "fp8"], code: 2, says: &["fp8", "fp32"] },
         Case {
@@ -503,6 +503,16 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
     let output = workplace.train(&done);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(stderr(&output).contains("6 of 6 steps are done already"), "{}", stderr(&output));
+}
+
+#[test]
+fn one_step_trains_whatever_the_warm_up() {
+    let workplace = Workplace::new();
+    let output = workplace.train(&["--max_steps", "1", "--warmup_ratio", "0.05", "--learning_rate", "1e-4"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let log = fs::read_to_string(workplace.path("out/logging.jsonl")).unwrap();
+    let line: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+    assert_eq!(line["learning_rate"], 1e-4);
 }
 
 #[cfg(unix)]
