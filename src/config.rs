@@ -158,7 +158,7 @@ pub struct TrainArgs {
     /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
     #[arg(long, default_value = "auto", help_heading = "Training")]
     pub device: String,
-    /// Memory that the device is taken to have, as 24GB or 8GiB, instead of what it says
+    /// Memory that the device is taken to have instead of what it says: 8GiB (of 2^30 bytes, as cards are sold) or 8GB (of 10^9)
     #[arg(long, help_heading = "Training")]
     pub max_memory: Option<ByteSize>,
 

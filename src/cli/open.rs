@@ -9,6 +9,7 @@ use super::progress::loading_bar;
 use crate::data::template::Template;
 use crate::data::tokenize::TextTokenizer;
 use crate::demo;
+use crate::device::size;
 use crate::error::{Error, Result};
 use crate::lora;
 use crate::model::config::TokenIds;
@@ -44,11 +45,11 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// `15.0 GB loaded in 32.0 s, 0.47 GB/s`, where that tells something: from a gigabyte on.
+    /// `14.0 GiB loaded in 32.0 s, 447.3 MiB/s`, where that tells something: from a GiB on.
     pub fn speed(&self) -> Option<String> {
-        let (gigabytes, seconds) = (self.bytes as f64 / 1e9, self.elapsed.as_secs_f64());
-        let speed = gigabytes / seconds;
-        (gigabytes >= 1.0).then(|| format!("{gigabytes:.1} GB loaded in {seconds:.1} s, {speed:.2} GB/s"))
+        let seconds = self.elapsed.as_secs_f64();
+        let (bytes, speed) = (size(self.bytes), size((self.bytes as f64 / seconds) as u64));
+        (self.bytes >= 1 << 30).then(|| format!("{bytes} loaded in {seconds:.1} s, {speed}/s"))
     }
 }
 
@@ -200,7 +201,7 @@ mod tests {
     #[test]
     fn only_what_takes_a_while_has_a_speed() {
         let loaded = |bytes| Loaded { bytes, elapsed: Duration::from_secs(32) };
-        assert_eq!(loaded(15_009_849_344).speed().unwrap(), "15.0 GB loaded in 32.0 s, 0.47 GB/s");
-        assert_eq!(loaded(999_999_999).speed(), None);
+        assert_eq!(loaded(15_009_849_344).speed().unwrap(), "14.0 GiB loaded in 32.0 s, 447.3 MiB/s");
+        assert_eq!(loaded((1 << 30) - 1).speed(), None);
     }
 }

@@ -20,8 +20,7 @@ const SHOWN_ROWS: usize = 16;
 
 /// A bar of bytes, for loading; it goes away when it ends or is dropped.
 pub fn loading_bar() -> ProgressBar {
-    let style =
-        "loading  {bar:30} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
+    let style = "loading  {bar:30} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
     ProgressBar::no_length().with_style(styled(style))
 }
 
