@@ -29,15 +29,13 @@ const OVERSAMPLING: u32 = 3;
 const RAW: RGBColor = RGBColor(0xff, 0xe2, 0xd9);
 const SMOOTHED: RGBColor = RGBColor(0xff, 0x70, 0x43);
 const SMOOTHING: f64 = 0.9;
-/// What the smoothing averages over, 1 / (1 − 0.9) points: a shorter series would be drawn far from its own end.
-const SMOOTHED_FROM: usize = 10;
+/// Fewer points than this are drawn as logged, and marked one by one. The smoothing averages over 1 / (1 − 0.9) points, and a series of
+/// not many times that number would be drawn far from its own end.
+const SMOOTHED_FROM: usize = 32;
 
 const TEXT: RGBColor = RGBColor(0x26, 0x26, 0x26);
 const GRID: RGBColor = RGBColor(0xec, 0xec, 0xec);
 const FONT: &str = "Noto Sans";
-
-/// Fewer points than this are marked one by one.
-const N_MARKED: usize = 32;
 
 /// Around the axes.
 const MARGIN_TOP: u32 = 48;
@@ -45,6 +43,9 @@ const MARGIN_RIGHT: u32 = 24;
 
 /// Tags whose values are set or counted rather than estimated from a few rows: an average would show what never was.
 const EXACT: [&str; 3] = ["train/learning_rate", "train/loss_scale", "train/memory_bytes"];
+
+/// Bytes.
+const GIB: f64 = (1u64 << 30) as f64;
 
 /// A scalar's values by step.
 type Points = Vec<(f64, f64)>;
@@ -54,8 +55,8 @@ type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Writes a PNG for each scalar of the log into the folder `images` of the run folder: `train_loss.png`, `eval_rewards_margins.png`, …
 ///
-/// `log` are the lines of `logging.jsonl`. Training scalars are drawn as logged and, beyond ten points, smoothed; evaluations, and what
-/// is set rather than measured, only as logged. Values that are not finite are left out, and so is a scalar with no other.
+/// `log` are the lines of `logging.jsonl`. Training scalars of many points are drawn as logged and smoothed; evaluations, and what is set
+/// rather than measured, only as logged. Values that are not finite are left out, and so is a scalar with no other.
 ///
 /// # Errors
 /// If a file cannot be drawn or written.
@@ -97,15 +98,16 @@ fn smooth(points: &[(f64, f64)], weight: f64) -> Points {
     averages.collect()
 }
 
-/// What the y axis shows, and the factor from the logged value to it.
-fn quantity(tag: &str) -> (&str, f64) {
+/// What the y axis of values up to `max` shows, and the factor from the logged value to it.
+fn quantity(tag: &str, max: f64) -> (&str, f64) {
     let key = tag.split_once('/').map_or(tag, |(_, key)| key);
     match key {
         "loss" | "nll_loss" | "log_odds_ratio" | "log_odds_chosen" => ("nats", 1.0),
         "logps/chosen" | "logps/rejected" => ("nats a token", 1.0),
         "rewards/accuracies" => ("share of pairs", 1.0),
         "tokens_per_second" => ("tokens a second", 1.0),
-        "memory_bytes" => ("GiB", 1.0 / (1u64 << 30) as f64),
+        "memory_bytes" if max < GIB => ("MiB", 1024.0 / GIB),
+        "memory_bytes" => ("GiB", 1.0 / GIB),
         _ => (key, 1.0),
     }
 }
@@ -180,12 +182,14 @@ fn draw(tag: &str, points: &[(f64, f64)]) -> Drawn<Vec<u8>> {
     register_font(FONT, FontStyle::Normal, ttf_noto_sans::REGULAR).map_err(|_| "the font is damaged")?;
     let px = |n: u32| (n * OVERSAMPLING) as i32;
     let text = |size: u32| (FONT, px(size)).into_font().color(&TEXT);
-    let (unit, factor) = quantity(tag);
+    let (unit, factor) = quantity(tag, points.iter().map(|p| p.1).fold(0.0, f64::max));
     let points: Points = points.iter().map(|&(step, value)| (step, value * factor)).collect();
-    let is_smoothed = tag.starts_with("train/") && !EXACT.contains(&tag) && points.len() > SMOOTHED_FROM;
+    let is_smoothed = tag.starts_with("train/") && !EXACT.contains(&tag) && points.len() >= SMOOTHED_FROM;
     let main = if is_smoothed { smooth(&points, SMOOTHING) } else { points.clone() };
     let x = Axis::of(points.iter().map(|p| p.0), 9.0, 1.0);
-    let y = Axis::of(points.iter().map(|p| p.1), 8.0, 0.0);
+    // Of memory the amount tells something: its smallest changes would fill the picture.
+    let from_zero = (tag == "train/memory_bytes").then_some(0.0);
+    let y = Axis::of(points.iter().map(|p| p.1).chain(from_zero), 8.0, 0.0);
 
     let size = (WIDTH * OVERSAMPLING, HEIGHT * OVERSAMPLING);
     let mut canvas = vec![0xff; (size.0 * size.1 * 3) as usize];
@@ -213,14 +217,8 @@ fn draw(tag: &str, points: &[(f64, f64)]) -> Drawn<Vec<u8>> {
         chart.draw_series(LineSeries::new(points.iter().copied(), line(RAW)))?;
     }
     chart.draw_series(LineSeries::new(main.iter().copied(), line(SMOOTHED)))?;
-    if points.len() < N_MARKED {
-        let marks = |points: &[(f64, f64)], color: RGBColor| {
-            points.iter().map(|&at| Circle::new(at, px(3), color.filled())).collect::<Vec<_>>()
-        };
-        if is_smoothed {
-            chart.draw_series(marks(&points, RAW))?;
-        }
-        chart.draw_series(marks(&main, SMOOTHED))?;
+    if points.len() < SMOOTHED_FROM {
+        chart.draw_series(main.iter().map(|&at| Circle::new(at, px(3), SMOOTHED.filled())))?;
     }
     let centered = text(21).pos(Pos::new(HPos::Center, VPos::Center));
     root.draw(&Text::new(tag, (px(WIDTH / 2), px(26)), centered))?;
@@ -327,10 +325,10 @@ mod tests {
 
     #[test]
     fn curves_are_where_their_values_are() {
-        let mut log: Vec<Value> = (0..=10)
-            .map(|i| json!({"step": 10 * i, "epoch": 0.1, "loss": i % 2, "learning_rate": 1e-5 * f64::from(i)}))
-            .collect();
-        log.extend([json!({"step": 0, "eval_loss": 2.0}), json!({"step": 100, "eval_loss": 1.0})]);
+        let mut log: Vec<Value> =
+            (0..=40).map(|i| json!({"step": i, "epoch": 0.1, "loss": i / 4 % 2})).collect();
+        log.extend((0..=10).map(|i| json!({"step": 4 * i, "learning_rate": 1e-5 * f64::from(i)})));
+        log.extend([json!({"step": 0, "eval_loss": 2.0}), json!({"step": 40, "eval_loss": 1.0})]);
         let (run, names) = pictures(&log);
         assert_eq!(names, ["eval_loss.png", "train_learning_rate.png", "train_loss.png"]);
         let picture = |name: &str| Picture::read(&run.path().join("images").join(name));
@@ -346,15 +344,16 @@ mod tests {
         assert!(!rising.has(SMOOTHED, (on_axis(0.2), on_axis(0.8))));
         assert!(rising.count(RAW) < 50 && both.count(RAW) > 500, "a schedule is not smoothed, a loss is");
 
-        // Zigzag between 0 and 1, as logged and smoothed: the second average is 1 / (1 + 0.9).
-        assert!(both.has(RAW, (on_axis(0.9), on_axis(1.0))) && both.has(RAW, (on_axis(0.4), on_axis(0.0))));
-        assert!(both.has(SMOOTHED, (on_axis(0.1), on_axis(1.0 / 1.9))));
-        assert!(!both.has(SMOOTHED, (on_axis(0.9), on_axis(1.0))));
+        // Four points of 0, four of 1, and so on, as logged and smoothed: the fifth average is 1 / (1 + 0.9 + … + 0.9⁴).
+        let x = |i: f64| on_axis(i / 40.0);
+        assert!(both.has(RAW, (x(37.5), on_axis(1.0))) && both.has(RAW, (x(17.5), on_axis(0.0))));
+        assert!(both.has(SMOOTHED, (x(4.0), on_axis(1.0 / 4.0951))));
+        assert!(!both.has(SMOOTHED, (x(37.5), on_axis(1.0))));
     }
 
     #[test]
     fn a_short_series_is_drawn_as_logged() {
-        let log: Vec<Value> = (0..4).map(|i| json!({"step": i, "loss": 3 - i})).collect();
+        let log: Vec<Value> = (1..SMOOTHED_FROM).map(|i| json!({"step": i, "loss": 40 - i})).collect();
         let (run, _) = pictures(&log);
         let picture = Picture::read(&run.path().join("images/train_loss.png"));
         let end = (1.05 / 1.1, 0.05 / 1.1);
@@ -362,6 +361,17 @@ mod tests {
             picture.has(SMOOTHED, end) && picture.count(RAW) < 50,
             "the last value is where it was logged"
         );
+    }
+
+    #[test]
+    fn memory_is_drawn_from_zero_in_a_unit_of_its_size() {
+        assert_eq!(quantity("train/memory_bytes", 45e6).0, "MiB");
+        assert_eq!(quantity("train/memory_bytes", 8e9).0, "GiB");
+        let log: Vec<Value> =
+            (0..4).map(|i| json!({"step": i, "memory_bytes": 45_000_000 + 1000 * i})).collect();
+        let (run, _) = pictures(&log);
+        let picture = Picture::read(&run.path().join("images/train_memory_bytes.png"));
+        assert!(picture.has(SMOOTHED, (0.5, 1.05 / 1.1)), "a line at the top, far from zero");
     }
 
     #[test]
