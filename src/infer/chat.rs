@@ -154,17 +154,26 @@ enum Command {
 }
 
 impl Command {
+    /// Reads a command, with a slash before it or without; `help` alone is a message.
     fn parse(text: &str) -> Option<Self> {
-        Some(match text.trim().to_lowercase().as_str() {
+        let text = text.trim().to_lowercase();
+        let name = if text == "help" { "" } else { text.strip_prefix('/').unwrap_or(&text) };
+        Some(match name {
             "clear" => Self::Clear,
             "reset-system" => Self::ResetSystem,
             "multi-line" => Self::MultiLine,
             "single-line" => Self::SingleLine,
             "exit" | "quit" => Self::Exit,
-            "/help" => Self::Help,
+            "help" => Self::Help,
             _ => return None,
         })
     }
+}
+
+/// Whether a message looks like a command: a word after a slash.
+fn is_like_command(message: &str) -> bool {
+    let name = message.trim().strip_prefix('/');
+    name.is_some_and(|name| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphabetic() || c == '-'))
 }
 
 const HELP: &str = "clear          forget what was said
@@ -228,6 +237,9 @@ impl Loop<'_> {
                 Some(Command::SingleLine) => self.lines = Lines::Single,
                 Some(Command::Help) => self.say(HELP),
                 None if message.trim().is_empty() => {}
+                None if self.manner.is_terminal && is_like_command(&message) => {
+                    self.say(&format!("{} is no command; /help lists them\n", message.trim()));
+                }
                 None => match ask_on_line(chat, &message, output, self.notes, self.manner) {
                     Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
                         self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")));

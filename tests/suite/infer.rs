@@ -296,6 +296,16 @@ fn chat_commands_do_what_they_say() {
 }
 
 #[test]
+fn a_command_that_there_is_not_is_not_a_question_to_the_model() {
+    let talk = Talk::new();
+    let (output, notes, history) = talk.run(b"one\n/clear\n/nope\n/exit\ntwo\n", TERMINAL);
+    assert_eq!(output, format!("{}\n", talk.answer(Some("Be brief."), &[], "one")));
+    assert!(notes.contains("/nope is no command; /help lists them") && history.is_empty(), "{notes}");
+    let (_, _, history) = talk.run(b"/nope\n", PIPE);
+    assert_eq!(history.len(), 1, "a pipe's lines are messages");
+}
+
+#[test]
 fn a_terminal_is_prompted_and_survives_a_question_that_is_too_long() {
     let talk = Talk::new();
     let long = "word ".repeat(2 * talk.model.config.max_position_embeddings);
