@@ -142,7 +142,11 @@ pub fn answer_prompts<B: Kernels>(
             }
         }
     };
-    unless_closed(prompts.iter().enumerate().try_for_each(&mut answer))
+    unless_closed(prompts.iter().enumerate().try_for_each(&mut answer))?;
+    if let Some(path) = result_file {
+        note(notes, &format!("{} answers are in {}\n", prompts.len(), path.display()));
+    }
+    Ok(())
 }
 
 fn result(prompt: &Prompt, response: &str) -> Value {
