@@ -84,7 +84,7 @@ impl Data {
         Ok(Self { train, val, skipped })
     }
 
-    /// Lists all rows that are left out in a run's folder. Where there are none, a list that an earlier run left there goes.
+    /// Lists all rows that are left out in a run's folder, and says so. Where there are none, a list that an earlier run left there goes.
     ///
     /// # Errors
     /// If the list cannot be written or removed.
@@ -92,7 +92,9 @@ impl Data {
         let path = folder.join(LEFT_OUT_FILE);
         if !self.skipped.is_empty() {
             let lines: Vec<String> = self.skipped.iter().map(|row| format!("{row}\n")).collect();
-            fs::write(&path, lines.concat()).map_err(Error::io("write", &path))
+            fs::write(&path, lines.concat()).map_err(Error::io("write", &path))?;
+            note!("left out: all {} rows are in {}", thousands(lines.len()), path.display());
+            Ok(())
         } else if path.exists() {
             fs::remove_file(&path).map_err(Error::io("remove", &path))
         } else {
@@ -107,9 +109,7 @@ fn first_of(skipped: &[Skipped]) -> Vec<String> {
     let mut lines: Vec<String> = shown.iter().map(|row| format!("left out: {row}")).collect();
     if !others.is_empty() {
         let n = thousands(others.len());
-        lines.push(format!(
-            "left out: and {n} more; a run lists all of them in {LEFT_OUT_FILE} in its folder"
-        ));
+        lines.push(format!("left out: and {n} more"));
     }
     lines
 }
@@ -176,10 +176,7 @@ mod tests {
         assert_eq!(five[4], "left out: rows.jsonl:5: too long");
         let many = first_of(&skipped(1239));
         assert_eq!(many[..5], five);
-        assert_eq!(
-            many[5],
-            "left out: and 1,234 more; a run lists all of them in left_out.txt in its folder"
-        );
+        assert_eq!(many[5], "left out: and 1,234 more");
         assert_eq!(many.len(), 6);
     }
 }
