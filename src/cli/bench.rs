@@ -217,7 +217,8 @@ fn run_on<B: Kernels>(
     say!("backward {}", runs_again(shape.keep, config.num_hidden_layers));
     let mut bench = Bench::new(model, batch, shape.keep);
 
-    say!("warm-up  the first step, in which a GPU's kernels are compiled");
+    let compiles = if *choice == DeviceChoice::Cpu { "" } else { ", in which kernels are compiled" };
+    say!("warm-up  the first step{compiles}");
     let (first_s, _) = bench.timed_step()?;
     say!("         took {first_s:.2} s");
     let mut times = Vec::with_capacity(args.max_steps);

@@ -191,9 +191,11 @@ fn run_on<B: Kernels>(
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     if longest::is_worth_it(case, &budget) {
         let batch = case.longest_batch(args.max_length, batch_size);
-        note!(
-            "longest  the longest row is tried first; what the device has not run yet is compiled on the way"
-        );
+        let compiles = match choice {
+            DeviceChoice::Cpu => "",
+            _ => "; what the device has not run yet is compiled on the way",
+        };
+        note!("longest  the longest row is tried first{compiles}");
         let accumulates = gradient_accumulation_steps > 1;
         note!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates, choice)?);
     }

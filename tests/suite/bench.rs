@@ -35,6 +35,7 @@ fn the_cpu_is_measured() {
     assert!(figure(&output, " tokens/s (") > 0.0, "{output}");
     assert!(output.contains("2 x 2 x 24 tokens, of which 68 are computed"), "{output}");
     assert!(figure(&output, " % of the best product") > 0.0, "{output}");
+    assert!(!output.contains("compiled"), "the CPU compiles nothing: {output}");
 }
 
 #[test]
