@@ -108,7 +108,18 @@ struct TrainCommand {
 /// The whole command line, with every flag in both spellings.
 pub fn command() -> clap::Command {
     // A flag that is given again wins, so that one can be added to a command that is repeated.
-    Cli::command().mut_subcommands(|command| with_dashed_aliases(command).args_override_self(true))
+    let command =
+        Cli::command().mut_subcommands(|command| with_dashed_aliases(command).args_override_self(true));
+    ["train", "plan"].into_iter().fold(command, |command, name| {
+        command.mut_subcommand(name, |subcommand| subcommand.after_help(demo_settings()))
+    })
+}
+
+/// What applies instead of the defaults where the demo is trained.
+fn demo_settings() -> String {
+    let settings = demo::settings();
+    let flags: Vec<String> = settings.iter().map(|(name, value)| format!("--{name} {value}")).collect();
+    format!("The demo, which is trained without a model, has defaults of its own: {}", flags.join(" "))
 }
 
 /// Runs a command line and prints its error, if it has one: the cause behind it, and what to do.
@@ -204,6 +215,15 @@ mod tests {
         }
         let message = usage(&["infer", "--lora_r", "8"]);
         assert!(!message.contains("--lora_rank"), "infer has no such flag: {message}");
+    }
+
+    #[test]
+    fn help_tells_of_the_demo_s_own_defaults() {
+        for name in ["train", "plan"] {
+            let help = command().find_subcommand_mut(name).unwrap().render_help().to_string();
+            let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(help.contains("--learning_rate 0.002 --batch_size 8"), "{name}: {help}");
+        }
     }
 
     #[test]
