@@ -102,9 +102,25 @@ fn only_the_launch_knows_how_shaders_are_launched() {
     }
 }
 
-/// Flags of other programs in the README: cargo's, `hf download`'s, uv's and those of `benches/peers.py`.
-const NOT_OURS: [&str; 10] =
-    ["features", "help", "local-dir", "make", "parity", "release", "run", "shape", "test", "with"];
+/// Flags of other programs in the README: cargo's, `hf download`'s, uv's, vLLM's, llama.cpp's and those of `benches/peers.py`.
+const NOT_OURS: [&str; 16] = [
+    "base",
+    "enable-lora",
+    "features",
+    "help",
+    "local-dir",
+    "lora",
+    "lora-modules",
+    "make",
+    "max-lora-rank",
+    "outfile",
+    "parity",
+    "release",
+    "run",
+    "shape",
+    "test",
+    "with",
+];
 
 #[test]
 fn the_readme_names_every_flag_that_it_shows() {
