@@ -17,5 +17,6 @@ pub mod template;
 pub mod tokenize;
 
 mod json;
+mod message;
 mod row;
 mod tokenizer;

@@ -17,9 +17,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::dataset::{Location, Row};
+use super::message::{
+    Context, Message, Object, Parsed, Role, context, kind, last_answer, last_of_same, message, messages,
+    wrong_type,
+};
 use super::source::{Columns, SHAREAI};
 use crate::error::{Error, Result};
 
@@ -44,17 +48,6 @@ const ACCEPTED: &str = "accepted are `query` + `response` + `rejected_response`,
                         `question` + `answer_zh` + `answer_en`, `instruction` + `chosen` + `rejected`, `chosen` + \
                         `rejected` as conversations, `conversations` + `chosen` + `rejected`, and `messages` + \
                         `rejected_response`";
-
-type Object = Map<String, Value>;
-/// Every failure in here is the reason for which the row cannot be used.
-type Parsed<T> = std::result::Result<T, String>;
-
-/// What both answers follow.
-struct Context {
-    system: Option<String>,
-    history: Vec<(String, String)>,
-    query: String,
-}
 
 /// A row as its form gives it.
 struct Pair {
@@ -223,95 +216,6 @@ fn whole_conversations(object: &Object) -> Parsed<Pair> {
     Ok(Pair { context, response, rejected_response, read: &[ALPACA.query, INPUT] })
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
-    System,
-    User,
-    Assistant,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Message<'a> {
-    role: Role,
-    content: &'a str,
-}
-
-fn messages<'a>(object: &'a Object, column: &str) -> Parsed<Vec<Message<'a>>> {
-    let value = &object[column];
-    let list = value.as_array().ok_or_else(|| wrong_type(column, "a list of messages", value))?;
-    list.iter().enumerate().map(|(i, value)| message(value, &format!("{column}[{i}]"))).collect()
-}
-
-/// A message in either spelling; `place` is where it stands.
-fn message<'a>(value: &'a Value, place: &str) -> Parsed<Message<'a>> {
-    let object = value.as_object().ok_or_else(|| wrong_type(place, "a message", value))?;
-    let (role, content) = if object.contains_key("from") { ("from", "value") } else { ("role", "content") };
-    let field = |name: &str| match object.get(name) {
-        Some(Value::String(text)) => Ok(text.as_str()),
-        Some(other) => Err(wrong_type(&format!("{place}.{name}"), "a string", other)),
-        None => Err(format!("`{place}` has no `{name}`")),
-    };
-    let role = match field(role)? {
-        "system" => Role::System,
-        "user" | "human" => Role::User,
-        "assistant" | "gpt" => Role::Assistant,
-        other => {
-            return Err(format!(
-                "`{place}.{role}` is `{other}`, expected system, user (human) or assistant (gpt)"
-            ));
-        }
-    };
-    Ok(Message { role, content: field(content)? })
-}
-
-/// Splits a whole conversation into what comes before its last message, and that message, an answer.
-fn last_answer(conversation: &[Message], column: &str) -> Parsed<(Context, String)> {
-    match conversation {
-        [before @ .., Message { role: Role::Assistant, content }] => {
-            Ok((context(before, column)?, (*content).to_owned()))
-        }
-        _ => Err(format!("`{column}` does not end with an assistant message")),
-    }
-}
-
-/// The last message of a conversation that must otherwise be the same as `chosen`.
-fn last_of_same(object: &Object, column: &str, chosen: &[Message]) -> Parsed<String> {
-    let rejected = messages(object, column)?;
-    match (chosen, &rejected[..]) {
-        ([before @ .., _], [same @ .., Message { role: Role::Assistant, content }]) if before == same => {
-            Ok((*content).to_owned())
-        }
-        (_, [.., Message { role: Role::Assistant, .. }]) => {
-            Err(format!("`{column}` differs from the chosen conversation before its last message"))
-        }
-        _ => Err(format!("`{column}` does not end with an assistant message")),
-    }
-}
-
-/// `[system] (user assistant)* user` as a context.
-fn context(messages: &[Message], column: &str) -> Parsed<Context> {
-    let (system, turns) = match messages {
-        [Message { role: Role::System, content }, rest @ ..] => (Some((*content).to_owned()), rest),
-        _ => (None, messages),
-    };
-    let unordered =
-        || format!("`{column}` must take turns, user and assistant, with a user message before the answer");
-    let Some((query, turns)) = turns.split_last() else { return Err(unordered()) };
-    let history = turns
-        .chunks(2)
-        .map(|turn| match turn {
-            [question, answer] if question.role == Role::User && answer.role == Role::Assistant => {
-                Ok((question.content.to_owned(), answer.content.to_owned()))
-            }
-            _ => Err(unordered()),
-        })
-        .collect::<Parsed<_>>()?;
-    if query.role != Role::User {
-        return Err(unordered());
-    }
-    Ok(Context { system, history, query: query.content.to_owned() })
-}
-
 fn history(object: &Object) -> Parsed<Vec<(String, String)>> {
     let turns = match object.get("history") {
         None | Some(Value::Null) => return Ok(Vec::new()),
@@ -334,21 +238,6 @@ fn optional_text<'a>(object: &'a Object, column: &str) -> Parsed<Option<&'a str>
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
         Some(other) => Err(wrong_type(column, "a string", other)),
-    }
-}
-
-fn wrong_type(column: &str, expected: &str, found: &Value) -> String {
-    format!("`{column}` must be {expected}, found {}", kind(found))
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
     }
 }
 
