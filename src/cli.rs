@@ -44,11 +44,13 @@ use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::config::{TrainArgs, other_names, with_dashed_aliases};
 use crate::demo;
 use crate::error::{Error, Result};
+use crate::ops::notes;
 
 /// The first failure of standard output.
 static UNPRINTED: Mutex<Option<io::Error>> = Mutex::new(None);
 
 fn print_line(line: fmt::Arguments<'_>) {
+    tell_noticed();
     keep_failure(writeln!(io::stdout(), "{line}"));
 }
 
@@ -62,6 +64,7 @@ fn keep_failure(printed: io::Result<()>) {
 
 /// Whether everything that was printed arrived, or nobody wanted it.
 fn check_printed() -> Result<()> {
+    tell_noticed();
     keep_failure(io::stdout().flush());
     match UNPRINTED.lock().unwrap_or_else(PoisonError::into_inner).take() {
         Some(error) => Err(Error::io("write", "standard output")(error)),
@@ -71,7 +74,15 @@ fn check_printed() -> Result<()> {
 
 /// Unlike `eprintln!`, which panics where standard error is closed.
 fn print_note(line: fmt::Arguments<'_>) {
+    tell_noticed();
     let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Tells of what the ops noticed of the device since something was last printed.
+fn tell_noticed() {
+    for noticed in notes::take() {
+        let _ = writeln!(io::stderr(), "device   {noticed}");
+    }
 }
 
 /// Fine-tunes Llama-3 with ORPO + LoRA on the GPU you own, then lets you talk to the result.
