@@ -33,8 +33,9 @@ if command -v apt-get >/dev/null; then
     ORPO_WGPU_NEED_MATRICES=1 bash tests/newer_mesa.sh "$suite" --exact gpu::product::every_matrix_variant_multiplies \
         gpu::lora_linear::on_matrices gpu::attention::on_matrices gpu::token_logps::gpu_takes_a_weight_of_halves \
         plain_engine::lora_linear::on_matrices plain_engine::routes::a_product_is_right_whichever_route_makes_it \
-        plain_engine::routes::tuning_finds_a_route | tee target/matrices.log
-    grep "test result: ok. 7 passed" target/matrices.log
+        plain_engine::routes::tuning_finds_a_route gpu::tune::a_tuned_product_is_right_whoever_makes_it \
+        gpu::tune::every_way_is_right_on_the_known_product | tee target/matrices.log
+    grep "test result: ok. 9 passed" target/matrices.log
 else
     echo "LEFT OUT: the tests on a software adapter with cooperative matrices, which need Debian or Ubuntu" >&2
     [ -z "${CI:-}" ]

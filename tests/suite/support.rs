@@ -113,11 +113,19 @@ pub(crate) fn left_out(why: &str) {
 /// If it has none and `ORPO_WGPU_NEED_MATRICES=1` says that it has to.
 pub(crate) fn has_matrices(sizes: &[u32]) -> bool {
     if sizes.is_empty() {
-        let is_needed = std::env::var("ORPO_WGPU_NEED_MATRICES").is_ok_and(|value| value == "1");
-        assert!(!is_needed, "the adapter lists no cooperative matrices of f16 with f32 sums");
-        left_out("the adapter lists no cooperative matrices of f16 with f32 sums");
+        left_out_without_matrices("the adapter lists no cooperative matrices of f16 with f32 sums");
     }
     !sizes.is_empty()
+}
+
+/// Says that a test of matrix units is left out, and why.
+///
+/// # Panics
+/// If `ORPO_WGPU_NEED_MATRICES=1` says that it has to run.
+pub(crate) fn left_out_without_matrices(why: &str) {
+    let is_needed = std::env::var("ORPO_WGPU_NEED_MATRICES").is_ok_and(|value| value == "1");
+    assert!(!is_needed, "{why}");
+    left_out(why);
 }
 
 /// Reproducible numbers in `[-1, 1)`.

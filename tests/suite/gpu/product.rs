@@ -160,10 +160,23 @@ fn every_matrix_variant_multiplies() {
     }
     for size in sizes {
         // Two lanes are fewer than any subgroup has, so that one subgroup has to take several patches.
-        for (layout, lanes) in [(Layout::RowsRows, 8), (Layout::RowsColumns, 32), (Layout::RowsRows, 2)] {
+        for (layout, lanes) in [
+            (Layout::RowsRows, 8),
+            (Layout::RowsColumns, 8),
+            (Layout::RowsColumns, 32),
+            (Layout::RowsRows, 2),
+        ] {
             // A software adapter's driver takes long over the larger ones.
             let n_tiles = if lanes == 8 { usize::MAX } else { 1 };
-            for tile in MatrixTile::all(size, lanes).rev().take(n_tiles) {
+            let tiles: Vec<_> = MatrixTile::all(size, lanes).rev().take(n_tiles).collect();
+            // Sums in `f16` would be off by a hundred times as much.
+            let extents = [tiles[0].block_m as usize, tiles[0].block_n as usize, 2048, 0];
+            let elements = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F32 };
+            let quads = Quads::new(layout, extents.map(|n| n as u32));
+            let shader = Shader::Product { layout, cut: Cut::Matrices(tiles[0]), elements, quads };
+            let (got, want) = product(shader, extents, &device);
+            assert_close(&got, &want, ATOL, RTOL, &format!("{shader:?}, deep"));
+            for tile in tiles {
                 let (m, n) = (tile.block_m as usize, tile.block_n as usize);
                 let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
                 for (lhs, out, [m, n, depth, rank]) in

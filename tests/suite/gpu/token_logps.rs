@@ -297,7 +297,8 @@ fn check_the_real_head(dtype: DType, device: &GpuDevice) {
 
 #[test]
 fn the_real_head_fits_the_software_adapter() {
-    if let Some(device) = adapter() {
-        check_the_real_head(DType::F32, &device);
+    let Some(device) = adapter() else { return };
+    for dtype in [DType::F32, DType::F16] {
+        check_the_real_head(dtype, &device);
     }
 }
