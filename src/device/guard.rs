@@ -232,7 +232,8 @@ fn hint(choice: &DeviceChoice, message: &str) -> &'static str {
             "the device is probably full: lower --max_length or --batch_size, close other programs, or pass --device cpu"
         }
         _ => {
-            "update the GPU's driver or pass --device cpu; with RUST_BACKTRACE=full it says where it happened"
+            "update the GPU's driver, set ORPO_WGPU_MATRIX_UNITS=0 in the environment to compute without its matrix units, or pass \
+             --device cpu; with RUST_BACKTRACE=full it says where it happened"
         }
     }
 }

@@ -2,9 +2,11 @@
 //!
 //! A kernel reads contiguous tensors as arrays of [vectors](vector_width), computes in `f32`, and is generic over what it stores.
 
+use std::sync::LazyLock;
+
 use burn::cubecl;
 use burn::cubecl::calculate_cube_count_elemwise;
-use burn::cubecl::features::TypeUsage;
+use burn::cubecl::features::{MmaConfig, TypeUsage};
 use burn::cubecl::prelude::*;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
@@ -18,6 +20,17 @@ pub(super) const THREADS: u32 = 256;
 /// some phones' GPUs have as few, and no other.
 pub(super) fn is_software<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
     client.properties().hardware.plane_size_max <= 16
+}
+
+/// The matrices, `[m, n, k]`, that the device's units multiply of this type with sums in `f32`. None where the environment variable
+/// `ORPO_WGPU_MATRIX_UNITS` is 0: some driver may not survive the kernels.
+pub(super) fn matrix_units<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DType) -> Vec<[u32; 3]> {
+    static IS_OFF: LazyLock<bool> =
+        LazyLock::new(|| std::env::var("ORPO_WGPU_MATRIX_UNITS").is_ok_and(|value| value == "0"));
+    let (element, sum) = (dtype.into(), DType::F32.into());
+    let is_of = |unit: &&MmaConfig| unit.a_type == element && unit.b_type == element && unit.cd_type == sum;
+    let units = client.properties().features.matmul.cmma.iter().filter(|_| !*IS_OFF);
+    units.filter(is_of).map(|unit| [unit.m, unit.n, unit.k]).collect()
 }
 
 /// Whether the device computes in this type, and its buffers hold it.

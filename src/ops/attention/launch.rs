@@ -13,7 +13,7 @@ use super::forward;
 use super::matrices::shared_bytes;
 use super::tile::{Form, Tile, Units};
 use super::trial::{Pass, is_right};
-use crate::ops::cube::{bytes, empty, is_software, one_thread_each};
+use crate::ops::cube::{bytes, empty, is_software, matrix_units, one_thread_each};
 use crate::ops::profile;
 
 /// A mask's table on the device, and how many keys it has.
@@ -212,18 +212,12 @@ impl Tile {
     /// Planes have to be of one size: the kernel is told of it, and nothing else holds the device to it.
     pub fn on_matrices<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
         const LINES: usize = 4;
-        let (element, sum) = (tensor.dtype.into(), DType::F32.into());
-        let properties = tensor.client.properties();
-        let (hardware, shapes) = (&properties.hardware, &properties.features.matmul.cmma);
-        let has = |side: &usize| {
-            shapes.iter().any(|shape| {
-                [shape.m, shape.n, shape.k] == [*side as u32; 3]
-                    && [shape.a_type, shape.b_type] == [element; 2]
-                    && shape.cd_type == sum
-            })
-        };
+        let units = matrix_units(&tensor.client, tensor.dtype);
+        let hardware = &tensor.client.properties().hardware;
         let plane = hardware.plane_size_max as usize;
-        let side = [16, 8].into_iter().filter(|side| head_dim.is_multiple_of(*side)).find(has)?;
+        let side = [16, 8]
+            .into_iter()
+            .find(|side| head_dim.is_multiple_of(*side) && units.contains(&[*side as u32; 3]))?;
         if tensor.dtype == DType::F32 || hardware.plane_size_min as usize != plane {
             return None;
         }

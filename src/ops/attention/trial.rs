@@ -53,7 +53,9 @@ pub fn is_right<R: CubeRuntime>(
     known.unwrap_or_else(|| {
         // What failed before must not count as a failure of the matrix units.
         settle(&R::client(device));
-        let is_right = Sequence::<R>::new(device, dtype, shape, tile).agrees(tile, pass);
+        let agrees = Sequence::<R>::new(device, dtype, shape, tile).agrees(tile, pass);
+        // wgpu tells of a launch that failed only when it is waited for.
+        let is_right = pollster::block_on(R::client(device).sync()).is_ok() && agrees;
         if !is_right {
             notes::note("the GPU's matrix units get attention wrong, so registers compute it");
         }

@@ -16,7 +16,7 @@ use cubek::matmul::launch::{Strategy, launch_ref};
 use cubek::std::InputBinding;
 
 use super::routes::{Route, RouteKind, Routes};
-use crate::ops::cube::{bytes, empty, one_thread_each, overwrite, vector_width};
+use crate::ops::cube::{bytes, empty, matrix_units, one_thread_each, overwrite, vector_width};
 use crate::ops::profile;
 use crate::ops::tune::{self, Verdict};
 
@@ -58,9 +58,7 @@ pub(in crate::ops) fn product<R: CubeRuntime>(
 
 /// Whether the device has matrix units for a 16-bit type that sum in `f32`.
 pub(super) fn has_matrices<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DType) -> bool {
-    let (element, sum) = (dtype.into(), DType::F32.into());
-    let is_of = |unit: &cubecl::features::MmaConfig| unit.a_type == element && unit.cd_type == sum;
-    dtype != DType::F32 && client.properties().features.matmul.cmma.iter().any(is_of)
+    dtype != DType::F32 && !matrix_units(client, dtype).is_empty()
 }
 
 fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> CubeTensor<R> {

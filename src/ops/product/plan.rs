@@ -1,11 +1,10 @@
 //! How a product is cut on a device: which block a workgroup computes, and in how many parts of the depth.
 
 use burn::cubecl::client::ComputeClient;
-use burn::cubecl::features::MmaConfig;
-use burn::cubecl::ir::{ElemType, FloatKind, StorageType};
+use burn::tensor::DType;
 use burn_wgpu::WgpuRuntime;
 
-use crate::ops::cube::is_software;
+use crate::ops::cube::{is_software, matrix_units};
 use crate::ops::kernel::{
     BAND, Cut, DirectTile, Element, Elements, Layout, MAX_WORKGROUPS, MatrixTile, Tile,
 };
@@ -28,24 +27,13 @@ const SOFTWARE: Device = Device { is_software: true, busy: 4, matrices: None };
 
 impl Device {
     pub(in crate::ops) fn of(client: &ComputeClient<WgpuRuntime>) -> Self {
-        let properties = client.properties();
-        let most_lanes = properties.hardware.plane_size_max;
+        let most_lanes = client.properties().hardware.plane_size_max;
         let device = if is_software(client) { SOFTWARE } else { GPU };
-        let [f16, f32] =
-            [FloatKind::F16, FloatKind::F32].map(|kind| StorageType::from(ElemType::Float(kind)));
-        let has = |size: &u32| {
-            let [m, n, k] = [*size; 3];
-            properties.features.matmul.cmma.contains(&MmaConfig {
-                a_type: f16,
-                b_type: f16,
-                cd_type: f32,
-                m,
-                n,
-                k,
-            })
-        };
+        let units = matrix_units(client, DType::F16);
         // naga 29's MSL turns row-major matrices round, and knows no sums of another type than the operands'.
-        let size = MatrixTile::SIZES.into_iter().find(|size| !cfg!(target_os = "macos") && has(size));
+        let size = MatrixTile::SIZES
+            .into_iter()
+            .find(|size| !cfg!(target_os = "macos") && units.contains(&[*size; 3]));
         let lanes = MatrixTile::LANES.into_iter().find(|&lanes| most_lanes <= lanes);
         Self { matrices: size.map(|size| [size, lanes.unwrap_or(MatrixTile::LANES[2])]), ..device }
     }
