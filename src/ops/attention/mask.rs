@@ -7,7 +7,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::launch::Mask;
 
-/// What a masked score gets added; large enough for a weight of exactly zero, and finite.
+/// What stands for a masked score: small enough for a weight of exactly zero, and finite.
 pub(super) const MASKED: f32 = -1e30;
 /// Neighbouring queries, or keys, that the table has a summary of.
 pub(super) const STRIP: usize = 8;

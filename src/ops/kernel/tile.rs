@@ -249,7 +249,7 @@ impl MatrixTile {
     }
 }
 
-/// One of the three.
+/// How a product is cut into blocks, and by that the shader that makes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Cut {
     /// `lora_linear.wgsl`
