@@ -267,7 +267,7 @@ impl Work {
         let mut flops = 0.0;
         for pair in pairs {
             let batch = pack(&[pair], case.loss_compat);
-            let shape = StepShape::of(&batch, case.ranks, precision, chosen.keep, false, 0);
+            let shape = StepShape::of(&batch, case.ranks, precision, precision.dtype, chosen.keep, false, 0);
             tokens += batch.n_tokens();
             flops += StepFlops::of(case.config, &shape).total();
         }
