@@ -118,7 +118,10 @@ impl Observer for Progress<'_> {
                 true => say!(
                     "step {step} took {step_s:.3} s; the CPU runs no kernels that could be timed one by one"
                 ),
-                false => say!("kernels of step {step}\n{}", profile_table::table(&entries, step_s, None)),
+                false => {
+                    let step_s = profile_table::Step::Profiled(step_s);
+                    say!("kernels of step {step}\n{}", profile_table::table(&entries, step_s, None));
+                }
             });
         }
         let tokens_per_second = n_tokens as f64 / self.window_started.elapsed().as_secs_f64();

@@ -35,6 +35,8 @@ fn the_cpu_is_measured() {
     assert!(figure(&output, " tokens/s (") > 0.0, "{output}");
     assert!(output.contains("2 x 2 x 24 tokens, of which 68 are computed"), "{output}");
     assert!(figure(&output, " % of the best product") > 0.0, "{output}");
+    let fastest = ["product found, burn's, ", "product found, this program's own, "];
+    assert!(fastest.iter().any(|says| output.contains(says)), "{output}");
 }
 
 #[test]
