@@ -86,6 +86,8 @@ pub trait Observer {
     fn is_interrupted(&self) -> bool {
         false
     }
+    /// Something went wrong that is no reason to end the run.
+    fn on_warning(&mut self, _warning: &Error) {}
     /// Memory in use in bytes, asked where the device does not tell what its tensors take.
     fn memory_bytes(&self) -> u64;
 }
@@ -214,7 +216,9 @@ pub fn train<B: Kernels>(
             let paused = Instant::now();
             let loss_scale = loss_scale.map(|(_, loss_scale)| loss_scale);
             let position = Position { step: done, plan: &settings.plan, loss_scale };
-            run.save(model, lora_config, &optimizer, position)?;
+            if let Some(warning) = run.save(model, lora_config, &optimizer, position)? {
+                observer.on_warning(&warning);
+            }
             run.plot(is_last)?;
             window.paused_s += paused.elapsed().as_secs_f64();
         }

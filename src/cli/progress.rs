@@ -1,5 +1,6 @@
 //! What a run shows while it runs: a bar on a terminal, plain lines elsewhere.
 
+use std::error::Error as _;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +12,7 @@ use serde_json::{Map, Value};
 use super::profile_table;
 use crate::data::dataset::Location;
 use crate::device;
+use crate::error::Error;
 use crate::ops::profile;
 use crate::train::Observer;
 use crate::train::metrics::StepMetrics;
@@ -169,6 +171,11 @@ impl Observer for Progress<'_> {
     fn is_interrupted(&self) -> bool {
         self.is_interrupted.load(Ordering::Relaxed)
     }
+    fn on_warning(&mut self, warning: &Error) {
+        let cause = warning.source().map_or_else(String::new, |cause| format!(": {cause}"));
+        self.bar.suspend(|| note!("note: {warning}{cause}"));
+    }
+
 
     fn memory_bytes(&self) -> u64 {
         (self.memory_bytes)()
