@@ -37,8 +37,8 @@ fn styled(template: &str) -> ProgressStyle {
 pub struct Progress<'a> {
     bar: ProgressBar,
     memory_bytes: &'a dyn Fn() -> u64,
-    window_started: Instant,
-    started: Instant,
+    /// When the first step began, behind the evaluation before it.
+    started: Option<Instant>,
     first_step: usize,
     max_steps: usize,
     left: Duration,
@@ -61,8 +61,7 @@ impl<'a> Progress<'a> {
         Self {
             bar,
             memory_bytes,
-            window_started: now,
-            started: now,
+            started: None,
             first_step: done,
             max_steps,
             left: Duration::ZERO,
@@ -100,6 +99,7 @@ impl Observer for Progress<'_> {
         let shown: Vec<String> = shown.iter().map(ToString::to_string).collect();
         let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
         device::doing(format!("step {step} ({}{others})", shown.join(", ")));
+        self.started.get_or_insert_with(Instant::now);
         if let Some((profiled, started)) = &mut self.profiled
             && *profiled == step
         {
@@ -112,7 +112,11 @@ impl Observer for Progress<'_> {
         device::doing(format!("the evaluation after {step} steps"));
     }
 
-    fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize) {
+    fn is_profiled(&self, step: usize) -> bool {
+        self.profiled.is_some_and(|(profiled, _)| profiled == step)
+    }
+
+    fn on_step(&mut self, step: usize, metrics: &StepMetrics, tokens_per_second: f64) {
         if let Some((_, started)) = self.profiled.take_if(|(profiled, _)| *profiled == step) {
             let entries = profile::finish();
             let step_s = started.elapsed().as_secs_f64();
@@ -126,10 +130,10 @@ impl Observer for Progress<'_> {
                 }
             });
         }
-        let tokens_per_second = n_tokens as f64 / self.window_started.elapsed().as_secs_f64();
         self.bar.set_position(step as u64);
         // By the steps of this process alone: a resumed run did not make the others.
-        let per_step = self.started.elapsed().div_f64((step - self.first_step) as f64);
+        let elapsed = self.started.map_or(Duration::ZERO, |started| started.elapsed());
+        let per_step = elapsed.div_f64((step - self.first_step) as f64);
         self.left = per_step.mul_f64((self.max_steps - step) as f64);
         let left = HumanDuration(self.left);
         self.bar
@@ -143,7 +147,6 @@ impl Observer for Progress<'_> {
     }
 
     fn on_log(&mut self, line: &Map<String, Value>) {
-        self.window_started = Instant::now();
         if std::io::stderr().is_terminal() {
             return;
         }
@@ -168,14 +171,14 @@ impl Observer for Progress<'_> {
         );
     }
 
-    fn is_interrupted(&self) -> bool {
-        self.is_interrupted.load(Ordering::Relaxed)
-    }
     fn on_warning(&mut self, warning: &Error) {
         let cause = warning.source().map_or_else(String::new, |cause| format!(": {cause}"));
         self.bar.suspend(|| note!("note: {warning}{cause}"));
     }
 
+    fn is_interrupted(&self) -> bool {
+        self.is_interrupted.load(Ordering::Relaxed)
+    }
 
     fn memory_bytes(&self) -> u64 {
         (self.memory_bytes)()
