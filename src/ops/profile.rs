@@ -31,6 +31,8 @@ static ENTRIES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 thread_local! {
     /// The most bytes in tensors at a launch of this thread so far, while they are watched.
     static PEAK_BYTES: Cell<Option<u64>> = const { Cell::new(None) };
+    /// Under which name this thread's launches go, where an op launches another's kernels.
+    static NAME: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
 fn entries() -> MutexGuard<'static, Vec<Entry>> {
@@ -62,6 +64,14 @@ pub fn watch_memory<T>(f: impl FnOnce() -> T) -> (T, Option<u64>) {
     (result, PEAK_BYTES.take().filter(|&bytes| bytes > 0))
 }
 
+/// Runs `f`, whose launches are recorded under this name whatever they are called: an op may take another's kernels.
+pub fn named<T>(name: &'static str, f: impl FnOnce() -> T) -> T {
+    let outer = NAME.replace(Some(name));
+    let result = f();
+    NAME.set(outer);
+    result
+}
+
 /// Runs `launch`, which launches on `client`, and records it if recording is on. Calls do not nest.
 pub fn kernel<R: Runtime>(
     name: &'static str,
@@ -77,6 +87,7 @@ pub fn kernel<R: Runtime>(
     if !IS_ON.load(Ordering::Relaxed) {
         return launch();
     }
+    let name = NAME.get().unwrap_or(name);
     let seconds = match client.profile(launch, name) {
         Ok(((), duration)) => pollster::block_on(duration.resolve()).duration().as_secs_f64(),
         Err(_) => f64::NAN,

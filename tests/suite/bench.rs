@@ -50,7 +50,14 @@ fn the_adapter_is_measured_kernel_by_kernel_and_its_memory_predicted() {
         assert!(figure(&output, " tokens/s (") > 0.0, "{output}");
         let off = figure(&output, " %); ");
         assert!(off.abs() < 10.0, "memory is predicted within 10 %: {output}");
-        for kernel in ["lora_linear forward", "attention backward", "rms_norm forward", "adamw"] {
+        let kernels = [
+            "lora_linear forward",
+            "token_logps products",
+            "attention backward",
+            "rms_norm forward",
+            "adamw",
+        ];
+        for kernel in kernels {
             assert!(output.contains(kernel), "{dtype}: {kernel} is in the table: {output}");
         }
         assert_eq!(output.contains("dequantize"), bits == "4", "{output}");
