@@ -200,17 +200,20 @@ fn bench_rms_norm(device: &WgpuDevice) {
             || rms_norm(x.clone(), weight.clone(), 1e-5, dtype),
             || rms_norm_reference(x.clone(), weight.clone(), 1e-5, dtype),
         );
-        let tracked = |t: &Tensor<Wgpu, 2>| Tensor::<Tracked, 2>::from_inner(t.clone()).require_grad();
-        compare(
-            device,
-            &format!("rms_norm backward {shape:?} {dtype:?}, burn both ways"),
-            || rms_norm_backward(dy.clone(), x.clone(), weight.clone(), 1e-5, Some(sum.clone())),
-            || {
-                let x = tracked(&x);
-                let y = rms_norm_reference(x.clone(), Tensor::from_inner(weight.clone()), 1e-5, dtype);
-                let grads = (y * Tensor::from_inner(dy.clone())).sum().backward();
-                x.grad(&grads).expect("the input is tracked") + sum.clone()
-            },
+        let (mut our_times, mut burn_times) = (vec![], vec![]);
+        for _ in 0..WARM_UPS + RUNS {
+            let ours = || rms_norm_backward(dy.clone(), x.clone(), weight.clone(), 1e-5, Some(sum.clone()));
+            our_times.push(time(device, ours).1);
+            let x = Tensor::<Tracked, 2>::from_inner(x.clone()).require_grad();
+            let y = rms_norm_reference(x.clone(), Tensor::from_inner(weight.clone()), 1e-5, dtype);
+            let loss = (y * Tensor::from_inner(dy.clone())).sum();
+            let burn = || x.grad(&loss.backward()).expect("the input is tracked") + sum.clone();
+            burn_times.push(time(device, burn).1);
+        }
+        let (ours, burn) = (median(&mut our_times), median(&mut burn_times));
+        println!(
+            "rms_norm backward {shape:?} {dtype:?}: {ours:8.2} ms, burn {burn:8.2} ms, ratio {:.2}",
+            burn / ours
         );
     }
 }

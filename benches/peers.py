@@ -63,7 +63,8 @@ METRICS = (*BY_STEP, "nll_loss", "log_odds_ratio", "rewards/chosen", "rewards/re
 
 @dataclass
 class Result:
-    """What came of an engine. `steps` are its log, in TRL's names; memory is None where it was not measured."""
+    """What came of an engine. `steps` are its log, in TRL's names; memory is None where it was not measured; `backward` is what
+    it runs again in backward: a card's free memory has ours run less again than it may."""
 
     engine: str
     dtype: str
@@ -72,6 +73,7 @@ class Result:
     steps: list[dict] = field(default_factory=list)
     peak_bytes: int | None = None
     tensor_bytes: int | None = None
+    backward: str = ""
 
     @property
     def title(self) -> str:
@@ -85,7 +87,8 @@ def train_with(engine: str, args: argparse.Namespace) -> Result:
     result = Result(engine, dtype)
     with tempfile.TemporaryDirectory() as output:
         command = (peer_command if engine in PEERS else own_command)(engine, dtype, Path(output), args)
-        result.failure, result.peak_bytes = watch(command, args.device == "cuda", args.limit)
+        result.failure, result.peak_bytes, log = watch(command, args.device == "cuda", args.limit)
+        result.backward = "layers run again" if args.gradient_checkpointing else "everything kept"
         if result.failure is None and engine in PEERS:
             told = json.loads(Path(output, "result.json").read_text())
             result.seconds, result.steps, result.tensor_bytes = told["seconds"], told["steps"], told["tensor_bytes"]
@@ -93,6 +96,7 @@ def train_with(engine: str, args: argparse.Namespace) -> Result:
             result.steps = [json.loads(line) for line in Path(output, "logging.jsonl").read_text().splitlines()]
             packed = tokens_by_step(args, "packed")
             result.seconds = [n / line["tokens_per_second"] for n, line in zip(packed, result.steps, strict=True)]
+            result.backward = backward_of(log)
             if args.device == "cuda":
                 result.tensor_bytes = max(line["memory_bytes"] for line in result.steps)
     return result
@@ -126,8 +130,8 @@ def peer_command(engine: str, dtype: str, output: Path, args: argparse.Namespace
     return [sys.executable, str(HERE / "peer_trainer.py"), json.dumps(job)]
 
 
-def watch(command: list[str], on_card: bool, limit_s: float) -> tuple[str | None, int | None]:
-    """Runs a process to its end: why it failed, if it did, and the most memory that it took.
+def watch(command: list[str], on_card: bool, limit_s: float) -> tuple[str | None, int | None, str]:
+    """Runs a process to its end: why it failed, if it did, the most memory that it took, and what it said.
 
     On a card that is by how much the card's used memory grew, in which Vulkan and CUDA count alike (the list of compute
     processes leaves Vulkan's out); elsewhere what the process had resident.
@@ -153,8 +157,15 @@ def watch(command: list[str], on_card: bool, limit_s: float) -> tuple[str | None
             used = [int(line) for line in readings.read().split()]
             peak_bytes = (max(used) - min(used)) << 20
         log.seek(0)
-        failure = f"took more than {limit_s:.0f} s" if too_long else failure_of(process.returncode, log.read())
-        return failure, peak_bytes
+        said = log.read()
+        failure = f"took more than {limit_s:.0f} s" if too_long else failure_of(process.returncode, said)
+        return failure, peak_bytes, said
+
+
+def backward_of(log: str) -> str:
+    """What our run says that it runs again in backward, at the end of the line of its predicted memory."""
+    lines = [line for line in log.splitlines() if line.startswith("memory ")]
+    return lines[0].rsplit("; ", 1)[-1] if lines else ""
 
 
 def failure_of(code: int, log: str) -> str | None:
@@ -187,14 +198,15 @@ def speed_table(results: list[Result], args: argparse.Namespace) -> str:
     rows = []
     for result in results:
         if result.failure is not None:
-            rows.append([result.title, result.dtype, f"failed: {result.failure}", "", "", "", ""])
+            rows.append([result.title, result.dtype, f"failed: {result.failure}", "", "", "", "", ""])
             continue
         median = statistics.median(result.seconds[WARM_UP:])
         ratio = f"{statistics.median(trl.seconds[WARM_UP:]) / median:.2f}" if trl else ""
         memory = [f"{n / 2**30:.2f} GiB" if n else "" for n in (result.peak_bytes, result.tensor_bytes)]
-        rows.append([result.title, result.dtype, f"{median:.3f}", f"{tokens / median:.0f}", *memory, ratio])
+        rows.append([result.title, result.dtype, f"{median:.3f}", f"{tokens / median:.0f}", *memory, result.backward, ratio])
     where = "on the card" if args.device == "cuda" else "resident"
-    header = ["engine", "dtype", "s a step", "tokens/s", f"peak memory, {where}", "of it tensors", "times TRL's speed"]
+    memory = [f"peak memory, {where}", "of it tensors"]
+    header = ["engine", "dtype", "s a step", "tokens/s", *memory, "backward", "times TRL's speed"]
     return table(header, rows)
 
 

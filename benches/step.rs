@@ -1,8 +1,8 @@
 //! A whole training step against the same step in plain burn operations under burn's autodiff: both on the same adapter, the same
 //! model and batch, in turns, in one run.
 //!
-//! `cargo bench --bench step [-- TOKENS]`, of one length or of both. The plain step keeps every activation; the project's is timed with everything kept, and with each
-//! layer run again in backward.
+//! `cargo bench --bench step [-- TOKENS]`, of one length or of both. The plain step keeps every activation; the project's is timed with
+//! everything kept, and with each layer run again in backward.
 
 use std::path::Path;
 use std::time::Instant;

@@ -14,7 +14,7 @@ pub mod schedule;
 pub mod step;
 pub mod tensorboard;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
@@ -76,12 +76,18 @@ pub trait Observer {
     fn before_step(&mut self, step: usize, rows: &[&Location]);
     /// The validation rows are evaluated after `step` steps.
     fn before_evaluation(&mut self, step: usize);
-    /// An optimizer step is done.
-    fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize);
+    /// An optimizer step is done; `tokens_per_second` is that since the last line of the log.
+    fn on_step(&mut self, step: usize, metrics: &StepMetrics, tokens_per_second: f64);
+    /// Whether measuring slows this step down, so that it tells nothing of how fast others are.
+    fn is_profiled(&self, _step: usize) -> bool {
+        false
+    }
     /// A step's gradient overflowed at this scale of the loss, and nothing was updated.
     fn on_skip(&mut self, step: usize, scale: f64);
     /// A line was written to the log.
     fn on_log(&mut self, line: &Map<String, Value>);
+    /// Something went wrong that is no reason to end the run.
+    fn on_warning(&mut self, _warning: &Error) {}
     /// Whether the run is to end: asked after each step, which is then saved.
     fn is_interrupted(&self) -> bool {
         false
@@ -152,6 +158,7 @@ pub fn train<B: Kernels>(
         let locations = micro_batches.iter().flatten().map(|&i| &data.train[i].location);
         observer.before_step(step + 1, &locations.collect::<Vec<_>>());
         let scale = loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
+        let (step_started, tokens_before) = (Instant::now(), window.n_tokens);
         let (grads, stats) = accumulate(model, data.train, &micro_batches, settings, scale, &mut window);
         let norm = grad_norm(&grads);
         let learning_rate = settings.schedule.at(step);
@@ -179,7 +186,10 @@ pub fn train<B: Kernels>(
 
         let done = step + 1;
         let is_last = done == max_steps;
-        observer.on_step(done, &metrics, window.n_tokens);
+        if observer.is_profiled(done) {
+            window.leave_out(window.n_tokens - tokens_before, step_started.elapsed());
+        }
+        observer.on_step(done, &metrics, window.tokens_per_second());
         if done.is_multiple_of(settings.logging_steps) || is_last {
             let mean = window.mean();
             before.get_or_insert(mean);
@@ -214,7 +224,9 @@ pub fn train<B: Kernels>(
             let paused = Instant::now();
             let loss_scale = loss_scale.map(|(_, loss_scale)| loss_scale);
             let position = Position { step: done, plan: &settings.plan, loss_scale };
-            run.save(model, lora_config, &optimizer, position)?;
+            if let Some(warning) = run.save(model, lora_config, &optimizer, position)? {
+                observer.on_warning(&warning);
+            }
             run.plot(is_last)?;
             window.paused_s += paused.elapsed().as_secs_f64();
         }
@@ -247,6 +259,8 @@ struct Window {
     /// Of every step.
     losses: Vec<f64>,
     n_tokens: usize,
+    /// Tokens of the steps that tell nothing of the others' speed, and what these took in seconds.
+    left_out: (usize, f64),
     /// The most bytes in tensors, where the device tells.
     peak_bytes: Option<u64>,
     started: Option<Instant>,
@@ -262,9 +276,21 @@ impl Window {
         StepMetrics { loss, ..StepMetrics::mean(&self.metrics) }
     }
 
+    fn leave_out(&mut self, n_tokens: usize, elapsed: Duration) {
+        self.left_out.0 += n_tokens;
+        self.left_out.1 += elapsed.as_secs_f64();
+    }
+
+    /// Of all steps where all of them are left out: nothing else is known.
     fn tokens_per_second(&self) -> f64 {
         let elapsed_s = self.started.map_or(0.0, |at| at.elapsed().as_secs_f64()) - self.paused_s;
-        if elapsed_s > 0.0 { self.n_tokens as f64 / elapsed_s } else { 0.0 }
+        let (n_tokens, elapsed_s) = match self.left_out {
+            (n_tokens, seconds) if n_tokens < self.n_tokens => {
+                (self.n_tokens - n_tokens, elapsed_s - seconds)
+            }
+            _ => (self.n_tokens, elapsed_s),
+        };
+        if elapsed_s > 0.0 { n_tokens as f64 / elapsed_s } else { 0.0 }
     }
 }
 
@@ -395,4 +421,21 @@ fn log_line(
         line.extend(trace);
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_and_profiled_steps_are_no_part_of_the_speed() {
+        let started = Instant::now().checked_sub(Duration::from_secs(10));
+        let mut window = Window { n_tokens: 900, started, paused_s: 4.0, ..Window::default() };
+        let speed = |window: &Window| window.tokens_per_second().round();
+        assert_eq!(speed(&window), 150.0);
+        window.leave_out(500, Duration::from_secs(4));
+        assert_eq!(speed(&window), 200.0);
+        window.leave_out(400, Duration::from_secs(1));
+        assert_eq!(speed(&window), 150.0, "nothing else is known");
+    }
 }

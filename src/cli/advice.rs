@@ -11,24 +11,32 @@ use crate::error::{Error, Result};
 /// # Errors
 /// [`Error::Config`] if it does not fit.
 pub fn check_fits(case: &Case<'_>, base: &Setting, budget: &Budget, resumes: bool) -> Result<()> {
+    let Some(problem) = misfit(case, budget) else { return Ok(()) };
+    let advice = nearest(case, base, resumes)?.map(|nearest| advice(case, base, &nearest));
+    let more = "--max_memory says how much there is, where the device says too little".to_owned();
+    let more = case.fits_buffers(budget).then_some(more);
+    let hints: Vec<String> = advice.into_iter().chain(more).collect();
+    let error = Error::config(problem);
+    Err(if hints.is_empty() { error } else { error.with_hint(hints.join("; ")) })
+}
+
+/// In what a step does not fit the device; none if it does.
+pub fn misfit(case: &Case<'_>, budget: &Budget) -> Option<String> {
     if case.fits(budget) {
-        return Ok(());
+        return None;
     }
     let (name, largest) = budget.largest;
-    let advice =
-        nearest(case, base, resumes)?.map(|nearest| advice(case, base, &nearest) + "; ").unwrap_or_default();
     let (Some(memory), Some(usable), true) = (case.memory, case.usable(), case.fits_buffers(budget)) else {
-        let what = format!(
+        return Some(format!(
             "in the longest step, {} tokens, {name} take {} in one tensor, and {} ({}) takes {} in one",
             budget.tokens,
             size(largest as u64),
             case.choice,
             case.choice.describe(),
             size(case.choice.shard_bytes() as u64)
-        );
-        return Err(Error::config(what).with_hint(advice.trim_end_matches("; ").to_owned()));
+        ));
     };
-    let what = format!(
+    Some(format!(
         "the longest step, {} tokens, is predicted to take {} of memory on {} ({}), and a run may fill {} ({:.0} % of {})",
         budget.tokens,
         bytes(budget),
@@ -37,9 +45,7 @@ pub fn check_fits(case: &Case<'_>, base: &Setting, budget: &Budget, resumes: boo
         size(usable),
         100.0 * USABLE,
         size(memory)
-    );
-    Err(Error::config(what)
-        .with_hint(format!("{advice}--max_memory says how much there is, where the device says too little")))
+    ))
 }
 
 /// The flags that make a run fit, or that nothing does.

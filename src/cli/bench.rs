@@ -3,22 +3,24 @@
 use std::path::Path;
 use std::time::Instant;
 
+use burn::tensor::Tensor;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
-use super::budget::{keep_for_speed, runs_again};
+use super::advice::misfit;
+use super::budget::{Case, Rows, Setting, runs_again};
 use super::limits::{self, measure_limits, wait};
 use super::precision::PrecisionArgs;
+use super::profile_table::{self, Step};
+use super::tune;
 use super::words::millions;
-use super::{profile_table, tune};
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
-use crate::data::tokenize::TokenizedPair;
+use crate::data::tokenize::{TokenizedPair, TruncationStrategy};
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
-use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
-use crate::model::parts::logits_bytes;
+use crate::model::llama::{KeepPlan, LINEAR_NAMES};
 use crate::model::presets::{PRESETS, preset};
 use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::adamw::grad_norm;
@@ -78,13 +80,12 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         say!("device   {note}");
     }
     let choice = &selected.choice;
-    let precision = args.precision.resolve(choice)?;
-    args.check_fits(&config, precision, choice)?;
+    let shape = args.shape(&config, choice)?;
     device::guard("the bench", choice, || match choice {
-        DeviceChoice::Cpu => run_on::<Flex>(args, &config, precision, &Default::default(), choice),
-        DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &config, precision, device, choice),
+        DeviceChoice::Cpu => run_on::<Flex>(args, &config, &shape, &Default::default(), choice),
+        DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &config, &shape, device, choice),
         #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(gpu) => run_on::<burn_cuda::Cuda>(args, &config, precision, &gpu.device(), choice),
+        DeviceChoice::Cuda(gpu) => run_on::<burn_cuda::Cuda>(args, &config, &shape, &gpu.device(), choice),
     })
 }
 
@@ -121,40 +122,43 @@ impl BenchArgs {
         Ok(LlamaConfig { num_hidden_layers, ..config })
     }
 
-    /// Refuses a model that does not fit the device's memory.
-    fn check_fits(&self, config: &LlamaConfig, precision: Precision, choice: &DeviceChoice) -> Result<()> {
-        let Some(memory) = choice.total_memory() else { return Ok(()) };
-        let shape = self.shape(config, precision, choice);
-        let predicted = StepMemory::of(config, &shape).total() as u64;
-        if predicted <= memory {
-            return Ok(());
-        }
-        let what = format!(
-            "a step is predicted to take {} of memory, and {choice} ({}) has {}",
-            size(predicted),
-            choice.describe(),
-            size(memory)
-        );
-        Err(Error::config(what).with_hint(
-            "--num_hidden_layers 2 measures a slice of the model; --quantization_bit 8 or 4, a smaller --max_length or --batch_size take less",
-        ))
-    }
-
     /// The shape of a step, which keeps what `train` would.
-    fn shape(&self, config: &LlamaConfig, precision: Precision, choice: &DeviceChoice) -> StepShape {
-        let batch = self.batch(config);
-        let logits_bytes = logits_bytes(config, precision, choice.shard_bytes(), batch.rows.len());
-        let ranks = [self.lora_rank; LINEAR_NAMES.len()];
-        let keeping = |keep: KeepPlan| StepShape::of(&batch, ranks, precision, keep, false, logits_bytes);
-        if !self.gradient_checkpointing {
-            return keeping(Keep::All.into());
+    ///
+    /// # Errors
+    /// If it does not fit where `train`'s would not.
+    fn shape(&self, config: &LlamaConfig, choice: &DeviceChoice) -> Result<StepShape> {
+        let pairs = self.pairs(config);
+        let case = Case {
+            config,
+            ranks: [self.lora_rank; LINEAR_NAMES.len()],
+            rows: Rows::Known(&pairs),
+            val: &[],
+            truncation: TruncationStrategy::Delete,
+            loss_compat: LossCompat::Swift,
+            choice,
+            memory: choice.total_memory(),
+        };
+        let setting = Setting {
+            dtype: self.precision.dtype.clone(),
+            quantization_bit: self.precision.quantization_bit,
+            quantize_lm_head: self.precision.quantize_lm_head,
+            max_length: self.max_length,
+            batch_size: self.batch_size,
+            gradient_accumulation_steps: 1,
+            gradient_checkpointing: self.gradient_checkpointing,
+        };
+        let none = || Error::config("there is no pair to measure");
+        let shape = case.longest_step(&setting)?.ok_or_else(none)?;
+        match misfit(&case, &case.budget(&shape)) {
+            None => Ok(shape),
+            Some(problem) => Err(Error::config(problem).with_hint(
+                "--num_hidden_layers 2 measures a slice of the model; --quantization_bit 8 or 4, a smaller --max_length or --batch_size take less",
+            )),
         }
-        let total = |keep| StepMemory::of(config, &keeping(keep)).total() as u64;
-        keeping(keep_for_speed(choice, choice.total_memory(), config.num_hidden_layers, total))
     }
 
     /// The step's pairs: `max_length` tokens a sequence, the first half shared, as unlike as token ids can be.
-    fn batch(&self, config: &LlamaConfig) -> Batch {
+    fn pairs(&self, config: &LlamaConfig) -> Vec<TokenizedPair> {
         let location = Location { path: Path::new("bench").into(), line: 1 };
         let n_prompt = self.max_length / 2;
         let ids = |n: usize, seed: usize| {
@@ -166,21 +170,21 @@ impl BenchArgs {
             rejected: ids(self.max_length - n_prompt, 3 * pair + 3),
             location: location.clone(),
         });
-        let pairs: Vec<_> = pairs.collect();
-        pack(&pairs.iter().collect::<Vec<_>>(), LossCompat::Swift)
+        pairs.collect()
     }
 }
 
 fn run_on<B: Kernels>(
     args: &BenchArgs,
     config: &LlamaConfig,
-    precision: Precision,
+    shape: &StepShape,
     device: &B::Device,
     choice: &DeviceChoice,
 ) -> Result<()> {
+    let precision = shape.precision;
     let dtype = precision.dtype;
     device::self_test::<B>(device, choice, dtype)?;
-    let batch = args.batch(config);
+    let batch = pack(&args.pairs(config).iter().collect::<Vec<_>>(), LossCompat::Swift);
     let place = match choice {
         DeviceChoice::Cpu => choice.describe(),
         _ => format!("{choice} ({})", choice.describe()),
@@ -204,33 +208,29 @@ fn run_on<B: Kernels>(
     tune::tune(choice, &[square], STEPS_OF_A_RUN, note);
     let limits = measure_limits::<B>(dtype, choice, device)?;
     say!(
-        "limits   {:.3} TFLOP/s in the best {} product found, {:.1} GB/s in an addition",
-        limits.flops / 1e12,
+        "limits   {:.3} TFLOP/s in the best {} product found, {}, {:.1} GB/s in an addition",
+        limits.product.flops / 1e12,
         Precision::dense(dtype),
+        limits.product.by,
         limits.bytes / 1e9
     );
     let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);
     let target_modules = lora::target_modules(&["ALL".to_owned()])?;
     lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
     tune::tune(choice, &tune::linears(&model, [batch.n_tokens(); 2]), STEPS_OF_A_RUN, note);
-    let shape = args.shape(config, precision, choice);
     say!("backward {}", runs_again(shape.keep, config.num_hidden_layers));
     let mut bench = Bench::new(model, batch, shape.keep);
 
     let compiles = if *choice == DeviceChoice::Cpu { "" } else { ", in which kernels are compiled" };
     say!("warm-up  the first step{compiles}");
-    let (first_s, _) = bench.timed_step()?;
+    let first_s = bench.timed_step()?;
     say!("         took {first_s:.2} s");
     let mut times = Vec::with_capacity(args.max_steps);
-    let mut peak = None;
     for _ in 0..args.max_steps {
-        let (seconds, bytes) = bench.timed_step()?;
-        times.push(seconds);
-        peak = peak.max(bytes);
+        times.push(bench.timed_step()?);
     }
-    times.sort_by(f64::total_cmp);
-    let step_s = times[times.len() / 2];
-    let flops = StepFlops::of(config, &shape).total();
+    let step_s = median(&mut times);
+    let flops = StepFlops::of(config, shape).total();
     let tokens = bench.batch.n_tokens() as f64;
     say!(
         "\n{:.1} tokens/s ({:.1} with a pair's shared tokens counted twice): {step_s:.3} s a step, the median of {}",
@@ -239,25 +239,33 @@ fn run_on<B: Kernels>(
         times.len()
     );
     say!(
-        "{:.3} TFLOP a step: {:.3} TFLOP/s, {:.0} % of the best product",
+        "{:.3} TFLOP a step, what runs again included: {:.3} TFLOP/s, {:.0} % of the best product",
         flops / 1e12,
         flops / step_s / 1e12,
-        100.0 * flops / step_s / limits.flops
+        100.0 * flops / step_s / limits.product.flops
     );
-    print_memory(config, &shape, peak, choice);
-
     profile::start();
-    let profiled = bench.timed_step();
+    let (profiled, peak) = profile::watch_memory(|| bench.timed_step());
     let entries = profile::finish();
-    let (profiled_s, _) = profiled?;
+    profiled?;
+    print_memory(config, shape, peak, choice);
     match entries.is_empty() {
         true => say!("\nthe CPU runs no kernels that could be timed one by one"),
-        false => say!("\n{}", profile_table::table(&entries, profiled_s, Some(limits))),
+        false => {
+            say!("\n{}", profile_table::table(&entries, Step::Timed(step_s), Some(limits)));
+        }
     }
     if profile_table::exceed(&entries, limits) {
         say!("{}", profile_table::WHY_EXCEEDED);
     }
     Ok(())
+}
+
+/// The middle one of these times, or the mean of the two in the middle.
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    let middle = times.len() / 2;
+    if times.len() % 2 == 1 { times[middle] } else { f64::midpoint(times[middle - 1], times[middle]) }
 }
 
 fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choice: &DeviceChoice) {
@@ -292,6 +300,8 @@ fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choi
 
 /// A model with its optimizer and the batch that every step takes.
 struct Bench<B: Kernels> {
+    /// The adapter as it began, which a run keeps to see whether it has learnt anything.
+    _initial: Vec<Tensor<B, 2>>,
     model: Llama<B>,
     batch: Batch,
     keep: KeepPlan,
@@ -307,12 +317,13 @@ impl<B: Kernels> Bench<B> {
             weight_decay: 0.1,
             max_grad_norm: 1.0,
         };
-        let optimizer = AdamW::new(config, &lora::parameters(&model));
-        Self { model, batch, keep, optimizer }
+        let initial = lora::parameters(&model);
+        let optimizer = AdamW::new(config, &initial);
+        Self { _initial: initial, model, batch, keep, optimizer }
     }
 
-    /// Seconds of one whole step, and the most bytes in use in it, where the device tells.
-    fn timed_step(&mut self) -> Result<(f64, Option<u64>)> {
+    /// Seconds of one whole step.
+    fn timed_step(&mut self) -> Result<f64> {
         let started = Instant::now();
         let grads = forward_backward(&self.model, &self.batch, BETA, 1.0, self.keep);
         let norm = grad_norm(&grads.lora);
@@ -329,6 +340,33 @@ impl<B: Kernels> Bench<B> {
                 rows,
             });
         }
-        Ok((started.elapsed().as_secs_f64(), grads.peak_bytes))
+        Ok(started.elapsed().as_secs_f64())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, FromArgMatches};
+
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&mut [4.0, 1.0, 2.0, 9.0]), 3.0);
+        assert_eq!(median(&mut [5.0]), 5.0);
+    }
+
+    #[test]
+    fn what_train_would_refuse_is_not_measured() {
+        let flags = ["bench", "--model-type", "llama3-8b-instruct", "--dtype", "fp16"];
+        let matches = BenchArgs::augment_args(clap::Command::new("bench")).get_matches_from(flags);
+        let (args, gib) = (BenchArgs::from_arg_matches(&matches).unwrap(), 1 << 30);
+        let config = args.config().unwrap();
+        let refused =
+            |memory: u64| args.shape(&config, &DeviceChoice::elsewhere(memory)).map_err(|e| e.to_string());
+        assert!(refused(24 * gib).is_ok());
+        let error = refused(16 * gib).unwrap_err();
+        assert!(error.contains("(85 % of 16 GiB)"), "{error}");
     }
 }

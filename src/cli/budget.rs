@@ -177,11 +177,19 @@ impl<'a> Case<'a> {
 
     /// The longest step's memory under these settings; none if they leave out every row.
     ///
+    /// # Errors
+    /// If the device does not compute in the type.
+    pub fn predict(&self, setting: &Setting) -> Result<Option<Budget>> {
+        Ok(self.longest_step(setting)?.map(|shape| self.budget(&shape)))
+    }
+
+    /// The longest step under these settings; none if they leave out every row.
+    ///
     /// Without gradient checkpointing everything is kept; with it, what [`keep_for_speed`] finds room for.
     ///
     /// # Errors
     /// If the device does not compute in the type.
-    pub fn predict(&self, setting: &Setting) -> Result<Option<Budget>> {
+    pub fn longest_step(&self, setting: &Setting) -> Result<Option<StepShape>> {
         let precision = precision::resolve(
             self.choice,
             &setting.dtype,
@@ -192,22 +200,28 @@ impl<'a> Case<'a> {
         if batch.pairs.is_empty() {
             return Ok(None);
         }
-        let logits = logits_bytes(self.config, precision, self.choice.shard_bytes(), batch.rows.len());
+        let (products, shard_bytes) = (self.choice.product_dtype(precision.dtype), self.choice.shard_bytes());
+        let logits = logits_bytes(self.config, precision, products, shard_bytes, batch.rows.len());
         let accumulates = setting.gradient_accumulation_steps > 1;
-        let predict = |keep: KeepPlan| {
-            let shape = StepShape::of(&batch, self.ranks, precision, keep, accumulates, logits);
-            Budget {
-                keep,
-                memory: StepMemory::of(self.config, &shape),
-                tokens: batch.n_tokens(),
-                largest: largest_tensor(self.config, &shape),
-            }
+        let keeping = |keep: KeepPlan| {
+            StepShape::of(&batch, self.ranks, precision, products, keep, accumulates, logits)
         };
         if !setting.gradient_checkpointing {
-            return Ok(Some(predict(Keep::All.into())));
+            return Ok(Some(keeping(Keep::All.into())));
         }
-        let total = |keep| predict(keep).memory.total() as u64;
-        Ok(Some(predict(keep_for_speed(self.choice, self.memory, self.config.num_hidden_layers, total))))
+        let total = |keep| StepMemory::of(self.config, &keeping(keep)).total() as u64;
+        let keep = keep_for_speed(self.choice, self.memory, self.config.num_hidden_layers, total);
+        Ok(Some(keeping(keep)))
+    }
+
+    /// What such a step takes.
+    pub fn budget(&self, shape: &StepShape) -> Budget {
+        Budget {
+            keep: shape.keep,
+            memory: StepMemory::of(self.config, shape),
+            tokens: shape.tokens,
+            largest: largest_tensor(self.config, shape),
+        }
     }
 
     /// Tokens of the longest prompt with one answer.

@@ -12,10 +12,19 @@ use crate::ops::lora_linear::lora_linear;
 /// What a device can do at most.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Floating-point operations a second in a matrix product.
-    pub flops: f64,
+    /// The best matrix product.
+    pub product: Product,
     /// Bytes a second between memory and kernels.
     pub bytes: f64,
+}
+
+/// A matrix product as it was measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Product {
+    /// Floating-point operations a second.
+    pub flops: f64,
+    /// Whose it is, in words.
+    pub by: &'static str,
 }
 
 /// The device's limits as this program can reach them: the best of its own products and burn's, and an addition of two long vectors.
@@ -24,18 +33,18 @@ pub struct Limits {
 /// If the device fails.
 pub fn measure_limits<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B::Device) -> Result<Limits> {
     let length = if is_slow(choice) { 1 << 23 } else { 1 << 26 };
-    let flops = best_product::<B>(dtype, choice, device)?;
+    let product = best_product::<B>(dtype, choice, device)?;
     let long = |_| Tensor::<B, 2>::ones([1, length], device);
     let (a, b) = (long(0), long(1));
     let addition = best_seconds::<B>(device, || a.clone() + b.clone())?;
-    Ok(Limits { flops, bytes: 3.0 * (length * size_of::<f32>()) as f64 / addition })
+    Ok(Limits { product, bytes: 3.0 * (length * size_of::<f32>()) as f64 / addition })
 }
 
-/// Floating-point operations a second in the best product of two square matrices, of this program's and burn's.
+/// The best product of two square matrices, of this program's and burn's.
 ///
 /// # Errors
 /// If the device fails.
-pub fn best_product<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B::Device) -> Result<f64> {
+pub fn best_product<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B::Device) -> Result<Product> {
     let n = square(choice);
     let random = |rows: usize| {
         let tensor = Tensor::<B, 2>::random([rows, n], Distribution::Normal(0.0, 1.0), device);
@@ -44,7 +53,8 @@ pub fn best_product<B: Kernels>(dtype: DType, choice: &DeviceChoice, device: &B:
     let (x, w) = (random(n), random(n));
     let ours = best_seconds::<B>(device, || lora_linear(x.clone(), w.clone(), None, None).0)?;
     let burn = best_seconds::<B>(device, || x.clone().matmul(w.clone().transpose()))?;
-    Ok(2.0 * (n as f64).powi(3) / ours.min(burn))
+    let (seconds, by) = if ours <= burn { (ours, "this program's own") } else { (burn, "burn's") };
+    Ok(Product { flops: 2.0 * (n as f64).powi(3) / seconds, by })
 }
 
 /// Rows and columns of the matrices of [`best_product`].
@@ -56,16 +66,31 @@ fn is_slow(choice: &DeviceChoice) -> bool {
     *choice == DeviceChoice::Cpu || choice.is_software()
 }
 
-/// The shortest of a few runs, in seconds.
-fn best_seconds<B: Kernels>(device: &B::Device, f: impl Fn() -> Tensor<B, 2>) -> Result<f64> {
-    let mut best = f64::INFINITY;
-    for _ in 0..5 {
+/// The seconds that one of these launches takes.
+fn best_seconds<B: Kernels>(device: &B::Device, launch: impl Fn() -> Tensor<B, 2>) -> Result<f64> {
+    per_launch(|launches| {
         wait::<B>(device)?;
         let started = Instant::now();
-        let result = f();
+        for _ in 0..launches {
+            drop(launch());
+        }
         wait::<B>(device)?;
-        best = best.min(started.elapsed().as_secs_f64());
-        drop(result);
+        Ok(started.elapsed().as_secs_f64())
+    })
+}
+
+/// The shortest span that is timed: long beside the wait for the device at its end.
+const LEAST_SECONDS: f64 = 0.01;
+const MAX_LAUNCHES: u32 = 100;
+
+/// The best time of a few that a launch takes, of a function that gives the seconds of so many launches and a wait.
+fn per_launch(mut seconds: impl FnMut(u32) -> Result<f64>) -> Result<f64> {
+    // The first compiles the kernel.
+    seconds(1)?;
+    let launches = (LEAST_SECONDS / seconds(1)?).ceil().clamp(1.0, f64::from(MAX_LAUNCHES)) as u32;
+    let mut best = f64::INFINITY;
+    for _ in 0..4 {
+        best = best.min(seconds(launches)? / f64::from(launches));
     }
     Ok(best)
 }
@@ -80,4 +105,26 @@ pub fn wait<B: Kernels>(device: &B::Device) -> Result<()> {
         problem: format!("failed: {e:?}"),
         hint: None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_for_the_device_is_no_part_of_a_launch() {
+        // A launch of 0.2 ms and a wait of 0.1 ms.
+        let mut calls = Vec::new();
+        let fast = per_launch(|launches| {
+            calls.push(launches);
+            Ok(1e-4 + f64::from(launches) * 2e-4)
+        });
+        assert!((fast.unwrap() / 2e-4 - 1.0).abs() < 0.02, "{calls:?}");
+        let mut n_slow = 0;
+        let slow = per_launch(|launches| {
+            n_slow += launches;
+            Ok(f64::from(launches))
+        });
+        assert_eq!((slow.unwrap(), n_slow), (1.0, 6), "one that takes a second is not launched in vain");
+    }
 }

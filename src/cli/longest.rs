@@ -11,7 +11,7 @@ use crate::device::{self, DeviceChoice, size};
 use crate::error::Result;
 use crate::lora;
 use crate::model::Llama;
-use crate::ops::Kernels;
+use crate::ops::{Kernels, profile};
 use crate::train::optim::read;
 use crate::train::step::forward_backward;
 
@@ -51,12 +51,13 @@ pub fn try_longest<B: Kernels>(
     let n_copies = if accumulates { 4 } else { 3 };
     let copies = (0..n_copies).flat_map(|_| lora::parameters(model));
     let besides: Vec<Tensor<B, 2>> = copies.map(|adapter| adapter.zeros_like()).collect();
-    let gradients = forward_backward(model, batch, beta, 1.0, budget.keep);
+    let step = || forward_backward(model, batch, beta, 1.0, budget.keep);
+    let (gradients, peak_bytes) = profile::watch_memory(step);
     read(gradients.stats)?;
     drop((gradients.lora, besides));
     let seconds = started.elapsed().as_secs_f64();
     let predicted = budget.memory.total() as u64;
-    let memory = gradients.peak_bytes.map_or_else(String::new, |peak| {
+    let memory = peak_bytes.map_or_else(String::new, |peak| {
         let off = 100.0 * (predicted as f64 / peak as f64 - 1.0);
         let held = size(choice.memory_bytes());
         format!(

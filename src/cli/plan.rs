@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Wi
 use super::advice::advice;
 use super::bench::print_presets;
 use super::budget::{Budget, Case, Rows, Setting, USABLE, longest_pair, runs_again};
-use super::limits::best_product;
+use super::limits::{Product, best_product};
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
 use super::precision;
@@ -25,9 +25,8 @@ use crate::model::LlamaConfig;
 use crate::model::presets::{PRESETS, preset};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
 
-/// The share of the best product's rate that a step is taken to run at.
-///
-/// Whole steps were measured at 28 to 85 % of it: norms, attention and the head come in between, and products of few tokens are slow.
+/// The share of the best product's rate that a step is taken to run at: norms, attention and the head come in between, and products of
+/// few tokens are slow. A guess, until a GPU has been measured.
 const RATE: f64 = 0.5;
 /// Columns of the table's first one, which holds the longest flag: all of them together fit 80.
 const SETTINGS_WIDTH: u16 = 34;
@@ -267,7 +266,7 @@ impl Work {
         let mut flops = 0.0;
         for pair in pairs {
             let batch = pack(&[pair], case.loss_compat);
-            let shape = StepShape::of(&batch, case.ranks, precision, chosen.keep, false, 0);
+            let shape = StepShape::of(&batch, case.ranks, precision, precision.dtype, chosen.keep, false, 0);
             tokens += batch.n_tokens();
             flops += StepFlops::of(case.config, &shape).total();
         }
@@ -300,20 +299,21 @@ impl Work {
         args.batch_size * args.gradient_accumulation_steps.unwrap_or(1)
     }
 
-    /// How long it takes on a device with so many operations a second in its best product.
-    fn time(&self, rate: f64) -> String {
+    /// How long it takes on a device whose best product is this one.
+    fn time(&self, product: Product) -> String {
         format!(
-            "about {}, without evaluations and saves, at {:.0} % of the {:.3} TFLOP/s of the best product, measured here just now. Whole \
-             steps were seen at 28 to 85 %, and far below with models of a few million weights; `orpo-wgpu bench` measures one.",
-            duration(self.flops / (RATE * rate)),
+            "about {}, without evaluations and saves, at {:.0} % of the {:.3} TFLOP/s of the best product, {}, measured here just \
+             now. That share is an estimate, and far too high for models of a few million weights; `orpo-wgpu bench` measures a step.",
+            duration(self.flops / (RATE * product.flops)),
             100.0 * RATE,
-            rate / 1e12
+            product.flops / 1e12,
+            product.by
         )
     }
 }
 
-/// Operations a second in the device's best product.
-fn measure(args: &TrainArgs, choice: &DeviceChoice) -> Result<f64> {
+/// The device's best product.
+fn measure(args: &TrainArgs, choice: &DeviceChoice) -> Result<Product> {
     let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
     device::guard("measuring a product", choice, || match choice {
         DeviceChoice::Cpu => best_product::<Flex>(precision.dtype, choice, &Default::default()),

@@ -12,13 +12,13 @@ use crate::ops::quantize::Storage;
 pub(super) struct PrecisionArgs {
     /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
     #[arg(long, default_value = "AUTO")]
-    dtype: String,
+    pub(super) dtype: String,
     /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
     #[arg(long, default_value_t = 0)]
-    quantization_bit: u32,
+    pub(super) quantization_bit: u32,
     /// Store lm_head in int8 as well, where the linear layers are quantised
     #[arg(long, action = clap::ArgAction::Set, default_value_t = false)]
-    quantize_lm_head: bool,
+    pub(super) quantize_lm_head: bool,
 }
 
 impl PrecisionArgs {

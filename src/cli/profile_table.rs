@@ -13,15 +13,29 @@ pub const WHY_EXCEEDED: &str = "over 100 %: the limits are those of one square p
 /// Whether a kernel did more than the limits.
 pub fn exceed(entries: &[Entry], limits: Limits) -> bool {
     entries.iter().any(|entry| {
-        entry.flops as f64 > limits.flops * entry.seconds || entry.bytes as f64 > limits.bytes * entry.seconds
+        entry.flops as f64 > limits.product.flops * entry.seconds
+            || entry.bytes as f64 > limits.bytes * entry.seconds
     })
 }
 
-/// Lays the kernels of a step of `step_s` seconds out by time, with the share of the device's limits where they are known.
-pub fn table(entries: &[Entry], step_s: f64, limits: Option<Limits>) -> Table {
+/// What a step took, in seconds.
+#[derive(Debug, Clone, Copy)]
+pub enum Step {
+    /// Another one like it, whose kernels nobody measured.
+    Timed(f64),
+    /// The one whose kernels were measured one by one, which makes it slower.
+    Profiled(f64),
+}
+
+/// Lays the kernels of a step out by time, with the share of the device's limits where they are known.
+pub fn table(entries: &[Entry], step: Step, limits: Option<Limits>) -> Table {
+    let (step_s, of_the_step) = match step {
+        Step::Timed(seconds) => (seconds, "of the step"),
+        Step::Profiled(seconds) => (seconds, "of the profiled step"),
+    };
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
-    let mut header = vec!["kernel", "calls", "ms", "of the step", "GFLOP/s", "GB/s"];
+    let mut header = vec!["kernel", "calls", "ms", of_the_step, "GFLOP/s", "GB/s"];
     if limits.is_some() {
         header.extend(["of the best product", "of the bandwidth"]);
     }
@@ -41,7 +55,9 @@ pub fn table(entries: &[Entry], step_s: f64, limits: Option<Limits>) -> Table {
             format!("{:.2}", bytes / 1e9),
         ];
         row.extend(
-            limits.into_iter().flat_map(|limits| [share(flops, limits.flops), share(bytes, limits.bytes)]),
+            limits
+                .into_iter()
+                .flat_map(|limits| [share(flops, limits.product.flops), share(bytes, limits.bytes)]),
         );
         table.add_row(row);
     }
@@ -63,10 +79,23 @@ pub fn table(entries: &[Entry], step_s: f64, limits: Option<Limits>) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::limits::Product;
+
+    #[test]
+    fn shares_are_of_the_step_that_they_are_said_to_be_of() {
+        let entry = Entry { name: "kernel", calls: 1, seconds: 0.5, flops: 1, bytes: 1 };
+        for (step, of, share) in
+            [(Step::Timed(1.0), "of the step", "50 %"), (Step::Profiled(2.0), "of the profiled step", "25 %")]
+        {
+            let printed = table(std::slice::from_ref(&entry), step, None).to_string();
+            assert!(printed.contains(of) && printed.contains(share), "{printed}");
+        }
+    }
 
     #[test]
     fn a_kernel_exceeds_either_limit() {
-        let limits = Limits { flops: 10.0, bytes: 20.0 };
+        let product = Product { flops: 10.0, by: "burn's" };
+        let limits = Limits { product, bytes: 20.0 };
         let exceeds = |flops, bytes, seconds| {
             let entry = Entry { name: "kernel", calls: 1, seconds, flops, bytes };
             let within = Entry { name: "another", calls: 1, seconds: 1.0, flops: 1, bytes: 1 };

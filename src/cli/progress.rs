@@ -1,5 +1,6 @@
 //! What a run shows while it runs: a bar on a terminal, plain lines elsewhere.
 
+use std::error::Error as _;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +12,7 @@ use serde_json::{Map, Value};
 use super::profile_table;
 use crate::data::dataset::Location;
 use crate::device;
+use crate::error::Error;
 use crate::ops::profile;
 use crate::train::Observer;
 use crate::train::metrics::StepMetrics;
@@ -34,8 +36,8 @@ fn styled(template: &str) -> ProgressStyle {
 pub struct Progress<'a> {
     bar: ProgressBar,
     memory_bytes: &'a dyn Fn() -> u64,
-    window_started: Instant,
-    started: Instant,
+    /// When the first step began, behind the evaluation before it.
+    started: Option<Instant>,
     first_step: usize,
     max_steps: usize,
     left: Duration,
@@ -58,8 +60,7 @@ impl<'a> Progress<'a> {
         Self {
             bar,
             memory_bytes,
-            window_started: now,
-            started: now,
+            started: None,
             first_step: done,
             max_steps,
             left: Duration::ZERO,
@@ -97,6 +98,7 @@ impl Observer for Progress<'_> {
         let shown: Vec<String> = shown.iter().map(ToString::to_string).collect();
         let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
         device::doing(format!("step {step} ({}{others})", shown.join(", ")));
+        self.started.get_or_insert_with(Instant::now);
         if let Some((profiled, started)) = &mut self.profiled
             && *profiled == step
         {
@@ -109,7 +111,11 @@ impl Observer for Progress<'_> {
         device::doing(format!("the evaluation after {step} steps"));
     }
 
-    fn on_step(&mut self, step: usize, metrics: &StepMetrics, n_tokens: usize) {
+    fn is_profiled(&self, step: usize) -> bool {
+        self.profiled.is_some_and(|(profiled, _)| profiled == step)
+    }
+
+    fn on_step(&mut self, step: usize, metrics: &StepMetrics, tokens_per_second: f64) {
         if let Some((_, started)) = self.profiled.take_if(|(profiled, _)| *profiled == step) {
             let entries = profile::finish();
             let step_s = started.elapsed().as_secs_f64();
@@ -117,13 +123,16 @@ impl Observer for Progress<'_> {
                 true => say!(
                     "step {step} took {step_s:.3} s; the CPU runs no kernels that could be timed one by one"
                 ),
-                false => say!("kernels of step {step}\n{}", profile_table::table(&entries, step_s, None)),
+                false => {
+                    let step_s = profile_table::Step::Profiled(step_s);
+                    say!("kernels of step {step}\n{}", profile_table::table(&entries, step_s, None));
+                }
             });
         }
-        let tokens_per_second = n_tokens as f64 / self.window_started.elapsed().as_secs_f64();
         self.bar.set_position(step as u64);
         // By the steps of this process alone: a resumed run did not make the others.
-        let per_step = self.started.elapsed().div_f64((step - self.first_step) as f64);
+        let elapsed = self.started.map_or(Duration::ZERO, |started| started.elapsed());
+        let per_step = elapsed.div_f64((step - self.first_step) as f64);
         self.left = per_step.mul_f64((self.max_steps - step) as f64);
         let left = HumanDuration(self.left);
         self.bar
@@ -137,7 +146,6 @@ impl Observer for Progress<'_> {
     }
 
     fn on_log(&mut self, line: &Map<String, Value>) {
-        self.window_started = Instant::now();
         if std::io::stderr().is_terminal() {
             return;
         }
@@ -160,6 +168,11 @@ impl Observer for Progress<'_> {
             self.bar.length().unwrap_or(0),
             figures.join("  ")
         );
+    }
+
+    fn on_warning(&mut self, warning: &Error) {
+        let cause = warning.source().map_or_else(String::new, |cause| format!(": {cause}"));
+        self.bar.suspend(|| note!("note: {warning}{cause}"));
     }
 
     fn is_interrupted(&self) -> bool {

@@ -188,6 +188,12 @@ fn run_on<B: Kernels>(
     };
     describe(args, open, &model, data, &settings, choice, &loaded);
     let n_steps = max_steps - first_step;
+    device::doing("timing products");
+    let lengths = data.train.iter().map(|pair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len());
+    let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
+    let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
+    // Ahead of the longest row, which then takes the memory that the run's own products take.
+    tune::tune(choice, &tune::linears(&model, tokens), n_steps, |note| note!("device   {note}"));
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     if longest::is_worth_it(case, &budget) {
         let batch = case.longest_batch(args.max_length, batch_size);
@@ -200,15 +206,11 @@ fn run_on<B: Kernels>(
         note!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates, choice)?);
     }
     device::doing("preparing the run");
-    let lengths = data.train.iter().map(|pair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len());
-    let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
-    let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
     if let Some(checkpoint) = &args.resume_from_checkpoint {
         let scale = resume.as_ref().and_then(|state| state.loss_scale).filter(|_| dtype == DType::F16);
         let scale = scale.map_or_else(String::new, |s| format!(", with its loss scale of {}", s.scale));
         note!("resume   after step {first_step} of {max_steps}, from {}{scale}", checkpoint.display());
     }
-    tune::tune(choice, &tune::linears(&model, tokens), n_steps, |note| note!("device   {note}"));
 
     let is_demo = open.is_demo() && is_demo_data(args);
     let held_out = if is_demo { demo::held_out()?.rows } else { Vec::new() };

@@ -199,12 +199,24 @@ fn memory_bytes(adapter: &wgpu::Adapter) -> Option<u64> {
 #[cfg(target_os = "macos")]
 fn memory_bytes(_: &wgpu::Adapter) -> Option<u64> {
     let output = std::process::Command::new("sysctl").args(["-n", "hw.memsize"]).output().ok()?;
-    String::from_utf8(output.stdout).ok()?.trim().parse().ok()
+    String::from_utf8(output.stdout).ok()?.trim().parse().ok().map(working_set)
+}
+
+/// What Metal recommends that a GPU hold of so much shared memory, `recommendedMaxWorkingSetSize`: about two thirds of small machines'
+/// and three quarters of large ones'. Beyond it the system takes memory away from the GPU.
+#[cfg(any(target_os = "macos", test))]
+fn working_set(memory_bytes: u64) -> u64 {
+    memory_bytes / 4 * 3
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gpu_has_three_quarters_of_the_memory_that_it_shares() {
+        assert_eq!(working_set(64 << 30), 48 << 30);
+    }
 
     #[test]
     fn burn_counts_adapters_by_type() {

@@ -1,8 +1,9 @@
 //! Where a step's time goes on the device: the launches that cost under a name, with what it computes and moves.
 //!
-//! Off, a launch pays one relaxed load for it. On, a launch is measured by itself, with the device's own timestamps where it has
+//! Off, a launch pays two loads for it. On, a launch is measured by itself, with the device's own timestamps where it has
 //! them and by the clock otherwise, which is why a profiled step takes longer than its kernels.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -27,6 +28,13 @@ pub struct Entry {
 static IS_ON: AtomicBool = AtomicBool::new(false);
 static ENTRIES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 
+thread_local! {
+    /// The most bytes in tensors at a launch of this thread so far, while they are watched.
+    static PEAK_BYTES: Cell<Option<u64>> = const { Cell::new(None) };
+    /// Under which name this thread's launches go, where an op launches another's kernels.
+    static NAME: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
 fn entries() -> MutexGuard<'static, Vec<Entry>> {
     // An entry is whole whenever the lock is free, also after a panic.
     ENTRIES.lock().unwrap_or_else(PoisonError::into_inner)
@@ -46,6 +54,24 @@ pub fn finish() -> Vec<Entry> {
     entries
 }
 
+/// Runs `f` and gives, beside what it returns, the most bytes that tensors took at a launch of this thread, what the launch reads and
+/// writes included; none if it launched nothing.
+///
+/// The host waits at each launch until those before are under way, which is why steps that are timed are not watched.
+pub fn watch_memory<T>(f: impl FnOnce() -> T) -> (T, Option<u64>) {
+    PEAK_BYTES.set(Some(0));
+    let result = f();
+    (result, PEAK_BYTES.take().filter(|&bytes| bytes > 0))
+}
+
+/// Runs `f`, whose launches are recorded under this name whatever they are called: an op may take another's kernels.
+pub fn named<T>(name: &'static str, f: impl FnOnce() -> T) -> T {
+    let outer = NAME.replace(Some(name));
+    let result = f();
+    NAME.set(outer);
+    result
+}
+
 /// Runs `launch`, which launches on `client`, and records it if recording is on. Calls do not nest.
 pub fn kernel<R: Runtime>(
     name: &'static str,
@@ -54,9 +80,14 @@ pub fn kernel<R: Runtime>(
     client: &ComputeClient<R>,
     launch: impl FnOnce() + Send,
 ) {
+    if let Some(peak_bytes) = PEAK_BYTES.get() {
+        let in_use = client.memory_usage().map_or(0, |usage| usage.bytes_in_use);
+        PEAK_BYTES.set(Some(peak_bytes.max(in_use)));
+    }
     if !IS_ON.load(Ordering::Relaxed) {
         return launch();
     }
+    let name = NAME.get().unwrap_or(name);
     let seconds = match client.profile(launch, name) {
         Ok(((), duration)) => pollster::block_on(duration.resolve()).duration().as_secs_f64(),
         Err(_) => f64::NAN,

@@ -3,6 +3,8 @@
 //! Both are formulas over what [`step`](super::step) and the ops do, so that a run can be judged before it starts. Letters: `T` tokens
 //! of the packed batch, `R` scored rows, `e` bytes of an activation; sizes of the model as in its configuration.
 
+use burn::tensor::DType;
+
 use crate::data::batch::Batch;
 use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
 use crate::model::parts::MAX_SHARD_ROWS;
@@ -23,6 +25,9 @@ pub struct StepShape {
     pub ranks: [usize; LINEAR_NAMES.len()],
     /// Types of activations and weights.
     pub precision: Precision,
+    /// In what the engine writes a product, before it is what else belongs to the output joined; see
+    /// [`DeviceChoice::product_dtype`](crate::device::DeviceChoice::product_dtype).
+    pub products: DType,
     /// What of the layers is kept for backward.
     pub keep: KeepPlan,
     /// Whether gradients of an earlier micro-batch wait for those of this one.
@@ -37,6 +42,7 @@ impl StepShape {
         batch: &Batch,
         ranks: [usize; LINEAR_NAMES.len()],
         precision: Precision,
+        products: DType,
         keep: impl Into<KeepPlan>,
         accumulates: bool,
         logits_bytes: usize,
@@ -48,6 +54,7 @@ impl StepShape {
             visible,
             ranks,
             precision,
+            products,
             keep: keep.into(),
             accumulates,
             logits_bytes,
@@ -106,22 +113,24 @@ fn adapter_values(config: &LlamaConfig, shape: &StepShape) -> usize {
     config.linear_shapes().iter().zip(shape.ranks).map(|([n_out, n_in], rank)| (n_out + n_in) * rank).sum()
 }
 
-/// Device memory of a run in bytes, at its fullest: when backward has computed the last layer's activations again, or in the head.
+/// Device memory of a run in bytes, at its fullest: in the head, or in the backward of one of the layers. Those above it have given up
+/// what was kept for them by then, and left their gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepMemory {
     /// Frozen weights; the embedding stays in host memory.
     pub weights: usize,
     /// The adapters, as they are and as they began, and their two moments.
     pub adapters: usize,
-    /// The adapters' gradients that exist by then.
+    /// The adapters' gradients that exist by then, those of an earlier micro-batch included.
     pub gradients: usize,
     /// What forward keeps of the layers, and what all of them share.
     pub kept: usize,
-    /// The activations of the one layer that backward is in.
+    /// The activations of the one layer that backward is in, and the gradient that comes into it.
     pub layer: usize,
-    /// The largest matrix as it is multiplied, where it is stored otherwise.
+    /// What lives as long as a product: the largest matrix as it is multiplied, where it is stored otherwise, and the product in the
+    /// engine's own type, where that is another.
     pub scratch: usize,
-    /// Logits and rows of the head, where they take more than a layer and the scratch.
+    /// Logits and rows of the head.
     pub head: usize,
 }
 
@@ -139,8 +148,18 @@ impl StepMemory {
         let matrices: usize = shapes.iter().map(|[n_out, n_in]| linears.bytes(n_out * n_in)).sum();
         let dense = |storage: Storage, n_values: usize| if storage.is_dense() { 0 } else { e * n_values };
         let scratch = shapes.iter().map(|[n_out, n_in]| dense(linears, n_out * n_in)).max().unwrap_or(0);
+        // Backward has the MLP's width three times until `down_proj` gives it the third in a wider type: with the matrix and the gradient
+        // as it is multiplied, then with the same as it is kept.
+        let scratch = match shape.products.size() > e {
+            true => {
+                (scratch + e * tokens * hidden).max(e * tokens * inner)
+                    + (shape.products.size() - e) * tokens * inner
+            }
+            false => scratch,
+        };
         let shard = dense(head, config.vocab_size.min(MAX_SHARD_ROWS) * hidden);
-        let adapter = F32 * layers * adapter_values(config, shape);
+        let adapter = F32 * adapter_values(config, shape);
+        let waiting = if shape.accumulates { layers * adapter } else { 0 };
 
         let stream = F32 * tokens * hidden;
         let attention = tokens * (e * q + F32 * config.num_attention_heads);
@@ -148,30 +167,35 @@ impl StepMemory {
         // Two norms' outputs, queries, keys and values, and three of the MLP's width.
         let again = e * tokens * (2 * hidden + q + 2 * kv + 3 * inner) + rank_r;
         let whole = 2 * stream + attention + again;
-        let (kept, layer) = match shape.keep.rest {
+        let (kept, live) = match shape.keep.rest {
             Keep::Input => (stream, attention + stream + again),
             Keep::Attention => (2 * stream + attention, again),
             Keep::All => (whole, 0),
         };
         let n_again = shape.keep.n_again(layers);
-        // A layer that keeps everything has been left, and what it kept freed, before the first is run again.
-        let layer = if n_again < layers { 0 } else { layer };
+        let kept_below = |n: usize| n.min(n_again) * kept + n.saturating_sub(n_again) * whole;
         let rope = F32 * tokens * config.head_dim;
-        // Rows into and out of the norm, the expected rows and a shard's part of them; the last layer's output was selected from.
-        let head_rows = 4 * F32 * rows * hidden + shape.logits_bytes + shard;
-        let layer = layer + stream;
-        let gradients = if shape.accumulates { adapter } else { adapter / layers };
-        Self {
+        let in_head = Self {
             weights: layers * matrices
                 + head.bytes(config.vocab_size * hidden)
                 + F32 * (2 * layers + 1) * hidden,
-            adapters: 4 * adapter,
-            gradients,
-            kept: n_again * kept + (layers - n_again) * whole + rope,
-            layer,
+            adapters: 4 * layers * adapter,
+            gradients: waiting,
+            kept: kept_below(layers) + rope,
+            layer: 0,
+            scratch: shard,
+            // Rows into and out of the norm, the expected rows and a shard's part of them.
+            head: 4 * F32 * rows * hidden + shape.logits_bytes,
+        };
+        let in_layer = |layer: usize| Self {
+            gradients: waiting + (layers - layer) * adapter,
+            kept: kept_below(layer + 1) + rope,
+            layer: stream + if layer < n_again { live } else { 0 },
             scratch,
-            head: head_rows.saturating_sub(layer + scratch),
-        }
+            head: 0,
+            ..in_head
+        };
+        (0..layers).map(in_layer).fold(in_head, |a, b| if b.total() > a.total() { b } else { a })
     }
 
     /// All of it.
@@ -183,10 +207,11 @@ impl StepMemory {
 /// What the largest tensor of a step holds, and its bytes; the head comes in shards that fit.
 pub fn largest_tensor(config: &LlamaConfig, shape: &StepShape) -> (&'static str, usize) {
     let e = shape.precision.dtype.size();
+    let product = e.max(shape.products.size());
     let matrices = config.linear_shapes().map(|[n_out, n_in]| e * n_out * n_in);
     let all = [
         ("the weights of a linear layer", matrices.into_iter().fold(0, usize::max)),
-        ("the MLP's activations", e * shape.tokens * config.intermediate_size),
+        ("the MLP's activations", product * shape.tokens * config.intermediate_size),
         ("the rows of the residual stream", size_of::<f32>() * shape.tokens * config.hidden_size),
     ];
     all.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or(("nothing", 0))
@@ -194,8 +219,6 @@ pub fn largest_tensor(config: &LlamaConfig, shape: &StepShape) -> (&'static str,
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::DType;
-
     use super::*;
     use crate::model::presets::preset;
 
@@ -208,6 +231,7 @@ mod tests {
             visible: half * half / 2 + 2 * (half * half + half * half / 2),
             ranks: [8; LINEAR_NAMES.len()],
             precision,
+            products: precision.dtype,
             keep: keep.into(),
             accumulates: true,
             logits_bytes: 64 << 20,
@@ -233,6 +257,34 @@ mod tests {
         let short = gigabytes(1024, Storage::Nf4, Storage::F16);
         assert!(short < 8.0, "{short}");
         assert!(gigabytes(1024, Storage::Nf4, Storage::Int8) < short - 0.4, "the head is 1 GB in f16");
+    }
+
+    #[test]
+    fn gradients_of_a_high_rank_are_counted_where_backward_ends() {
+        let config = preset("llama3-8b-instruct").unwrap();
+        let precision = Precision { dtype: DType::F16, linears: Storage::Nf4, head: Storage::F16 };
+        let steps = [(384, false), (1536, true)];
+        let [one, two] = steps.map(|(tokens, accumulates)| {
+            let shape = shape(tokens, precision, Keep::Input);
+            let shape = StepShape { tokens, ranks: [256; LINEAR_NAMES.len()], accumulates, ..shape };
+            StepMemory::of(&config, &shape)
+        });
+        // An adapter of 671 million values.
+        assert_eq!([one, two].map(|memory| memory.gradients), [1, 2].map(|n| n * 4 * 671_088_640));
+    }
+
+    /// What a 16-bit MLP of Llama-3-8B has at once in `down_proj`'s backward: three of its width in 16 bits and a product, in 16 or 32.
+    #[test]
+    fn products_in_f32_take_ten_bytes_a_value_of_the_mlps_width() {
+        let config = preset("llama3-8b-instruct").unwrap();
+        let narrow = shape(2048, Precision::dense(DType::F16), Keep::Input);
+        let wide = StepShape { products: DType::F32, ..narrow };
+        let [narrow, wide] = [narrow, wide].map(|shape| StepMemory::of(&config, &shape));
+        let width = 3 * 1024 * config.intermediate_size;
+        assert_eq!(wide.total() - narrow.total(), 4 * width, "10 bytes a value instead of 6");
+        let shape =
+            StepShape { products: DType::F32, ..shape(2048, Precision::dense(DType::F16), Keep::Input) };
+        assert_eq!(largest_tensor(&config, &shape), ("the MLP's activations", 4 * width));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A checkpoint folder is complete or absent: it is written beside its place, flushed to the disk, and then renamed.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -86,8 +86,8 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
-    /// Creates the folder with its `args.json` and an empty `logging.jsonl`; a resumed run's log goes on after its first
-    /// `resumed_step` steps.
+    /// Creates the folder with its `args.json` and a `logging.jsonl` that begins with `log_history`, the lines of the run that this one
+    /// goes on from.
     ///
     /// # Errors
     /// If something cannot be written.
@@ -124,11 +124,6 @@ impl RunFolder {
         })
     }
 
-    /// The folder.
-    pub fn path(&self) -> &Path {
-        &self.folder
-    }
-
     /// The newest checkpoint of this run.
     pub fn last_checkpoint(&self) -> Option<&Path> {
         self.checkpoints.last().map(PathBuf::as_path)
@@ -162,7 +157,8 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Saves `checkpoint-{step}` and removes the oldest beyond the limit.
+    /// Saves `checkpoint-{step}` and removes the oldest beyond the limit. Gives why one of these stays, where it cannot be removed: the
+    /// run is saved all the same.
     ///
     /// # Errors
     /// If something cannot be written; what was there before stays, and nothing half-written is left.
@@ -172,11 +168,11 @@ impl RunFolder {
         lora_config: &LoraConfig,
         optimizer: &AdamW<B>,
         position: Position<'_>,
-    ) -> Result<()> {
+    ) -> Result<Option<Error>> {
         let step = position.step;
         let place = self.folder.join(format!("checkpoint-{step}"));
         if self.checkpoints.contains(&place) {
-            return Ok(());
+            return Ok(None);
         }
         let partial = self.folder.join(format!(".checkpoint-{step}.partial"));
         let written = self.write_checkpoint(&partial, model, lora_config, optimizer, position);
@@ -186,11 +182,12 @@ impl RunFolder {
             return Err(error);
         }
         self.checkpoints.push(place);
+        let mut staying = None;
         while self.checkpoints.len() > self.save_total_limit.max(1) {
             let oldest = self.checkpoints.remove(0);
-            fs::remove_dir_all(&oldest).map_err(Error::io("remove", &oldest))?;
+            staying = remove_folder(&oldest).err().or(staying);
         }
-        Ok(())
+        Ok(staying)
     }
 
     fn write_checkpoint<B: Backend>(
@@ -201,9 +198,7 @@ impl RunFolder {
         optimizer: &AdamW<B>,
         position: Position<'_>,
     ) -> Result<()> {
-        if folder.exists() {
-            fs::remove_dir_all(folder).map_err(Error::io("remove", folder))?;
-        }
+        remove_folder(folder)?;
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         lora::save(model, lora_config, &self.texts.base_model, folder)?;
         let names = || lora::tensors(model).into_iter().map(|(name, _)| name);
@@ -246,6 +241,14 @@ fn shuffle_seed(plan: &Plan) -> Option<u64> {
     }
 }
 
+/// Removes a folder, where there is one: somebody may have been faster.
+fn remove_folder(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", folder)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Flushes a folder's files and renames it to its place.
 fn put_in_place(partial: &Path, place: &Path) -> Result<()> {
     for entry in fs::read_dir(partial).map_err(Error::io("read", partial))? {
@@ -254,14 +257,26 @@ fn put_in_place(partial: &Path, place: &Path) -> Result<()> {
         let file = OpenOptions::new().write(true).open(&path);
         file.and_then(|file| file.sync_all()).map_err(Error::io("flush", &path))?;
     }
-    if !place.exists() {
-        return fs::rename(partial, place).map_err(Error::io("write", place));
-    }
-    // An older checkpoint of this name is there until the new one is.
+    // An older checkpoint of this name is there until the new one is; one that a crash left aside would be in the way.
     let replaced = partial.with_extension("replaced");
-    fs::rename(place, &replaced).map_err(Error::io("replace", place))?;
+    remove_folder(&replaced)?;
+    if place.exists() {
+        fs::rename(place, &replaced).map_err(Error::io("replace", place))?;
+    }
     fs::rename(partial, place).map_err(Error::io("write", place))?;
-    fs::remove_dir_all(&replaced).map_err(Error::io("remove", &replaced))
+    if let Some(parent) = place.parent() {
+        flush_folder(parent)?;
+    }
+    remove_folder(&replaced)
+}
+
+/// Has the names in a folder reach the disk, on systems that open folders.
+fn flush_folder(folder: &Path) -> Result<()> {
+    if cfg!(unix) {
+        let opened = File::open(folder);
+        opened.and_then(|folder| folder.sync_all()).map_err(Error::io("flush", folder))?;
+    }
+    Ok(())
 }
 
 /// What a checkpoint says of the run that wrote it.
@@ -347,6 +362,38 @@ impl<B: Backend> TrainerState<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checkpoint_takes_the_place_of_an_older_one_also_after_a_crash() {
+        let run = tempfile::tempdir().unwrap();
+        let [partial, place, replaced] = [".checkpoint-2.partial", "checkpoint-2", ".checkpoint-2.replaced"]
+            .map(|name| run.path().join(name));
+        let write = |folder: &Path, text: &str| {
+            fs::create_dir_all(folder).unwrap();
+            fs::write(folder.join(STATE_FILE), text).unwrap();
+        };
+        // The crash came between the two renames, or before what was replaced was removed.
+        for is_there in [false, true] {
+            write(&replaced, "oldest");
+            if is_there {
+                write(&place, "old");
+            }
+            write(&partial, "new");
+            put_in_place(&partial, &place).unwrap();
+            assert_eq!(fs::read_to_string(place.join(STATE_FILE)).unwrap(), "new", "{is_there}");
+            assert!(!partial.exists() && !replaced.exists(), "{is_there}");
+            fs::remove_dir_all(&place).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_gone_is_removed_and_one_that_cannot_be_is_an_error() {
+        let run = tempfile::tempdir().unwrap();
+        remove_folder(&run.path().join("gone")).unwrap();
+        let file = run.path().join("checkpoint-2");
+        fs::write(&file, "").unwrap();
+        assert!(remove_folder(&file).is_err());
+    }
 
     #[test]
     fn the_newest_checkpoint_is_the_one_written_last() {

@@ -20,7 +20,8 @@ pub struct Gradients<B: Backend> {
     pub stats: Tensor<B, 2>,
     /// The adapters' gradients, in the order of [`crate::lora::tensors`].
     pub lora: Vec<Tensor<B, 2>>,
-    /// The most bytes in tensors when a layer's activations were there, or the head's rows; where the device tells.
+    /// The most bytes in tensors in the head, while backward was in a layer, or at its end; where the device tells. What lives no longer
+    /// than a launch is not among it.
     pub peak_bytes: Option<u64>,
 }
 
@@ -64,8 +65,9 @@ pub fn forward_backward<B: Kernels>(
     let mut grads = Vec::with_capacity(adapted.len());
     for (i, (layer, kept)) in adapted.iter().zip(kept).enumerate().rev() {
         let activations = layer.recompute(kept, &layout);
-        // Memory is at its fullest while most layers wait for their turn.
-        if i + 1 == adapted.len() {
+        // Fullest while most layers wait for their turn, when the first of them is run again, or when most gradients are there.
+        let n_again = keep.n_again(adapted.len());
+        if i == 0 || i + 1 == n_again || i + 1 == adapted.len() {
             peak_bytes = peak_bytes.max(B::bytes_in_use(&device));
         }
         let (below, lora) = layer.backward(dx, activations, &layout, i > 0);
@@ -73,6 +75,8 @@ pub fn forward_backward<B: Kernels>(
         let Some(below) = below else { break };
         dx = below;
     }
+    // All gradients are there, as the optimizer finds them.
+    peak_bytes = peak_bytes.max(B::bytes_in_use(&device));
     Gradients { stats: loss.stats, lora: grads.into_iter().rev().flatten().collect(), peak_bytes }
 }
 

@@ -250,7 +250,7 @@ pub(crate) struct Recorder(pub(crate) Vec<Map<String, Value>>);
 impl Observer for Recorder {
     fn before_step(&mut self, _step: usize, _rows: &[&Location]) {}
     fn before_evaluation(&mut self, _step: usize) {}
-    fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _n_tokens: usize) {}
+    fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _tokens_per_second: f64) {}
     fn on_skip(&mut self, _step: usize, _scale: f64) {}
     fn on_log(&mut self, line: &Map<String, Value>) {
         self.0.push(line.clone());

@@ -71,6 +71,7 @@ mod cuda {
 }
 mod infer;
 mod load;
+mod memory;
 mod packing;
 mod plain;
 mod plain_runtime;

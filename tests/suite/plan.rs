@@ -275,7 +275,7 @@ impl Observer for FullDevice {
         }
     }
     fn before_evaluation(&mut self, _step: usize) {}
-    fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _n_tokens: usize) {}
+    fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _tokens_per_second: f64) {}
     fn on_skip(&mut self, _step: usize, _scale: f64) {}
     fn on_log(&mut self, _line: &Map<String, Value>) {}
     fn memory_bytes(&self) -> u64 {

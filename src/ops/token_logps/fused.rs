@@ -16,6 +16,9 @@ use crate::ops::cube::{bytes, empty, owned, readable, vector_width};
 use crate::ops::kernel::MAX_WORKGROUPS;
 use crate::ops::{Kernels, profile, to_f32};
 
+/// What the profile calls the head's products, whose kernels are those of the linear layers.
+const PRODUCTS: &str = "token_logps products";
+
 /// [`Kernels::token_logps_forward`] in kernels.
 pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPrimitive = CubeTensor<R>>>(
     hidden: Tensor<B, 2>,
@@ -45,13 +48,16 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
         let mut weighted = None;
         for (shard, first_id) in head.shards.iter().zip(head.first_ids()) {
             let shard = shard.to_dense();
-            let (logits, _) = B::lora_linear_forward(h.clone(), shard.clone(), None, None);
+            let (logits, _) =
+                profile::named(PRODUCTS, || B::lora_linear_forward(h.clone(), shard.clone(), None, None));
             let is_first = first_id == 0;
             let exps =
                 statistics.extend(primitive(logits), shard.dtype(), first_row, first_id, is_first, keeps);
             if let Some(exps) = exps {
                 let exps = tensor(exps);
-                let part = B::lora_linear_backward_input(exps.clone(), shard.clone(), None, None, DType::F32);
+                let part = profile::named(PRODUCTS, || {
+                    B::lora_linear_backward_input(exps.clone(), shard.clone(), None, None, DType::F32)
+                });
                 if first_row == 0 {
                     peak_bytes = peak_bytes.max(in_use());
                 }
