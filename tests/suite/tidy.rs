@@ -103,8 +103,9 @@ fn only_the_launch_knows_how_shaders_are_launched() {
 }
 
 /// Flags of other programs in the README: cargo's, `hf download`'s, uv's, vLLM's, llama.cpp's and those of `benches/peers.py`.
-const NOT_OURS: [&str; 16] = [
+const NOT_OURS: [&str; 17] = [
     "base",
+    "bench",
     "enable-lora",
     "features",
     "help",
