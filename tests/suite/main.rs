@@ -3,6 +3,7 @@
 
 mod adapters;
 mod bench;
+mod checkpoints;
 mod cli;
 mod convergence;
 mod demo;

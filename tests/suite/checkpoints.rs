@@ -1,0 +1,72 @@
+//! What becomes of a run whose older checkpoints somebody else takes away, or in whose place something stands.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn_flex::Flex;
+use orpo_wgpu::data::batch::LossCompat;
+use orpo_wgpu::data::dataset::Location;
+use orpo_wgpu::error::Error;
+use orpo_wgpu::train::metrics::StepMetrics;
+use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
+use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
+use serde_json::{Map, Value};
+
+use crate::goldens::Case;
+
+/// Does something to the first checkpoint before the second is saved.
+struct Meddler {
+    first: PathBuf,
+    meddle: fn(&Path),
+    warnings: Vec<String>,
+}
+
+impl Observer for Meddler {
+    fn before_step(&mut self, step: usize, _rows: &[&Location]) {
+        if step == 2 {
+            (self.meddle)(&self.first);
+        }
+    }
+    fn before_evaluation(&mut self, _step: usize) {}
+    fn on_step(&mut self, _step: usize, _metrics: &StepMetrics, _tokens_per_second: f64) {}
+    fn on_skip(&mut self, _step: usize, _scale: f64) {}
+    fn on_log(&mut self, _line: &Map<String, Value>) {}
+    fn on_warning(&mut self, warning: &Error) {
+        self.warnings.push(warning.to_string());
+    }
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// Trains three steps with one checkpoint kept, and gives the warnings.
+fn warnings_of(meddle: fn(&Path)) -> Vec<String> {
+    let case = Case::open("gqa");
+    let (mut model, lora_config) = case.adapted::<Flex>(&Default::default());
+    let folder = tempfile::tempdir().unwrap();
+    let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+    let mut run = RunFolder::create(folder.path(), texts, 1, Vec::new(), Tracker::None).unwrap();
+    let mut settings = TrainSettings { save_steps: 1, ..case.settings(LossCompat::Swift) };
+    settings.schedule.max_steps = 3;
+    let mut meddler = Meddler { first: folder.path().join("checkpoint-1"), meddle, warnings: Vec::new() };
+    let data = TrainData { train: &case.pairs, val: &[] };
+    train(&mut model, &lora_config, data, &settings, &mut run, None, &mut meddler).unwrap();
+    assert!(folder.path().join("checkpoint-3").exists());
+    assert!(!folder.path().join("checkpoint-2").exists(), "the limit holds for what can be removed");
+    meddler.warnings
+}
+
+#[test]
+fn a_run_goes_on_without_an_old_checkpoint() {
+    assert_eq!(warnings_of(|first| fs::remove_dir_all(first).unwrap()), [""; 0]);
+}
+
+#[test]
+fn a_run_goes_on_beside_an_old_checkpoint_that_cannot_be_removed() {
+    let warnings = warnings_of(|first| {
+        fs::remove_dir_all(first).unwrap();
+        fs::write(first, "no folder").unwrap();
+    });
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].contains("cannot remove") && warnings[0].contains("checkpoint-1"), "{warnings:?}");
+}
