@@ -80,6 +80,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
     tell("kept", "what layers compute in forward and hold until backward has read it");
     let n_layers = source.config.num_hidden_layers;
     tell("again", &format!("how many of the {n_layers} layers hold less, and run again in backward instead"));
+    let budgets = std::iter::once(&chosen).chain(others.iter().map(|(_, budget)| budget));
+    if let Some(budget) = budgets.into_iter().find(|budget| !case.fits_buffers(budget)) {
+        tell("fits", &too_large(&case, budget));
+    }
     if let Some(nearest) = nearest {
         tell("nearest", &advice(&case, &base, &nearest));
     }
@@ -191,6 +195,15 @@ fn print_device(args: &TrainArgs, case: &Case<'_>, is_elsewhere: bool) {
         _ => "which does not say how much memory it has, so that whether a run fits is unknown".to_owned(),
     };
     tell("device", &format!("{device}: {memory}"));
+}
+
+/// Why settings do not fit that would leave memory free.
+fn too_large(case: &Case<'_>, budget: &Budget) -> String {
+    let (what, bytes) = budget.largest;
+    let (largest, most) = (size(bytes as u64), size(case.choice.shard_bytes() as u64));
+    format!(
+        "no also where a tensor is larger than the device takes: it takes {most} in one, and in the first such line {what} have {largest}"
+    )
 }
 
 /// The memory of the chosen settings by part.
@@ -326,4 +339,25 @@ fn measure(args: &TrainArgs, choice: &DeviceChoice) -> Result<Product> {
 fn tflop(flops: f64) -> String {
     let tflop = flops / 1e12;
     if tflop < 100.0 { format!("{tflop:.3}") } else { thousands(tflop.round() as usize) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Adapter;
+
+    #[test]
+    fn a_tensor_that_the_device_does_not_take_is_told_of() {
+        let device = burn_wgpu::WgpuDevice::IntegratedGpu(78);
+        let adapter = Box::new(Adapter { memory_bytes: Some(80 << 30), ..Adapter::unknown() });
+        let choice = DeviceChoice::Wgpu { device, adapter };
+        let args = TrainArgs { dtype: "fp32".to_owned(), ..TrainArgs::default() };
+        let config = preset("llama3-8b-instruct").unwrap();
+        let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
+        let budget = case.predict(&Setting::of(&args)).unwrap().unwrap();
+        assert!(budget.memory.total() < 80 << 30 && !case.fits(&budget));
+        let says =
+            "it takes 128 MiB in one, and in the first such line the weights of a linear layer have 224 MiB";
+        assert!(too_large(&case, &budget).ends_with(says), "{}", too_large(&case, &budget));
+    }
 }
