@@ -118,6 +118,18 @@ pub fn ranks(args: &TrainArgs) -> Result<[usize; LINEAR_NAMES.len()]> {
     }
 }
 
+/// An adapter keeps its rank, whatever `--lora_rank` says; the default says nothing.
+fn check_rank(args: &TrainArgs, config: &LoraConfig, folder: &Path) -> Result<()> {
+    let asked = args.lora_rank;
+    if asked == config.r || asked == TrainArgs::default().lora_rank {
+        return Ok(());
+    }
+    Err(Error::file(folder, format!("the adapter has a rank of {}, and --lora_rank is {asked}", config.r))
+        .with_hint(
+            "leave --lora_rank out: training goes on with the adapter's; a new rank is a new adapter's",
+        ))
+}
+
 /// The folder itself if it is a checkpoint, else the newest one of the run that it is.
 fn checkpoint_of(folder: &Path) -> Result<PathBuf> {
     if folder.join(lora::ADAPTER_FILE).exists() {
@@ -158,7 +170,11 @@ fn run_on<B: Kernels>(
     device::doing("loading the weights");
     let (mut model, loaded) = open.load::<B>(precision, device, choice.shard_bytes())?;
     let lora_config = match adapter_of(args) {
-        Some(folder) => lora::load(&mut model, folder)?,
+        Some(folder) => {
+            let config = lora::load(&mut model, folder)?;
+            check_rank(args, &config, folder)?;
+            config
+        }
         None => {
             let config = LoraConfig { r: args.lora_rank, lora_alpha: args.lora_alpha, target_modules };
             lora::attach(&mut model, &config, args.seed);
