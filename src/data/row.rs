@@ -121,9 +121,12 @@ fn rename(object: &mut Object, renames: &BTreeMap<String, String>) {
 fn is_filled(object: &Object, column: &str) -> bool {
     match object.get(column) {
         None | Some(Value::Null) => false,
-        Some(Value::String(text)) => !text.trim().is_empty(),
+        // LLaMA-Factory keeps `tools` as a list that is written as a text.
+        Some(Value::String(text)) => !matches!(text.trim(), "" | "[]" | "{}" | "null"),
         Some(Value::Array(list)) => !list.is_empty(),
-        Some(_) => true,
+        Some(Value::Object(fields)) => !fields.is_empty(),
+        Some(Value::Bool(is_set)) => *is_set,
+        Some(Value::Number(_)) => true,
     }
 }
 
@@ -150,7 +153,7 @@ fn pair(object: &Object) -> Parsed<Pair> {
     if is_list(TRL.response) && has(TRL.rejected_response) {
         return whole_conversations(object);
     }
-    if is_list(CONVERSATIONS) && has_answers {
+    if is_list(CONVERSATIONS) && has_answers && object[TRL.response].is_object() {
         return answers_to(object, CONVERSATIONS);
     }
     let Some(columns) = FORMS.iter().find(|c| has(c.query) && has(c.response) && has(c.rejected_response))
@@ -299,6 +302,10 @@ mod tests {
             (json!({"query": "", "response": "c", "rejected_response": "r", "system": ""}), "|||c|r"),
             (json!({"question": "q", "answer_zh": "c", "answer_en": "r"}), "-||q|c|r"),
             (json!({"prompt": "q", "chosen": "c", "rejected": "r"}), "-||q|c|r"),
+            (
+                json!({"prompt": "q", "chosen": "c", "rejected": "r", "conversations": [], "tools": "[]"}),
+                "-||q|c|r",
+            ),
             (
                 json!({"prompt": [user("q")], "chosen": [assistant("c")], "rejected": [assistant("r")]}),
                 "-||q|c|r",
