@@ -1,4 +1,4 @@
-//! The longest micro-batch, tried before anything else: a run that would die of memory dies in its first seconds.
+//! The longest micro-batch, tried before the first step: a run that would die of memory dies at its start.
 
 use std::time::Instant;
 

@@ -257,26 +257,38 @@ fn put_in_place(partial: &Path, place: &Path) -> Result<()> {
         let file = OpenOptions::new().write(true).open(&path);
         file.and_then(|file| file.sync_all()).map_err(Error::io("flush", &path))?;
     }
-    // An older checkpoint of this name is there until the new one is; one that a crash left aside would be in the way.
+    // An older checkpoint of this name is set aside for a moment; one that a crash left there would be in the way.
     let replaced = partial.with_extension("replaced");
     remove_folder(&replaced)?;
     if place.exists() {
         fs::rename(place, &replaced).map_err(Error::io("replace", place))?;
     }
-    fs::rename(partial, place).map_err(Error::io("write", place))?;
+    if let Err(error) = fs::rename(partial, place) {
+        // What was there before stays.
+        let _ = fs::rename(&replaced, place);
+        return Err(Error::io("write", place)(error));
+    }
     if let Some(parent) = place.parent() {
         flush_folder(parent)?;
     }
-    remove_folder(&replaced)
+    // It is in place; what cannot be removed now is before the next.
+    let _ = remove_folder(&replaced);
+    Ok(())
 }
 
 /// Has the names in a folder reach the disk, on systems that open folders.
 fn flush_folder(folder: &Path) -> Result<()> {
-    if cfg!(unix) {
-        let opened = File::open(folder);
-        opened.and_then(|folder| folder.sync_all()).map_err(Error::io("flush", folder))?;
+    if !cfg!(unix) {
+        return Ok(());
     }
-    Ok(())
+    let opened = File::open(folder);
+    match opened.and_then(|folder| folder.sync_all()) {
+        // Some file systems flush no folders.
+        Err(error) if !matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
+            Err(Error::io("flush", folder)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What a checkpoint says of the run that wrote it.
