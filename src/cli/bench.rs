@@ -14,6 +14,7 @@ use super::precision::PrecisionArgs;
 use super::profile_table::{self, Step};
 use super::tune;
 use super::words::millions;
+use crate::config::ByteSize;
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy};
@@ -63,6 +64,9 @@ pub struct BenchArgs {
     /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
     #[arg(long, default_value = "auto")]
     device: String,
+    /// Memory that the device is taken to have instead of what it says: 8GiB or 8GB
+    #[arg(long)]
+    max_memory: Option<ByteSize>,
 }
 
 /// Runs the subcommand.
@@ -136,7 +140,7 @@ impl BenchArgs {
             truncation: TruncationStrategy::Delete,
             loss_compat: LossCompat::Swift,
             choice,
-            memory: choice.total_memory(),
+            memory: self.max_memory.map(|size| size.0).or_else(|| choice.total_memory()),
         };
         let setting = Setting {
             dtype: self.precision.dtype.clone(),
