@@ -34,6 +34,7 @@ use burn::tensor::{DType, FloatDType, Int, Tensor};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
 
+pub use cube::matrix_units_are_off;
 pub use product::{CutChoice, CutKind, Cuts};
 
 use adamw::AdamWStep;

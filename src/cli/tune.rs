@@ -16,7 +16,7 @@ use crate::device::{Adapter, DeviceChoice};
 use crate::model::Llama;
 use crate::model::llama::joins_stream;
 use crate::ops::tune::{self, DeviceOf, LinearKind, Timings, Tunable, Verdict};
-use crate::ops::{Cuts, Kernels};
+use crate::ops::{Cuts, Kernels, matrix_units_are_off};
 
 /// Runs of fewer operations are over before timing would have paid.
 const LEAST_FLOPS: f64 = 1e14;
@@ -38,7 +38,8 @@ struct Identity {
 }
 
 fn revision<E: Tunable>() -> String {
-    format!("{}, method {}", E::revision(), tune::METHOD)
+    let units = if matrix_units_are_off() { ", no matrix units" } else { "" };
+    format!("{}, method {}{units}", E::revision(), tune::METHOD)
 }
 
 impl Identity {
@@ -121,7 +122,7 @@ fn tune_on<E: Tunable>(
     let mut unwritten = None;
     tune::tune::<E>(device, &kinds, BUDGET, |timing| {
         timings.push(timing);
-        // Each at once: a driver may not survive the next.
+        // Each at once: the next may not be survived.
         if let Some(path) = &path
             && let Err(reason) = write(path, &Cache { of: identity.of.clone(), timings: &timings })
         {
@@ -141,7 +142,7 @@ fn tune_on<E: Tunable>(
     ));
     let n_wrong = new.iter().filter(|timing| timing.ms.is_none()).count();
     if n_wrong > 0 {
-        note(format!("{n_wrong} of them come out wrong and are not taken"));
+        note(format!("{n_wrong} of them are refused or come out wrong here, and not taken"));
     }
     let is_none_right = |&&kind: &&E::Kind| tune::verdict::<E>(device, kind) == Verdict::NoneRight;
     let n_none = new_kinds.iter().filter(is_none_right).count();

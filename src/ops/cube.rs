@@ -22,14 +22,19 @@ pub(super) fn is_software<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
     client.properties().hardware.plane_size_max <= 16
 }
 
-/// The matrices, `[m, n, k]`, that the device's units multiply of this type with sums in `f32`. None where the environment variable
-/// `ORPO_WGPU_MATRIX_UNITS` is 0: some driver may not survive the kernels.
-pub(super) fn matrix_units<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DType) -> Vec<[u32; 3]> {
-    static IS_OFF: LazyLock<bool> =
+/// Whether the environment variable `ORPO_WGPU_MATRIX_UNITS` is 0, so that nothing computes on matrix units: some driver may not survive
+/// their kernels.
+pub fn matrix_units_are_off() -> bool {
+    static ARE_OFF: LazyLock<bool> =
         LazyLock::new(|| std::env::var("ORPO_WGPU_MATRIX_UNITS").is_ok_and(|value| value == "0"));
+    *ARE_OFF
+}
+
+/// The matrices, `[m, n, k]`, that the device's units multiply of this type with sums in `f32`, and that may be used.
+pub(super) fn matrix_units<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DType) -> Vec<[u32; 3]> {
     let (element, sum) = (dtype.into(), DType::F32.into());
     let is_of = |unit: &&MmaConfig| unit.a_type == element && unit.b_type == element && unit.cd_type == sum;
-    let units = client.properties().features.matmul.cmma.iter().filter(|_| !*IS_OFF);
+    let units = client.properties().features.matmul.cmma.iter().filter(|_| !matrix_units_are_off());
     units.filter(is_of).map(|unit| [unit.m, unit.n, unit.k]).collect()
 }
 

@@ -12,7 +12,7 @@ use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 use super::cube::bytes;
 use super::engine::{self, Adapter, Finish, Rounding, turned};
-use super::kernel::{Cut, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
+use super::kernel::{Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
 use super::tune::{self, LEFT, RIGHT, Verdict};
 
@@ -124,7 +124,10 @@ impl<'a> Product<'a> {
         let kind = CutKind::new(self.layout, [m, n, depth, rank], elements);
         let device = Device::of(&self.lhs.client);
         if device.has_matrices() && self.is_split() {
-            return self.run_in_halves();
+            let halves = CutKind { elements: Elements { lhs: Element::F16, ..elements }, ..kind };
+            if matches!(self.rule(device, halves), Cut::Matrices(_)) {
+                return self.run_in_halves();
+            }
         }
         // cubek's product has no factor.
         let has_factor = self.scale.to_bits() != 1f32.to_bits();

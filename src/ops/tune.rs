@@ -10,7 +10,6 @@ use std::any::TypeId;
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::hash::Hash;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -88,8 +87,8 @@ pub struct LinearKind {
     pub joins_stream: bool,
 }
 
-/// What is known of products of one kind: every way that was tried, with its time where it came out right.
-type Tried<C> = Vec<(C, Option<f64>)>;
+/// What is known of products of one kind: every way that was tried, and what came of it.
+type Tried<C> = Vec<(C, Outcome)>;
 
 /// What is known in a process, by runtime, device and kind.
 pub type Table<K, C> = LazyLock<Mutex<HashMap<(TypeId, DeviceId, K), Tried<C>>>>;
@@ -140,41 +139,51 @@ pub fn typical_rows(power_of_two: usize) -> usize {
 /// What is known of a kind of product on a device.
 pub fn verdict<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind) -> Verdict<E::Choice> {
     with_tried::<E, _>(device, kind, |tried| {
-        let right = tried.iter().filter_map(|&(choice, ms)| Some((choice, ms?)));
-        match right.min_by(|a, b| a.1.total_cmp(&b.1)) {
+        let time =
+            |&(choice, outcome)| if let Outcome::Right(ms) = outcome { Some((choice, ms)) } else { None };
+        match tried.iter().filter_map(time).min_by(|a, b| a.1.total_cmp(&b.1)) {
             Some((choice, _)) => Verdict::Fastest(choice),
-            None if tried.is_empty() => Verdict::Untried,
-            None => Verdict::NoneRight,
+            None if tried.iter().any(|(_, outcome)| *outcome == Outcome::Wrong) => Verdict::NoneRight,
+            None => Verdict::Untried,
         }
     })
 }
 
-/// Whether a way makes this kind of product right, where it was tried.
+/// What came of a way of making this kind of product, where it was tried.
+fn known<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind, choice: E::Choice) -> Option<Outcome> {
+    with_tried::<E, _>(device, kind, |tried| {
+        let known = tried.iter().find(|(known, _)| *known == choice);
+        known.map(|&(_, outcome)| outcome)
+    })
+}
+
+/// Whether a way makes this kind of product right, where that was found out.
 pub(super) fn is_known_right<E: Tunable>(
     device: &DeviceOf<E>,
     kind: E::Kind,
     choice: E::Choice,
 ) -> Option<bool> {
-    with_tried::<E, _>(device, kind, |tried| {
-        let known = tried.iter().find(|(known, _)| *known == choice);
-        known.map(|(_, ms)| ms.is_some())
-    })
+    match known::<E>(device, kind, choice)? {
+        Outcome::Right(_) => Some(true),
+        Outcome::Wrong => Some(false),
+        Outcome::Failed => None,
+    }
 }
 
 fn with_tried<E: Tunable, T>(
     device: &DeviceOf<E>,
     kind: E::Kind,
-    f: impl FnOnce(&[(E::Choice, Option<f64>)]) -> T,
+    f: impl FnOnce(&[(E::Choice, Outcome)]) -> T,
 ) -> T {
     let table = E::table().lock().unwrap_or_else(PoisonError::into_inner);
     f(table.get(&key::<E>(device, kind)).map_or(&[], |tried| tried))
 }
 
-fn keep<E: Tunable>(device: &DeviceOf<E>, timing: &Timing<E::Kind, E::Choice>) {
+fn keep<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind, choice: E::Choice, outcome: Outcome) {
     let mut table = E::table().lock().unwrap_or_else(PoisonError::into_inner);
-    let tried = table.entry(key::<E>(device, timing.kind)).or_default();
-    tried.retain(|&(choice, _)| choice != timing.choice);
-    tried.push((timing.choice, timing.ms));
+    let tried = table.entry(key::<E>(device, kind)).or_default();
+    tried.retain(|&(known, _)| known != choice);
+    tried.push((choice, outcome));
 }
 
 fn key<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind) -> (TypeId, DeviceId, E::Kind) {
@@ -186,14 +195,17 @@ pub fn install<E: Tunable>(device: &DeviceOf<E>, timings: &[Timing<E::Kind, E::C
     let client = E::Runtime::client(device);
     let fits =
         |timing: &&Timing<E::Kind, E::Choice>| E::candidates(&client, timing.kind).contains(&timing.choice);
-    timings.iter().filter(fits).inspect(|timing| keep::<E>(device, timing)).count()
+    let install = |&&Timing { kind, choice, ms }: &&Timing<E::Kind, E::Choice>| {
+        keep::<E>(device, kind, choice, ms.map_or(Outcome::Wrong, Outcome::Right));
+    };
+    timings.iter().filter(fits).inspect(install).count()
 }
 
 /// Times every way of every kind of product, the largest first, lets the device's products follow them and hands each timing to
 /// `keep`. Kinds that are tiny are left out, and so is what was timed before or what the budget has no time for: that comes next time.
 ///
 /// # Panics
-/// If the device failed before, or does not survive one of the ways; that one has been kept as wrong then.
+/// If the device failed before, or does not survive one of the ways.
 pub fn tune<E: Tunable>(
     device: &DeviceOf<E>,
     kinds: &[E::Kind],
@@ -208,7 +220,7 @@ pub fn tune<E: Tunable>(
     kinds.sort_by(|&a, &b| E::flops(b).total_cmp(&E::flops(a)));
     for kind in kinds {
         let mut candidates = E::candidates(&client, kind);
-        candidates.retain(|&choice| is_known_right::<E>(device, kind, choice).is_none());
+        candidates.retain(|&choice| known::<E>(device, kind, choice).is_none());
         if candidates.is_empty() || is_over() {
             continue;
         }
@@ -219,15 +231,10 @@ pub fn tune<E: Tunable>(
             }
             // What failed before must not count as a failure of this way.
             settle(&client);
-            let mut tell = |ms| keep_timing(Timing { kind, choice, ms });
-            match catch_unwind(AssertUnwindSafe(|| measure::<E>(device, &scratch, kind, choice))) {
-                Ok(Outcome::Right(ms)) => tell(Some(ms)),
-                Ok(Outcome::Wrong) => tell(None),
-                Ok(Outcome::Failed) => {}
-                Err(panic) => {
-                    tell(None);
-                    resume_unwind(panic);
-                }
+            match measure::<E>(device, &scratch, kind, choice) {
+                Outcome::Right(ms) => keep_timing(Timing { kind, choice, ms: Some(ms) }),
+                Outcome::Wrong => keep_timing(Timing { kind, choice, ms: None }),
+                Outcome::Failed => {}
             }
         }
     }
@@ -240,16 +247,17 @@ pub fn tune<E: Tunable>(
 /// # Panics
 /// If the device failed before.
 pub(super) fn comes_out_right<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind, choice: E::Choice) -> bool {
-    is_known_right::<E>(device, kind, choice).unwrap_or_else(|| {
+    let outcome = known::<E>(device, kind, choice).unwrap_or_else(|| {
         let client = E::Runtime::client(device);
         settle(&client);
-        let scratch = E::scratch(&client, device, kind);
-        matches!(measure::<E>(device, &scratch, kind, choice), Outcome::Right(_))
-    })
+        measure::<E>(device, &E::scratch(&client, device, kind), kind, choice)
+    });
+    matches!(outcome, Outcome::Right(_))
 }
 
 /// What came of trying a way.
-enum Outcome {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Outcome {
     /// It takes so many ms.
     Right(f64),
     /// It gives something else, or cannot be tried.
@@ -277,8 +285,7 @@ fn measure<E: Tunable>(
         Ok(false) if !has_failed => Outcome::Wrong,
         _ => Outcome::Failed,
     };
-    let ms = if let Outcome::Right(ms) = outcome { Some(ms) } else { None };
-    keep::<E>(device, &Timing { kind, choice, ms });
+    keep::<E>(device, kind, choice, outcome);
     outcome
 }
 
