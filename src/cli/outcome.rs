@@ -3,6 +3,7 @@
 use comfy_table::{ContentArrangement, Table, presets};
 
 use super::open::OpenModel;
+use super::words::pasted;
 use crate::config::TrainArgs;
 use crate::demo;
 use crate::error::Result;
@@ -92,8 +93,8 @@ pub fn print_summary(summary: &Summary, args: &TrainArgs) {
         bits => format!("--quantization_bit {bits} "),
     };
     let model = args.model_id_or_path.as_ref();
-    let model = model.map(|folder| format!("--model_id_or_path {} ", folder.display())).unwrap_or_default();
-    say!("talk to it: {} infer {model}{bits}--adapters {}", program(), summary.checkpoint.display());
+    let model = model.map(|folder| format!("--model_id_or_path {} ", pasted(folder))).unwrap_or_default();
+    say!("talk to it: {} infer {model}{bits}--adapters {}", program(), pasted(&summary.checkpoint));
 }
 
 /// The program as it was called, so that a command can be pasted.

@@ -15,7 +15,7 @@ use super::precision;
 use super::progress::Progress;
 use super::rows::{Data, is_demo_data, lengths, plan_of};
 use super::tune;
-use super::words::entry;
+use super::words::{entry, pasted};
 use crate::config::TrainArgs;
 use crate::data::batch::LossCompat;
 use crate::data::tokenize::TokenizedPair;
@@ -258,8 +258,8 @@ fn run_on<B: Kernels>(
             Error::Interrupted { .. } => error.with_hint(format!(
                 "{} train --config {} --resume_from_checkpoint {} goes on",
                 program(),
-                folder.join("args.json").display(),
-                folder.display()
+                pasted(&folder.join("args.json")),
+                pasted(&folder)
             )),
             other => other,
         }
