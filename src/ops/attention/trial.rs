@@ -16,7 +16,8 @@ use super::tile::Tile;
 use crate::ops::cube::settle;
 use crate::ops::notes;
 
-/// The part of a line's largest entry by which its entries may be off. Weights and `dS` in `bf16` leave a third of it.
+/// The part of a line's largest entry by which its entries may be off. Rounding weights, `dS` and results to `bf16` takes at most a
+/// third of it, as loops over this sequence showed for heads of 16 to 256; sums lost in rescaling are off by four times as much.
 const TOLERANCE: f32 = 1.0 / 32.0;
 /// The part of a tensor's largest entry that is nothing: the scores of the first row, which sees one key, have no gradient.
 const NOTHING: f32 = 1e-5;
@@ -145,7 +146,7 @@ fn is_lse_close<R: CubeRuntime>(got: &CubeTensor<R>, want: &CubeTensor<R>) -> bo
     got.iter().zip(&want).all(|(got, want)| (got - want).abs() <= LSE_TOLERANCE)
 }
 
-/// What a device that failed does not tell.
+/// The entries, unless the device fails.
 fn values<R: CubeRuntime>(tensor: &CubeTensor<R>) -> Option<Vec<f32>> {
     let bytes = tensor.client.read_one(tensor.handle.clone()).ok()?;
     let data = TensorData::from_bytes(bytes, tensor.meta.shape().clone(), tensor.dtype);
