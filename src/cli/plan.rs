@@ -112,8 +112,8 @@ struct Source {
     val: Vec<TokenizedPair>,
     /// Pairs to train on, where they can be counted.
     n_pairs: Option<usize>,
-    /// Rows that `--max_length` leaves out.
-    n_too_long: usize,
+    /// Rows that are left out, as being too long or unusable.
+    n_left_out: usize,
 }
 
 impl Source {
@@ -131,20 +131,19 @@ impl Source {
                 pairs: None,
                 val: Vec::new(),
                 n_pairs: count_rows(args)?,
-                n_too_long: 0,
+                n_left_out: 0,
             });
         }
         let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
         train::adapter_of(args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
         let Data { train, val, skipped } = Data::load(args, &open)?;
-        let is_too_long = |reason: &str| reason.contains("--max_length is");
         Ok(Self {
             name: open.name.clone(),
             config: open.config,
             n_pairs: Some(train.len()),
             pairs: Some(train),
             val,
-            n_too_long: skipped.iter().filter(|row| is_too_long(&row.reason)).count(),
+            n_left_out: skipped.len(),
         })
     }
 
@@ -158,8 +157,7 @@ impl Source {
             tell("data", &what);
             return;
         };
-        let (n_pairs, n_too_long) = (pairs.len(), self.n_too_long);
-        tell("data", &format!("{n_pairs} pairs, {n_too_long} left out by --max_length {}", args.max_length));
+        tell("data", &format!("{} pairs to train on, {} rows left out", pairs.len(), self.n_left_out));
         tell("lengths", &lengths(pairs));
     }
 }

@@ -78,7 +78,7 @@ fn bytes(size: &str) -> f64 {
 fn the_demo_is_planned_without_a_file() {
     let printed = plan(&["--device", "cpu"]);
     for says in [
-        "429 pairs, 0 left out by --max_length 2048",
+        "429 pairs to train on, 0 rows left out",
         "26 to 54 tokens for prompt + longer answer, which --max_length counts; 31 to 72 for prompt + both answers",
         "54 optimizer steps of 8 pairs",
         "time about ",
@@ -159,7 +159,7 @@ fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     let printed = text(&output.stdout);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let left_out = text(&output.stderr).matches("left out: ").count();
-    let says = format!("data     {} pairs, {left_out} left out by --max_length 60", 7 - left_out);
+    let says = format!("data     {} pairs to train on, {left_out} rows left out", 7 - left_out);
     assert!(left_out > 0 && printed.contains(&says), "{printed}");
 }
 

@@ -62,6 +62,9 @@ fn train_and_plan_say_the_lengths_alike_and_name_what_max_length_counts() {
     let says = "\nlengths  38 to 121 tokens for prompt + longer answer, which --max_length counts;\n         \
                 38 to 122 for prompt + both answers, which a step computes (median 68,\n         90 % up to 108)\n";
     let planned = String::from_utf8(planned.stdout).unwrap();
-    assert!(planned.contains(says) && planned.contains("data     7 pairs, 0 left out"), "{planned}");
+    assert!(
+        planned.contains(says) && planned.contains("data     7 pairs to train on, 0 rows left out"),
+        "{planned}"
+    );
     assert!(stderr(&trained).contains(says), "{}", stderr(&trained));
 }
