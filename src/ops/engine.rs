@@ -1,15 +1,14 @@
 //! What a runtime of CubeCL brings of its own: the products of [`lora_linear`](super::lora_linear) and the odds-ratio loss. All
 //! other kernels have one source for every runtime.
 //!
-//! The default bodies serve every runtime, and CUDA takes them as they are: cubek's matrix product with sums and output in `f32`,
-//! on tensor cores where both operands are 16-bit, by the route that [`tune`](super::tune) found the fastest, and one pass behind it
-//! for what else belongs to the output. So LoRA does not ride in the product. It could, with `s` and `B` (or `ds` and `A`) as 16 more
-//! entries of the depth of both operands: but then they would be rounded to the weight's type, 8 bits in `bf16`, and every frozen
-//! matrix would be stored with room for them at the end of its rows and of its columns. The pass behind reads the rank-r tensors in
-//! `f32` and rounds once.
+//! The default bodies serve every runtime, and CUDA takes them as they are: cubek's matrix products with sums in `f32`. On tensor cores,
+//! where both operands are 16-bit, the adapter rides in the product, which adds to what its output joins and writes that once
+//! (`extended.rs`); of the routines, the one that [`tune`](super::tune) found the fastest. In registers, elsewhere, one pass behind
+//! the product does the rest.
 //!
 //! wgpu has shaders for them instead (`wgpu.rs`).
 
+mod extended;
 mod odds;
 mod product;
 mod rank;
@@ -18,7 +17,6 @@ mod routes;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
-use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::gpu::{input, operand, tensor};
@@ -26,7 +24,7 @@ use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::PairSpan;
 use rank::Side;
 
-pub(super) use product::{Adapter, Finish, Rounding, product, turned};
+pub(super) use product::{Adapter, Rest, Rounding, product, turned};
 pub use routes::{Instruction, Route, RouteKind, Routes};
 
 /// A backend whose float tensors are those of a runtime.
@@ -45,14 +43,14 @@ pub trait Engine: CubeRuntime {
     ) -> (Tensor<B, 2>, Option<Tensor<B, 2>>) {
         let (x, weight) = (operand(x), operand(weight));
         let dtype = residual.as_ref().map_or(x.dtype, Tensor::dtype);
-        let y = product("lora_linear forward", &x, &turned(&weight), Rounding::InParts);
         let s = lora.map(|lora| rank_r(&x, lora));
         let adapter = s.clone().zip(lora).map(|(left, lora)| Adapter {
             left,
-            right: into_contiguous(turned(&input(lora.b.clone()))),
+            right: turned(&input(lora.b.clone())),
             scale: lora.scale,
         });
-        let y = Finish { adapter, addend: residual.map(operand), dtype }.run("lora_linear finish", y);
+        let rest = Rest { adapter, addend: residual.map(operand), dtype };
+        let y = product("lora_linear forward", &x, &turned(&weight), Rounding::InParts, rest);
         (tensor(y), s.map(tensor))
     }
 
@@ -84,9 +82,10 @@ pub trait Engine: CubeRuntime {
         sum: Option<Tensor<B, 2>>,
         dtype: DType,
     ) -> Tensor<B, 2> {
-        let dx = product("lora_linear backward input", &operand(dy), &operand(weight), Rounding::Whole);
         let adapter = ds_a.map(|(ds, a)| Adapter { left: input(ds), right: input(a), scale: 1.0 });
-        tensor(Finish { adapter, addend: sum.map(operand), dtype }.run("lora_linear finish", dx))
+        let rest = Rest { adapter, addend: sum.map(operand), dtype };
+        let (dy, weight) = (operand(dy), operand(weight));
+        tensor(product("lora_linear backward input", &dy, &weight, Rounding::Whole, rest))
     }
 
     /// The statistics of [`orpo_loss`](super::orpo_loss::orpo_loss).

@@ -5,13 +5,13 @@ mod plan;
 
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Shape};
-use burn_cubecl::kernel::{cast, into_contiguous};
+use burn_cubecl::kernel::cast;
 use burn_cubecl::ops::numeric::{self, zeros_client};
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 use super::cube::bytes;
-use super::engine::{self, Adapter, Finish, Rounding, turned};
+use super::engine::{self, Adapter, Rest, Rounding, turned};
 use super::kernel::{Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
 use super::tune::{self, LEFT, RIGHT, Verdict};
@@ -201,13 +201,9 @@ impl<'a> Product<'a> {
         let is_turned = layout == Layout::RowsRows;
         let right = |tensor: &Floats| if is_turned { turned(tensor) } else { tensor.clone() };
         assert_ne!(layout, Layout::ColumnsColumns, "{name}: no such product is timed");
-        let product = engine::product(name, lhs, &right(rhs), Rounding::Whole);
-        let adapter = prologue.map(|(left, factor, scale)| Adapter {
-            left: left.clone(),
-            right: into_contiguous(right(factor)),
-            scale,
-        });
-        Finish { adapter, addend, dtype }.run(name, product)
+        let adapter =
+            prologue.map(|(left, factor, scale)| Adapter { left: left.clone(), right: right(factor), scale });
+        engine::product(name, lhs, &right(rhs), Rounding::Whole, Rest { adapter, addend, dtype })
     }
 
     /// Operations, and bytes that are read and written at least.

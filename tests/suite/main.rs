@@ -16,6 +16,9 @@ mod gpu {
         pub(super) use burn_wgpu::{Wgpu as Gpu, WgpuDevice as GpuDevice, WgpuRuntime as GpuRuntime};
 
         pub(crate) use crate::support::{adapter, stored_types};
+
+        /// Whether matrix units take an adapter rounded to the weight's type.
+        pub(super) const ROUNDS_ADAPTERS: bool = true;
     }
     mod adamw;
     mod attention;
@@ -39,6 +42,8 @@ mod plain_engine {
         pub(super) use crate::plain_runtime::{Plain as GpuRuntime, PlainBackend as Gpu};
         pub(crate) use crate::support::{adapter, stored_types};
         pub(super) use burn_wgpu::WgpuDevice as GpuDevice;
+
+        pub(super) const ROUNDS_ADAPTERS: bool = false;
     }
     #[expect(clippy::duplicate_mod, reason = "the same tests on another backend")]
     mod lora_linear;
@@ -56,6 +61,8 @@ mod cuda {
         pub(super) use burn_cuda::{Cuda as Gpu, CudaDevice as GpuDevice};
 
         pub(crate) use crate::support::{cuda as adapter, stored_types_on_cuda as stored_types};
+
+        pub(super) const ROUNDS_ADAPTERS: bool = false;
     }
     mod adamw;
     mod attention;

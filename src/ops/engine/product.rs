@@ -1,14 +1,15 @@
-//! Matrix products by cubek, and the pass behind them.
+//! Matrix products by cubek, with what else belongs to their output.
 //!
 //! cubek is called itself and not through burn, whose product gives both operands the type of the left one and takes two `f32` on
-//! tensor cores as TF32, with 10 bits of their 23. Here sums and output are `f32` whatever the operands are; tensor cores multiply
-//! where both have the same 16-bit type, and registers elsewhere, which take operands of two types and make them `f32` first.
+//! tensor cores as TF32, with 10 bits of their 23. Here sums are `f32` whatever the operands are. Tensor cores multiply where both have
+//! the same 16-bit type, the adapter and what the product is added to included (`extended.rs`); registers elsewhere, which take
+//! operands of two types and make them `f32` first, and leave the rest to a pass behind them.
 
 use burn::cubecl;
 use burn::cubecl::prelude::*;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
-use burn_cubecl::kernel::cast;
+use burn_cubecl::kernel::{cast, into_contiguous};
 use burn_cubecl::ops::numeric;
 use burn_cubecl::tensor::CubeTensor;
 use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError};
@@ -36,22 +37,26 @@ pub(in crate::ops) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTens
     matrix
 }
 
-/// `lhs · rhs` in `f32`: `[m, depth] · [depth, n] -> [m, n]`.
+/// `addend + lhs · rhs + adapter`: `[m, depth] · [depth, n] -> [m, n]`.
 pub(in crate::ops) fn product<R: CubeRuntime>(
     name: &'static str,
     lhs: &CubeTensor<R>,
     rhs: &CubeTensor<R>,
     rounding: Rounding,
+    rest: Rest<R>,
 ) -> CubeTensor<R> {
     if lhs.dtype != DType::F32 || !has_matrices(&rhs.client, rhs.dtype) {
-        return multiply(name, lhs, rhs);
+        return multiply(name, lhs, rhs, rest);
     }
     match rounding {
-        Rounding::Whole => multiply(name, &cast(lhs.clone(), rhs.dtype), rhs),
+        Rounding::Whole => multiply(name, &cast(lhs.clone(), rhs.dtype), rhs, rest),
         Rounding::InParts => {
             let high = cast(lhs.clone(), rhs.dtype);
             let low = cast(numeric::sub(lhs.clone(), cast(high.clone(), DType::F32)), rhs.dtype);
-            numeric::add(multiply(name, &low, rhs), multiply(name, &high, rhs))
+            let sum = Rest { adapter: None, addend: None, dtype: DType::F32 };
+            let low = multiply(name, &low, rhs, sum);
+            let sum = Rest { adapter: None, addend: Some(low), dtype: DType::F32 };
+            rest.add_to(multiply(name, &high, rhs, sum))
         }
     }
 }
@@ -61,34 +66,50 @@ pub(super) fn has_matrices<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DTy
     dtype != DType::F32 && !matrix_units(client, dtype).is_empty()
 }
 
-fn multiply<R: CubeRuntime>(name: &'static str, lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> CubeTensor<R> {
+fn multiply<R: CubeRuntime>(
+    name: &'static str,
+    lhs: &CubeTensor<R>,
+    rhs: &CubeTensor<R>,
+    rest: Rest<R>,
+) -> CubeTensor<R> {
     let [m, depth] = [0, 1].map(|i| lhs.meta.shape()[i]);
     let [rhs_depth, n] = [0, 1].map(|i| rhs.meta.shape()[i]);
     assert_eq!(depth, rhs_depth, "{name}: depth of the operands");
-    let out = empty(lhs, Shape::from([m, n]), DType::F32);
-    let route = route(lhs, rhs).map(Route::strategy);
-    let registers = Strategy::SimpleUnit(Default::default());
-    let moved = bytes(&[lhs, rhs, &out]);
-    let mut outcome = Ok(());
-    profile::kernel(name, 2 * m * n * depth, moved, &lhs.client, || {
+    let profiled = |dtype: DType, rank: usize, launch: &mut (dyn FnMut() + Send)| {
+        let moved = bytes(&[lhs, rhs]) + m * n * dtype.size();
+        profile::kernel(name, 2 * m * n * (depth + rank), moved, &lhs.client, launch);
+    };
+    if let Some(route) = route(lhs, rhs, &rest) {
+        let out = match &rest.addend {
+            Some(addend) if addend.can_mut() => None,
+            _ => Some(empty(lhs, Shape::from([m, n]), rest.dtype)),
+        };
         // Matrix units have no tile for some shapes.
-        let is_made = route.is_some_and(|route| launch_cubek(&route, lhs, rhs, &out).is_ok());
-        if !is_made {
-            outcome = launch_cubek(&registers, lhs, rhs, &out).map_err(|error| format!("{error:?}"));
+        let mut is_made = false;
+        profiled(rest.dtype, rest.rank(), &mut || {
+            is_made = route.launch([lhs, rhs], &rest, out.as_ref()).is_ok();
+        });
+        if let (true, Some(out)) = (is_made, out.or(rest.addend.clone())) {
+            return out;
         }
+    }
+    let out = empty(lhs, Shape::from([m, n]), DType::F32);
+    let mut outcome = Ok(());
+    profiled(DType::F32, 0, &mut || {
+        outcome = in_registers(lhs, rhs, &out).map_err(|error| format!("{error:?}"));
     });
     if let Err(error) = outcome {
         panic!("{name}: no product of {:?} and {:?}: {error}", lhs.meta.shape(), rhs.meta.shape());
     }
-    out
+    rest.add_to(out)
 }
 
 /// The route to take; none where registers have to make the product.
-fn route<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> Option<Route> {
+fn route<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) -> Option<Route> {
     if lhs.dtype != rhs.dtype || !has_matrices(&rhs.client, rhs.dtype) {
         return None;
     }
-    let kind = RouteKind::of(lhs, rhs);
+    let kind = RouteKind::of(lhs, rhs, rest);
     let rule = Route::ALL[0];
     let is_rule_right = || tune::comes_out_right::<Routes<R>>(&lhs.device, kind.sample(), rule);
     match tune::verdict::<Routes<R>>(&lhs.device, kind) {
@@ -99,8 +120,7 @@ fn route<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> Option<Rou
 }
 
 /// `lhs · rhs` into `out`, which is `f32`.
-pub(super) fn launch_cubek<R: CubeRuntime>(
-    strategy: &Strategy,
+fn in_registers<R: CubeRuntime>(
     lhs: &CubeTensor<R>,
     rhs: &CubeTensor<R>,
     out: &CubeTensor<R>,
@@ -108,7 +128,8 @@ pub(super) fn launch_cubek<R: CubeRuntime>(
     let operand = |tensor: &CubeTensor<R>| InputBinding::new(tensor.clone().binding(), tensor.dtype.into());
     let globals = MatmulGlobalElems { lhs: lhs.dtype.into(), rhs: rhs.dtype.into(), out: DType::F32.into() };
     let mut elements = MatmulElems::from_globals(&globals);
-    launch_ref(strategy, &lhs.client, operand(lhs), operand(rhs), out.clone().binding(), &mut elements)
+    let strategy = Strategy::SimpleUnit(Default::default());
+    launch_ref(&strategy, &lhs.client, operand(lhs), operand(rhs), out.clone().binding(), &mut elements)
 }
 
 /// Rows of a thread of [`finish()`].
@@ -123,8 +144,8 @@ pub(in crate::ops) struct Adapter<R: CubeRuntime> {
     pub(in crate::ops) scale: f32,
 }
 
-/// What becomes of a product `[m, n]`: `addend + product + adapter`, in `dtype`.
-pub(in crate::ops) struct Finish<R: CubeRuntime> {
+/// What belongs to an output `[m, n]` besides the product: `addend + product + adapter`, in `dtype`.
+pub(in crate::ops) struct Rest<R: CubeRuntime> {
     pub(in crate::ops) adapter: Option<Adapter<R>>,
     /// `[m, n]`, in `dtype`.
     pub(in crate::ops) addend: Option<CubeTensor<R>>,
@@ -132,18 +153,18 @@ pub(in crate::ops) struct Finish<R: CubeRuntime> {
     pub(in crate::ops) dtype: DType,
 }
 
-impl<R: CubeRuntime> Finish<R> {
-    /// Launches it, over the addend or the product where it can.
-    pub(in crate::ops) fn run(self, name: &'static str, product: CubeTensor<R>) -> CubeTensor<R> {
+impl<R: CubeRuntime> Rest<R> {
+    /// The adapter's rank, or 0.
+    pub(super) fn rank(&self) -> usize {
+        self.adapter.as_ref().map_or(0, |adapter| adapter.left.meta.shape()[1])
+    }
+
+    /// Adds it to a product in `f32`, over the addend or the product where it can.
+    fn add_to(self, product: CubeTensor<R>) -> CubeTensor<R> {
+        const NAME: &str = "lora_linear finish";
         let Self { adapter, addend, dtype } = self;
         if adapter.is_none() && addend.is_none() && dtype == DType::F32 {
             return product;
-        }
-        if let Some(addend) = &addend {
-            assert_eq!(
-                addend.dtype, dtype,
-                "{name}: the type of the output against that of what it is added to"
-            );
         }
         let client = product.client.clone();
         let [m, n] = [0, 1].map(|i| product.meta.shape()[i]);
@@ -155,7 +176,7 @@ impl<R: CubeRuntime> Finish<R> {
         // What is not there is never read; some buffer has to stand in its place.
         let none = || Adapter { left: product.clone(), right: product.clone(), scale: 0.0 };
         let Adapter { left, right, scale } = adapter.unwrap_or_else(none);
-        let [left, right] = [left, right].map(CubeTensor::into_array_arg);
+        let [left, right] = [left, right].map(|factor| into_contiguous(factor).into_array_arg());
         let (product, addend, out, tensor) = match addend {
             Some(addend) => {
                 let out = overwrite(addend, 3);
@@ -171,7 +192,7 @@ impl<R: CubeRuntime> Finish<R> {
                 (product.into_array_arg(), stand_in, out.clone().into_array_arg(), out)
             }
         };
-        profile::kernel(name, work[0], work[1], &client, || {
+        profile::kernel(NAME, work[0], work[1], &client, || {
             #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
             // SAFETY: rows and vectors are held against their numbers, and the rank is that of both sides of the adapter.
             unsafe {

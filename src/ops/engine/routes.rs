@@ -11,18 +11,20 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::zeros_client;
 use burn_cubecl::tensor::CubeTensor;
 use cubek::matmul::components::tile::TileMatmulKind;
-use cubek::matmul::launch::Strategy;
-use cubek::matmul::routines::BlueprintStrategy;
-use cubek::matmul::routines::double_buffering::DoubleBufferingArgs;
-use cubek::matmul::routines::ordered_double_buffering::OrderedSelectionArgs;
-use cubek::matmul::routines::simple::SimpleArgs;
+use cubek::matmul::definition::MatmulSetupError;
+use cubek::matmul::routines::double_buffering::{CyclicDoubleBufferingAlgorithm, DoubleBufferingArgs};
+use cubek::matmul::routines::ordered_double_buffering::{
+    OrderedDoubleBufferingAlgorithm, OrderedSelectionArgs,
+};
+use cubek::matmul::routines::simple::{SimpleAlgorithm, SimpleArgs};
 use serde::{Deserialize, Serialize};
 
-use super::product::{has_matrices, launch_cubek, turned};
+use super::extended::{is_turned, launch};
+use super::product::{Adapter, Rest, has_matrices, turned};
 use crate::ops::cube::empty;
 use crate::ops::tune::{self, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
 
-/// What the time of a product depends on: `[m, depth] · [depth, n]` of 16-bit entries, summed in `f32`.
+/// What the time of a product depends on: `[m, depth] · [depth, n]` of 16-bit entries, summed in `f32`, with an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RouteKind {
     /// Rows of the output, rounded up to a power of two.
@@ -31,25 +33,29 @@ pub struct RouteKind {
     pub n: usize,
     /// Entries that each entry of the output sums.
     pub depth: usize,
+    /// Rank of the adapter, or 0.
+    pub rank: usize,
     /// Whether the right operand's columns lie along its memory, as a weight's do in the forward product.
     pub is_turned: bool,
     /// What the operands hold.
     pub dtype: DType,
+    /// What the output does.
+    pub out: DType,
 }
 
 impl RouteKind {
     /// The kind of a product of these tensors.
-    pub(crate) fn of<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> Self {
+    pub(super) fn of<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) -> Self {
         let ([m, depth], [_, n]) = ([0, 1].map(|i| lhs.meta.shape()[i]), [0, 1].map(|i| rhs.meta.shape()[i]));
-        let is_turned = rhs.meta.strides()[0] < rhs.meta.strides()[1];
-        Self { m: m.next_power_of_two(), n, depth, is_turned, dtype: rhs.dtype }
+        let (rank, m) = (rest.rank(), m.next_power_of_two());
+        Self { m, n, depth, rank, is_turned: is_turned(rhs), dtype: rhs.dtype, out: rest.dtype }
     }
 
     /// A product by which one like this is judged that was not timed: a few blocks of it, with edges where it has edges, for which the
     /// routines have kernels of their own.
     pub(super) fn sample(self) -> Self {
         let like = |extent: usize| if extent.is_multiple_of(256) { 256 } else { 264 };
-        Self { m: 256, n: like(self.n), depth: like(self.depth), ..self }
+        Self { m: 256, n: like(self.n), depth: like(self.depth), rank: 8 * self.rank.min(1), ..self }
     }
 }
 
@@ -104,31 +110,40 @@ impl Route {
         ]
     };
 
-    /// cubek's name for it.
-    pub(crate) fn strategy(self) -> Strategy {
-        use BlueprintStrategy::Inferred;
+    /// Launches `addend + lhs · rhs + adapter` into `out`, or else into the addend's place.
+    ///
+    /// # Errors
+    /// If the routine has no kernel for it on this device.
+    pub(super) fn launch<R: CubeRuntime>(
+        self,
+        operands: [&CubeTensor<R>; 2],
+        rest: &Rest<R>,
+        out: Option<&CubeTensor<R>>,
+    ) -> Result<(), MatmulSetupError> {
         let (Self::Simple { instruction, .. }
         | Self::DoubleBuffered { instruction, .. }
         | Self::Ordered { instruction }) = self;
-        let is_mma = instruction == Instruction::Mma;
-        let tile_matmul = if is_mma { TileMatmulKind::Mma } else { TileMatmulKind::Cmma };
+        let tile_matmul = match instruction {
+            Instruction::Cmma => TileMatmulKind::Cmma,
+            Instruction::Mma => TileMatmulKind::Mma,
+        };
         match self {
             Self::Simple { multi_rows, .. } => {
-                let args = Inferred(SimpleArgs { multi_rows, tile_matmul });
-                if is_mma { Strategy::SimpleCyclicMma(args) } else { Strategy::SimpleCyclicCmma(args) }
+                let args = SimpleArgs { multi_rows, tile_matmul };
+                launch::<R, SimpleAlgorithm>(args, operands, rest, out)
             }
             Self::DoubleBuffered { specialized, .. } => {
-                let args = Inferred(DoubleBufferingArgs { specialized, tile_matmul });
-                if is_mma { Strategy::DoubleCyclicMma(args) } else { Strategy::DoubleCyclicCmma(args) }
+                let args = DoubleBufferingArgs { specialized, tile_matmul };
+                launch::<R, CyclicDoubleBufferingAlgorithm>(args, operands, rest, out)
             }
             Self::Ordered { .. } => {
-                let args = Inferred(OrderedSelectionArgs {
+                let args = OrderedSelectionArgs {
                     partition_k: Some(2),
                     row_count: Some(8),
                     rows_per_plane: Some(2),
                     tile_matmul,
-                });
-                if is_mma { Strategy::OrderedDoubleMma(args) } else { Strategy::OrderedDoubleCmma(args) }
+                };
+                launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, rest, out)
             }
         }
     }
@@ -147,7 +162,7 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
     type Runtime = R;
     type Kind = RouteKind;
     type Choice = Route;
-    type Scratch = [CubeTensor<R>; 2];
+    type Scratch = Scratch<R>;
 
     fn table() -> &'static Table<RouteKind, Route> {
         static TABLE: Table<RouteKind, Route> = LazyLock::new(Default::default);
@@ -158,18 +173,18 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
         env!("CARGO_PKG_VERSION").to_owned()
     }
 
-    fn of_linear(LinearKind { extents, dtype, .. }: LinearKind) -> [RouteKind; 2] {
-        // The adapter is no part of the product, whose output is `f32` whatever it goes on as.
-        let [tokens, n_in, n_out, _] = extents.map(|n| n as usize);
+    fn of_linear(LinearKind { extents, dtype, joins_stream }: LinearKind) -> [RouteKind; 2] {
+        let [tokens, n_in, n_out, rank] = extents.map(|n| n as usize);
         let m = tokens.next_power_of_two();
+        let out = if joins_stream { DType::F32 } else { dtype };
         [
-            RouteKind { m, n: n_out, depth: n_in, is_turned: true, dtype },
-            RouteKind { m, n: n_in, depth: n_out, is_turned: false, dtype },
+            RouteKind { m, n: n_out, depth: n_in, rank, is_turned: true, dtype, out },
+            RouteKind { m, n: n_in, depth: n_out, rank, is_turned: false, dtype, out: dtype },
         ]
     }
 
     fn flops(kind: RouteKind) -> f64 {
-        2.0 * typical_rows(kind.m) as f64 * kind.n as f64 * kind.depth as f64
+        2.0 * typical_rows(kind.m) as f64 * kind.n as f64 * (kind.depth + kind.rank) as f64
     }
 
     fn candidates(client: &ComputeClient<R>, kind: RouteKind) -> Vec<Route> {
@@ -177,36 +192,51 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
     }
 
     fn depth(kind: RouteKind) -> usize {
-        kind.depth
+        kind.depth + kind.rank
     }
 
-    fn scratch(client: &ComputeClient<R>, device: &R::Device, kind: RouteKind) -> [CubeTensor<R>; 2] {
-        let RouteKind { m, n, depth, is_turned, dtype } = kind;
-        let operand =
-            |shape, is_rows, pattern| tune::operand(client, device, shape, is_rows, 0, pattern, dtype);
-        let rhs = if is_turned {
-            turned(&operand([n, depth], true, RIGHT))
-        } else {
-            operand([depth, n], false, RIGHT)
+    fn scratch(client: &ComputeClient<R>, device: &R::Device, kind: RouteKind) -> Scratch<R> {
+        let RouteKind { m, n, depth, rank, is_turned, dtype, out } = kind;
+        let m = typical_rows(m);
+        let left =
+            |columns, first, dtype| tune::operand(client, device, [m, columns], true, first, LEFT, dtype);
+        let right = |rows, first, dtype| match is_turned {
+            true => turned(&tune::operand(client, device, [n, rows], true, first, RIGHT, dtype)),
+            false => tune::operand(client, device, [rows, n], false, first, RIGHT, dtype),
         };
-        [operand([typical_rows(m), depth], true, LEFT), rhs]
+        let adapter = || Adapter {
+            left: left(rank, depth, DType::F32),
+            right: right(rank, depth, DType::F32),
+            scale: 1.0,
+        };
+        Scratch {
+            operands: [left(depth, 0, dtype), right(depth, 0, dtype)],
+            rest: Rest { adapter: (rank > 0).then(adapter), addend: None, dtype: out },
+        }
     }
 
-    fn launch(
-        [lhs, rhs]: &[CubeTensor<R>; 2],
-        route: Route,
-        zeros: Option<CubeTensor<R>>,
-    ) -> Option<CubeTensor<R>> {
-        let out = zeros.unwrap_or_else(|| empty(lhs, out_shape(lhs, rhs), DType::F32));
-        launch_cubek(&route.strategy(), lhs, rhs, &out).ok().map(|()| out)
+    fn launch(scratch: &Scratch<R>, route: Route, zeros: Option<CubeTensor<R>>) -> Option<CubeTensor<R>> {
+        let Scratch { operands: [lhs, rhs], rest } = scratch;
+        let out = zeros.unwrap_or_else(|| empty(lhs, scratch.shape(), rest.dtype));
+        route.launch([lhs, rhs], rest, Some(&out)).ok().map(|()| out)
     }
 
-    fn zeros([lhs, rhs]: &[CubeTensor<R>; 2]) -> CubeTensor<R> {
-        let zeros = zeros_client(lhs.client.clone(), lhs.device.clone(), out_shape(lhs, rhs), DType::F32);
-        into_contiguous(zeros)
+    fn zeros(scratch: &Scratch<R>) -> CubeTensor<R> {
+        let [lhs, _] = &scratch.operands;
+        let (client, device) = (lhs.client.clone(), lhs.device.clone());
+        into_contiguous(zeros_client(client, device, scratch.shape(), scratch.rest.dtype))
     }
 }
 
-fn out_shape<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>) -> Shape {
-    Shape::from([lhs.meta.shape()[0], rhs.meta.shape()[1]])
+/// The operands of a product that is only timed.
+pub struct Scratch<R: CubeRuntime> {
+    operands: [CubeTensor<R>; 2],
+    rest: Rest<R>,
+}
+
+impl<R: CubeRuntime> Scratch<R> {
+    fn shape(&self) -> Shape {
+        let [lhs, rhs] = &self.operands;
+        Shape::from([lhs.meta.shape()[0], rhs.meta.shape()[1]])
+    }
 }

@@ -51,7 +51,7 @@ impl CutKind {
 pub enum CutChoice {
     /// The project's kernels.
     Own(Cut),
-    /// cubek's, which is burn's library for it, and a pass behind it for the rest.
+    /// cubek's, which is burn's library for it.
     Cubek,
 }
 

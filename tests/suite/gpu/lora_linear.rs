@@ -10,7 +10,7 @@ use orpo_wgpu::ops::lora_linear::{
     InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
 };
 
-use super::on::{Gpu, GpuDevice, GpuRuntime, adapter, stored_types};
+use super::on::{Gpu, GpuDevice, GpuRuntime, ROUNDS_ADAPTERS, adapter, stored_types};
 use crate::gpu::product::{ATOL, ATOL_F16, ATOL_MATRICES, RTOL, RTOL_F16, RTOL_MATRICES, matrix_sizes};
 use crate::support::{Numbers, assert_close, has_matrices};
 
@@ -176,11 +176,16 @@ pub(super) fn compare(case: Case, device: &GpuDevice) {
         format!("{shape:?}, adapter {has_adapter}, residual {has_residual}, input {input:?}, {types:?}");
     assert_eq!(got.y_dtype, want.y_dtype, "{name}: type of y");
     assert_eq!(got.dx_dtype, want.dx_dtype, "{name}: type of dx");
-    // Matrices take weights in f16, and round what else is in f32: activations, and the prologue's operands.
+    // Matrices take weights in f16, and round what else is in f32: gradients of the residual stream, and the adapter, or else products
+    // before they are added to something in f16.
     let has_matrices = types.weight == DType::F16 && !matrix_sizes::<GpuRuntime>(device).is_empty();
+    let rounds_with = |addend: bool| match ROUNDS_ADAPTERS {
+        true => has_adapter,
+        false => addend && types.out == DType::F16,
+    };
     let rounds = |which: &str| match which {
-        "y" => has_matrices && has_adapter && types.x == DType::F16,
-        "dx" => has_matrices && (has_adapter || types.dy == DType::F32),
+        "y" => has_matrices && types.x == DType::F16 && rounds_with(has_residual),
+        "dx" => has_matrices && (types.dy == DType::F32 || rounds_with(input == Input::AddTo)),
         _ => false,
     };
     let close = |got: &[f32], want: &[f32], which: &str, dtype: DType, what: &str| {

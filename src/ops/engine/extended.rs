@@ -1,0 +1,212 @@
+//! cubek's routines with an adapter in their product: behind its depth each operand goes on with a factor of the adapter's,
+//!
+//! ```text
+//! y = [x | s] [W | B]ᵀ      dx = [dy | ds] [W ; A]
+//! ```
+//!
+//! so that matrix units add `s Bᵀ` or `ds A` up with the rest, and the product is written once, in the type that it goes on in. No tensor
+//! is copied beside another: a load from behind the frozen depth reads a second one. There the factor, which is `f32`, lies as numbers
+//! of 16 bits: `a` as the sum of two, `a₁ + a₂`, and a product as three, `a₁ b₁ + a₂ b₁ + a₁ b₂`. What is left out is 2⁻¹⁶ of it in
+//! `bf16`, 2⁻²² in `f16`.
+
+mod operand;
+mod output;
+mod tail;
+
+use burn::cubecl;
+use burn::cubecl::prelude::*;
+use burn::cubecl::std::tensor::View;
+use burn::cubecl::std::tensor::launch::ViewArg;
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::tensor::CubeTensor;
+use cubek::matmul::components::global::memory::{GlobalLayout, GlobalLayoutConfig, GlobalLayoutLaunch};
+use cubek::matmul::definition::{
+    AvailableVectorSizes, Blueprint, MatmulGlobalElems, MatmulProblem, MatmulSetupError, TilingBlueprint,
+};
+use cubek::matmul::launch::{BatchedCoords, MatmulArgs, launch_kernel};
+use cubek::matmul::routines::{BlueprintStrategy, Routine};
+
+use super::product::{Adapter, Rest, turned};
+use operand::{Tail, TailLaunch, extended};
+use output::sum;
+use tail::{Side, tail, tail_depth};
+
+type Expand<T> = <T as CubeType>::ExpandType;
+
+/// The frozen operands, what they go on with, and what the product is added to.
+#[derive(CubeType, CubeLaunch, Clone)]
+pub(super) struct Operands<Lhs: CubePrimitive, Rhs: CubePrimitive, E: CubePrimitive> {
+    lhs: View<Lhs, BatchedCoords>,
+    rhs: View<Rhs, BatchedCoords>,
+    left: ComptimeOption<Tail<Lhs>>,
+    right: ComptimeOption<Tail<Rhs>>,
+    addend: ComptimeOption<View<E, BatchedCoords>>,
+}
+
+/// Where the product goes.
+#[derive(CubeType, CubeLaunch, Clone)]
+pub(super) struct Output<E: CubePrimitive> {
+    view: View<E, BatchedCoords, ReadWrite>,
+}
+
+/// [`Operands`] and [`Output`] as cubek takes them.
+#[derive(Clone)]
+pub(super) struct Extension;
+
+#[cube]
+impl MatmulArgs for Extension {
+    type Input<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive> = Operands<Lhs, Rhs, EO>;
+    type Output<EO: CubePrimitive> = Output<EO>;
+    type Config = ();
+    type State<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive> =
+        (Operands<Lhs, Rhs, EO>, Output<EO>);
+
+    fn init_state<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        input: &Self::Input<Lhs, Rhs, EO>,
+        output: &mut Self::Output<EO>,
+        _config: (),
+        #[comptime] _lhs: GlobalLayoutConfig,
+        #[comptime] _rhs: GlobalLayoutConfig,
+        #[comptime] _out: GlobalLayoutConfig,
+    ) -> Self::State<Lhs, Rhs, EO> {
+        (input.clone(), output.clone())
+    }
+
+    fn view_lhs<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        state: &Self::State<Lhs, Rhs, EO>,
+    ) -> View<Lhs, BatchedCoords> {
+        extended::<Lhs>(state.0.lhs, state.0.left.clone())
+    }
+
+    fn view_rhs<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        state: &Self::State<Lhs, Rhs, EO>,
+    ) -> View<Rhs, BatchedCoords> {
+        extended::<Rhs>(state.0.rhs, state.0.right.clone())
+    }
+
+    fn view_acc<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        _state: &Self::State<Lhs, Rhs, EO>,
+    ) -> ComptimeOption<View<EO, BatchedCoords>> {
+        ComptimeOption::new_None()
+    }
+
+    fn view_out<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        state: &mut Self::State<Lhs, Rhs, EO>,
+    ) -> View<EO, BatchedCoords, ReadWrite> {
+        sum::<EO>(state.1.view, state.0.addend)
+    }
+
+    fn batch_lhs<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        _state: &Self::State<Lhs, Rhs, EO>,
+        batch: usize,
+    ) -> usize {
+        batch
+    }
+
+    fn batch_rhs<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        _state: &Self::State<Lhs, Rhs, EO>,
+        batch: usize,
+    ) -> usize {
+        batch
+    }
+
+    fn batch_acc<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        _state: &Self::State<Lhs, Rhs, EO>,
+        batch: usize,
+    ) -> usize {
+        batch
+    }
+
+    fn batch_out<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        _state: &Self::State<Lhs, Rhs, EO>,
+        batch: usize,
+    ) -> usize {
+        batch
+    }
+
+    fn runtime_config<Lhs: CubePrimitive, Rhs: CubePrimitive, EO: CubePrimitive>(
+        _state: &Self::State<Lhs, Rhs, EO>,
+    ) {
+    }
+}
+
+/// Whether a matrix's columns lie along its memory.
+pub(super) fn is_turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> bool {
+    matrix.meta.strides()[0] < matrix.meta.strides()[1]
+}
+
+/// The product of two 16-bit operands, `addend + lhs · rhs + adapter`, in `out` or else in the addend's place.
+///
+/// # Errors
+/// If the routine has no kernel for it on this device.
+pub(super) fn launch<R: CubeRuntime, A: Routine<(), Blueprint = TilingBlueprint>>(
+    strategy: A::Strategy,
+    [lhs, rhs]: [&CubeTensor<R>; 2],
+    rest: &Rest<R>,
+    out: Option<&CubeTensor<R>>,
+) -> Result<(), MatmulSetupError> {
+    let client = &lhs.client;
+    let [m, depth] = [0, 1].map(|i| lhs.meta.shape()[i]);
+    let n = rhs.meta.shape()[1];
+    let elements = MatmulGlobalElems { lhs: lhs.dtype.into(), rhs: rhs.dtype.into(), out: rest.dtype.into() };
+    let target = out.or(rest.addend.as_ref()).expect("a product has a place");
+    let mut problem = MatmulProblem::from_shapes_and_strides(
+        lhs.meta.shape().clone(),
+        rhs.meta.shape().clone(),
+        target.meta.shape().clone(),
+        lhs.meta.strides().clone(),
+        rhs.meta.strides().clone(),
+        target.meta.strides().clone(),
+        elements,
+        [lhs, rhs, target].map(CubeTensor::required_address_type).into_iter().max().unwrap_or_default(),
+        None,
+        None,
+    )?;
+    let sizes = [lhs, rhs, target].map(|tensor| tensor.dtype.size());
+    let vectors = AvailableVectorSizes::from_type_sizes(client, sizes[0], sizes[1], sizes[2])
+        .filter_lhs_with_tensor(&problem.lhs_strides, &problem.lhs_shape, problem.lhs_layout)
+        .filter_rhs_with_tensor(&problem.rhs_strides, &problem.rhs_shape, problem.rhs_layout)
+        .filter_out_with_tensor(&problem.out_strides, &problem.out_shape)
+        .pick_max()?;
+    let end = depth + tail_depth(rest.rank());
+    problem.k = end;
+    problem.lhs_shape = [m, end].into();
+    problem.rhs_shape = [end, n].into();
+
+    let settings = A::device_settings(client, vectors);
+    let inferred = A::expand_blueprint(&problem, &settings, &BlueprintStrategy::Inferred(strategy))?;
+    let launch = A::prepare(&problem, &settings, inferred)?;
+    let layout = |tensor: &CubeTensor<R>, (vector_size, config)| {
+        GlobalLayoutLaunch::from_handle(&tensor.clone().binding(), vector_size, config)
+    };
+    let view = |tensor: &CubeTensor<R>, form| {
+        ViewArg::new_tensor::<GlobalLayout>(tensor.clone().into_tensor_arg(), layout(tensor, form))
+    };
+    let (blueprint, sizes) = (&launch.blueprint, launch.vector_sizes);
+    let [left, right, output] = [
+        (sizes.lhs, blueprint.lhs_global_layout_config()),
+        (sizes.rhs, blueprint.rhs_global_layout_config()),
+        (sizes.out, blueprint.out_global_layout_config()),
+    ];
+    let tails = rest.adapter.as_ref().map(|Adapter { left, right, scale }| {
+        let left = tail(left, *scale, Side::Left, true, lhs.dtype);
+        [left, turned(&tail(&turned(right), 1.0, Side::Right, is_turned(rhs), rhs.dtype))]
+    });
+    let [left_tail, right_tail] = tails.map_or([None, None], |tails| tails.map(Some));
+    let left_tail = left_tail.map(|tail| TailLaunch::new(view(&tail, left), depth as u32, Side::Left));
+    let right_tail = right_tail.map(|tail| TailLaunch::new(view(&tail, right), depth as u32, Side::Right));
+    let operands = OperandsLaunch::new(
+        view(lhs, left),
+        view(rhs, right),
+        left_tail.into(),
+        right_tail.into(),
+        rest.addend.as_ref().map(|addend| view(addend, output)).into(),
+    );
+    let out = match out {
+        Some(out) => out.clone().into_tensor_arg(),
+        // Behind the operands and their tails.
+        None => target.as_tensor_alias(if rest.adapter.is_some() { 4 } else { 2 }),
+    };
+    let out = OutputLaunch::new(ViewArg::new_tensor::<GlobalLayout>(out, layout(target, output)));
+    launch_kernel::<Extension, R, A>(client, operands, out, (), launch)
+}
