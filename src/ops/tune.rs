@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::cube::settle;
 
 pub use pattern::is_product;
-pub(super) use pattern::{LEFT, RIGHT, operand};
+pub(super) use pattern::{ADAPTER_SCALE, LEFT, RIGHT, operand};
 
 /// A matrix engine that has several ways of making a product, of which a device has its fastest.
 pub trait Tunable: 'static {
@@ -51,8 +51,8 @@ pub trait Tunable: 'static {
     /// A product's multiplications and additions.
     fn flops(kind: Self::Kind) -> f64;
 
-    /// How many products of two entries each entry of the output sums, the adapter's included.
-    fn depth(kind: Self::Kind) -> usize;
+    /// How many products of two entries each entry of the output sums: the operands', and the adapter's.
+    fn depth(kind: Self::Kind) -> [usize; 2];
 
     /// What is worth timing, the rule's choice first.
     fn candidates(client: &ComputeClient<Self::Runtime>, kind: Self::Kind) -> Vec<Self::Choice>;
@@ -122,7 +122,7 @@ pub enum Verdict<C> {
 }
 
 /// Raised with every change of what is timed or held to be right: older timings say something else.
-pub const METHOD: u32 = 2;
+pub const METHOD: u32 = 3;
 /// Products of fewer operations are not timed: there is nothing to win.
 pub const LEAST_FLOPS: f64 = 1e8;
 const WARM_UPS: usize = 2;

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::extended::{is_turned, launch};
 use super::product::{Adapter, Rest, has_matrices, turned};
 use crate::ops::cube::empty;
-use crate::ops::tune::{self, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
+use crate::ops::tune::{self, ADAPTER_SCALE, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
 
 /// What the time of a product depends on: `[m, depth] · [depth, n]` of 16-bit entries, summed in `f32`, with an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -191,8 +191,8 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
         if has_matrices(client, kind.dtype) { Route::ALL.to_vec() } else { Vec::new() }
     }
 
-    fn depth(kind: RouteKind) -> usize {
-        kind.depth + kind.rank
+    fn depth(kind: RouteKind) -> [usize; 2] {
+        [kind.depth, kind.rank]
     }
 
     fn scratch(client: &ComputeClient<R>, device: &R::Device, kind: RouteKind) -> Scratch<R> {
@@ -207,7 +207,7 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
         let adapter = || Adapter {
             left: left(rank, depth, DType::F32),
             right: right(rank, depth, DType::F32),
-            scale: 1.0,
+            scale: ADAPTER_SCALE,
         };
         Scratch {
             operands: [left(depth, 0, dtype), right(depth, 0, dtype)],

@@ -90,8 +90,8 @@ impl Tunable for Cuts {
         2.0 * f64::from(kind.rows()) * f64::from(kind.n) * (f64::from(kind.depth) + f64::from(kind.rank))
     }
 
-    fn depth(kind: CutKind) -> usize {
-        (kind.depth + kind.rank) as usize
+    fn depth(kind: CutKind) -> [usize; 2] {
+        [kind.depth, kind.rank].map(|n| n as usize)
     }
 
     fn candidates(client: &ComputeClient<WgpuRuntime>, kind: CutKind) -> Vec<CutChoice> {

@@ -3,6 +3,8 @@
 //! Lines are turns of the same seven numbers, so that a product has up to 49 different entries. Their sums are the same in any order: all
 //! products of two entries are multiples of 1/16.
 
+use std::ops::Range;
+
 use burn::cubecl::client::ComputeClient;
 use burn::cubecl::server::ServerError;
 use burn::tensor::{DType, Shape, TensorData};
@@ -30,8 +32,8 @@ pub(in crate::ops) const RIGHT: Pattern =
 const END_ROWS: usize = 16;
 /// Rows between them that are looked at, about.
 const ROWS: usize = 256;
-/// What an output in `f16` may be off by; one in `f32` is exact.
-const TOLERANCE: f32 = 1.0 / 1024.0;
+/// By what the adapter's products count more than the others: so that one that is missing shows in any type.
+pub(in crate::ops) const ADAPTER_SCALE: f32 = 64.0;
 
 /// The operand of this shape, `[lines, depth]` if its rows are its lines; its depth starts `first` entries into the pattern.
 pub(in crate::ops) fn operand<R: CubeRuntime>(
@@ -58,14 +60,18 @@ pub(in crate::ops) fn operand<R: CubeRuntime>(
     CubeTensor::new_contiguous(client.clone(), device.clone(), Shape::from([rows, columns]), handle, dtype)
 }
 
-/// Whether this is the product of the two operands over so much depth.
+/// Whether this is the product of the two operands over so much depth, that of the adapter behind it, which counts [`ADAPTER_SCALE`]
+/// times, included.
 ///
 /// Looked at are all columns of the first and the last rows, and of rows between that lie apart by a number that divides neither a
 /// block's rows nor the period.
 ///
 /// # Errors
 /// If the device fails.
-pub fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> Result<bool, ServerError> {
+pub fn is_product<R: CubeRuntime>(
+    out: &CubeTensor<R>,
+    [depth, rank]: [usize; 2],
+) -> Result<bool, ServerError> {
     let [m, n] = [0, 1].map(|i| out.meta.shape()[i]);
     let row_bytes = n * out.dtype.size();
     let step = (m / ROWS) | 1;
@@ -77,8 +83,12 @@ pub fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> Result<b
         handle.offset_end(((m - row - 1) * row_bytes) as u64)
     };
     let read = pollster::block_on(out.client.read_async(rows.iter().map(of_row).collect()))?;
-    let sums = sums(depth);
-    let tolerance = if out.dtype == DType::F32 { 0.0 } else { TOLERANCE };
+    let sums = sums(depth, rank);
+    let tolerance = match out.dtype {
+        DType::F32 => 0.0,
+        DType::BF16 => 1.0 / 128.0,
+        _ => 1.0 / 1024.0,
+    };
     Ok(rows.into_iter().zip(read).all(|(row, bytes)| {
         let data = TensorData::from_bytes(bytes, [n], out.dtype);
         let values = data.convert::<f32>().into_vec::<f32>().unwrap_or_default();
@@ -90,10 +100,14 @@ pub fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> Result<b
     }))
 }
 
-/// The entries of a product over so much depth, by row and column modulo the period.
-fn sums(depth: usize) -> [[f32; PERIOD]; PERIOD] {
+/// The entries of a product over so much depth and such an adapter, by row and column modulo the period.
+fn sums(depth: usize, rank: usize) -> [[f32; PERIOD]; PERIOD] {
     let at = |Pattern { numbers, step }: Pattern, line: usize, k: usize| numbers[(line * step + k) % PERIOD];
+    let sum =
+        |row, column, ks: Range<usize>| ks.map(|k| at(LEFT, row, k) * at(RIGHT, column, k)).sum::<f32>();
     std::array::from_fn(|row| {
-        std::array::from_fn(|column| (0..depth).map(|k| at(LEFT, row, k) * at(RIGHT, column, k)).sum())
+        std::array::from_fn(|column| {
+            sum(row, column, 0..depth) + ADAPTER_SCALE * sum(row, column, depth..depth + rank)
+        })
     })
 }

@@ -144,7 +144,7 @@ fn a_wrong_product_is_seen() {
     let is_product = |values: &[f32], depth| {
         let data = TensorData::new(values.to_vec(), [values.len() / n, n]);
         let tensor = Tensor::<Gpu, 2>::from_data(data, &device).into_primitive().tensor();
-        tune::is_product(&tensor, depth).unwrap()
+        tune::is_product(&tensor, [depth, 0]).unwrap()
     };
     assert!(is_product(&right, 96));
     assert!(!is_product(&right, 95), "another depth");
