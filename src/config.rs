@@ -4,6 +4,7 @@
 //! own settings (where no model is named), from `--config FILE` and from the flags.
 
 mod byte_size;
+mod file;
 pub mod other_names;
 
 use std::collections::BTreeMap;
@@ -268,7 +269,7 @@ impl TrainArgs {
     /// If the file cannot be read or holds something that is not a setting, or settings cannot be run: all of them in one error.
     pub fn resolve(matches: &ArgMatches, config: Option<&Path>, demo: &Map<String, Value>) -> Result<Self> {
         let parsed = Self::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
-        let mut given = config.map(read_config).transpose()?.unwrap_or_default();
+        let mut given = config.map(file::read).transpose()?.unwrap_or_default();
         let parsed = to_map(&parsed);
         let from_user = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
         // Where to start from is one choice: the command line's goes over the file's.
@@ -401,34 +402,6 @@ fn to_map(args: &TrainArgs) -> Map<String, Value> {
     match serde_json::to_value(args) {
         Ok(Value::Object(map)) => map,
         _ => Map::new(),
-    }
-}
-
-/// Reads `--config FILE`: JSON when the file's name says so, else TOML.
-fn read_config(path: &Path) -> Result<Map<String, Value>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let is_json = path.extension().is_some_and(|e| e == "json");
-    // Parsed as the settings themselves first, whose messages know line, column and the names that exist.
-    let (checked, value) = if is_json {
-        (
-            serde_json::from_str::<TrainArgs>(&text).map(drop).map_err(|e| e.to_string()),
-            serde_json::from_str(&text).ok(),
-        )
-    } else {
-        (toml::from_str::<TrainArgs>(&text).map(drop).map_err(|e| e.to_string()), toml::from_str(&text).ok())
-    };
-    match (checked, value) {
-        (Ok(()), Some(Value::Object(map))) => Ok(map),
-        (checked, _) => {
-            let problem = checked.err().unwrap_or_else(|| "is not a table of settings".to_owned());
-            let unknown = problem.split_once("unknown field `").and_then(|(_, rest)| rest.split_once('`'));
-            let hint = match unknown.and_then(|(name, _)| Some((name, other_names::ours(name)?))) {
-                Some((name, ours)) => format!("`{name}` is {} here", ours.trim_start_matches('-')),
-                None => "a setting is named as its flag, without the dashes: learning_rate = 1e-4".to_owned(),
-            };
-            let problem = format!("{}: {}", path.display(), problem.trim());
-            Err(Error::Config { problems: vec![problem], hint: Some(hint) })
-        }
     }
 }
 

@@ -176,7 +176,7 @@ fn not_found(name: &str, base: &Path) -> (String, String) {
 }
 
 /// Levenshtein's distance: how many characters to insert, delete or replace.
-fn edits(a: &str, b: &str) -> usize {
+pub(crate) fn edits(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.chars().count()).collect();
     for (i, x) in a.chars().enumerate() {
         let mut diagonal = i;

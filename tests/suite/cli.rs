@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// A command line of the binary, on the CPU: what is tested here is not the device.
@@ -308,6 +308,23 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             says: &["hint: `per_device_train_batch_size` is batch_size here"],
         },
         Case {
+            name: "values of two settings in a configuration file",
+            spoil: |w| fs::write(w.path("run.json"), r#"{"columns": "query", "batch_size": "x"}"#).unwrap(),
+            flags: &["--config", "run.json"],
+            code: 2,
+            says: &[
+                "run.json: `columns` is \"query\": expected a JSON object",
+                "run.json: `batch_size` is \"x\"",
+            ],
+        },
+        Case {
+            name: "a configuration file in YAML",
+            spoil: |w| fs::write(w.path("run.yaml"), "beta: 0.1\n").unwrap(),
+            flags: &["--config", "run.yaml"],
+            code: 2,
+            says: &["run.yaml: YAML is not read", "hint: `beta: 0.1` is `beta = 0.1` in TOML", "> run.json"],
+        },
+        Case {
             name: "a model name without a folder",
             spoil: |w| fs::write(w.path("run.toml"), "model_type = \"llama3-8b-instruct\"\n").unwrap(),
             flags: &[
@@ -442,6 +459,23 @@ fn args_json_repeats_the_run() {
         lines.map(|l| (l["loss"].as_f64().unwrap(), l["grad_norm"].as_f64().unwrap())).collect()
     };
     assert_eq!(figures("out"), figures("again"), "same settings, same seed, same device, same bits");
+}
+
+#[test]
+fn a_configuration_file_takes_what_flags_take() {
+    let workplace = Workplace::new();
+    let run = r#"{"dataset": "pairs.jsonl,pairs.jsonl#2", "lora_target_modules": "q_proj,v_proj", "columns": "{\"query\": \"query\"}"}"#;
+    fs::write(workplace.path("run.json"), run).unwrap();
+    let flags = ["train", "--config", "run.json", "--model_id_or_path", "model", "--device", "cpu"];
+    let output = ["--max_steps", "1", "--output_dir", "out", "--add_output_dir_suffix", "false"];
+    let mut train = orpo_wgpu(&[&flags[..], &output].concat());
+    let output = train.current_dir(workplace.0.path()).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let resolved = fs::read_to_string(workplace.path("out/args.json")).unwrap();
+    let resolved: Value = serde_json::from_str(&resolved).unwrap();
+    assert_eq!(resolved["dataset"], json!(["pairs.jsonl", "pairs.jsonl#2"]));
+    assert_eq!(resolved["lora_target_modules"], json!(["q_proj", "v_proj"]));
+    assert_eq!(resolved["columns"], json!({"query": "query"}));
 }
 
 #[test]

@@ -1,0 +1,201 @@
+//! `--config FILE`: settings under the names of the flags, each of which takes what its flag takes.
+
+use std::error::Error as _;
+use std::path::Path;
+
+use clap::FromArgMatches;
+use clap::error::{ContextKind, ContextValue};
+use serde_json::{Map, Value};
+
+use super::{TrainArgs, other_names, to_map, train_command};
+use crate::data::source::edits;
+use crate::error::{Error, Result};
+
+const NAMING: &str = "a setting is named as its flag, without the dashes: learning_rate = 1e-4";
+
+/// Reads the settings of a TOML or JSON file, without those that are null.
+///
+/// # Errors
+/// If the file cannot be read, is neither, or holds what is no setting: all such problems at once.
+pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let (mut settings, mut problems, mut hint) = (Map::new(), Vec::new(), None);
+    let known = to_map(&TrainArgs::default());
+    for (key, value) in parse(path, &text)? {
+        let name = key.replace('-', "_");
+        if !known.contains_key(&name) {
+            problems.push(format!("{}: `{key}` is no setting", path.display()));
+            hint.get_or_insert(closest(&name, &known));
+        } else if !value.is_null() {
+            match setting(&name, &value) {
+                Ok(value) => drop(settings.insert(name, value)),
+                Err(reason) => problems.push(format!("{}: `{key}` is {value}: {reason}", path.display())),
+            }
+        }
+    }
+    if problems.is_empty() { Ok(settings) } else { Err(Error::Config { problems, hint }) }
+}
+
+/// The file as a table: JSON where its name or its first character says so, else TOML.
+fn parse(path: &Path, text: &str) -> Result<Map<String, Value>> {
+    let has_extension = |names: &[&str]| {
+        path.extension()
+            .is_some_and(|extension| names.iter().any(|name| extension.eq_ignore_ascii_case(name)))
+    };
+    let invalid = |problem: &str, hint: String| {
+        let problems = vec![format!("{}: {problem}", path.display())];
+        Err(Error::Config { problems, hint: Some(hint) })
+    };
+    if has_extension(&["yaml", "yml"]) {
+        return invalid("YAML is not read, but TOML and JSON", from_yaml(path));
+    }
+    let parsed = if has_extension(&["json"]) || text.trim_start().starts_with('{') {
+        serde_json::from_str(text).map_err(|e| e.to_string())
+    } else {
+        toml::from_str(text).map_err(|e| e.to_string())
+    };
+    match parsed {
+        Ok(Value::Object(table)) => Ok(table),
+        Ok(_) => invalid("is not a table of settings", NAMING.to_owned()),
+        Err(_) if is_like_yaml(text) => invalid("this is YAML; TOML and JSON are read", from_yaml(path)),
+        Err(problem) => invalid(problem.trim(), NAMING.to_owned()),
+    }
+}
+
+/// Whether the first line that says something is `name: value`.
+fn is_like_yaml(text: &str) -> bool {
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let name = lines.find(|line| *line != "---").and_then(|line| line.split_once(':'));
+    name.is_some_and(|(name, _)| {
+        !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "_-".contains(c))
+    })
+}
+
+fn from_yaml(path: &Path) -> String {
+    format!(
+        "`beta: 0.1` is `beta = 0.1` in TOML, with texts in quotes; python3 -c 'import json, sys, yaml; \
+         json.dump(yaml.safe_load(sys.stdin), sys.stdout)' < {} > {} converts it",
+        path.display(),
+        path.with_extension("json").display()
+    )
+}
+
+/// What may have been meant by a name that is no setting.
+fn closest(name: &str, known: &Map<String, Value>) -> String {
+    if let Some(ours) = other_names::ours(name) {
+        return format!("`{name}` is {} here", ours.trim_start_matches('-'));
+    }
+    match known.keys().map(|known| (edits(name, known), known)).min() {
+        Some((distance, known)) if distance * 4 <= name.len() => format!("did you mean `{known}`?"),
+        _ => NAMING.to_owned(),
+    }
+}
+
+/// The setting of this name as the configuration holds it, or why its value is none.
+fn setting(name: &str, value: &Value) -> Result<Value, String> {
+    let text = match value {
+        Value::String(text) => text.clone(),
+        Value::Number(_) | Value::Bool(_) => value.to_string(),
+        // What no flag says in one word.
+        Value::Array(_) | Value::Object(_) | Value::Null => {
+            let one = Map::from_iter([(name.to_owned(), value.clone())]);
+            let args: TrainArgs = serde_json::from_value(Value::Object(one)).map_err(|e| e.to_string())?;
+            return Ok(to_map(&args)[name].clone());
+        }
+    };
+    let flag = format!("--{name}={text}");
+    let matches = train_command().try_get_matches_from(["train", &flag]).map_err(|e| reason(&e))?;
+    let args = TrainArgs::from_arg_matches(&matches).map_err(|e| reason(&e))?;
+    Ok(to_map(&args)[name].clone())
+}
+
+/// What clap says of a value, without the flag.
+fn reason(error: &clap::Error) -> String {
+    match (error.source(), error.get(ContextKind::ValidValue)) {
+        (Some(source), _) => source.to_string(),
+        (None, Some(ContextValue::Strings(values))) if !values.is_empty() => {
+            format!("expected one of {}", values.join(", "))
+        }
+        _ => "not what the flag takes".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_as(name: &str, text: &str) -> Result<Map<String, Value>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        read(&path)
+    }
+
+    #[test]
+    fn a_setting_takes_what_its_flag_takes() {
+        let lists = r#"{"dataset": ["a.jsonl", "b.jsonl#5"], "lora_target_modules": ["q_proj"],
+                        "columns": {"question": "query"}, "learning_rate": 0.0002, "batch_size": 4,
+                        "max_memory": "8GiB", "strict": true, "lr_scheduler_type": "linear", "system": null}"#;
+        let texts = r#"{"dataset": "a.jsonl,b.jsonl#5", "lora_target_modules": "q_proj",
+                        "columns": "{\"question\": \"query\"}", "learning-rate": "2e-4", "batch-size": "4",
+                        "max_memory": 8589934592, "strict": "true", "lr_scheduler_type": "linear"}"#;
+        let toml = "dataset = 'a.jsonl,b.jsonl#5'\nlora_target_modules = ['q_proj']\nlearning_rate = 2e-4\nbatch_size = 4\n\
+                    max_memory = '8GiB'\nstrict = true\nlr_scheduler_type = 'linear'\n[columns]\nquestion = 'query'\n";
+        let sorted = |settings: Map<String, Value>| {
+            let mut settings: Vec<_> = settings.into_iter().collect();
+            settings.sort_by(|a, b| a.0.cmp(&b.0));
+            settings
+        };
+        let settings = sorted(read_as("run.json", lists).unwrap());
+        assert_eq!(settings.len(), 8, "{settings:?}");
+        for (name, text) in [("run.json", texts), ("run.toml", toml), ("run.conf", texts), ("run", toml)] {
+            assert_eq!(sorted(read_as(name, text).unwrap()), settings, "{name}: {text}");
+        }
+        let all = TrainArgs::default().to_json();
+        let read: TrainArgs =
+            serde_json::from_value(Value::Object(read_as("args.json", &all).unwrap())).unwrap();
+        assert_eq!(read, TrainArgs::default());
+    }
+
+    #[test]
+    fn what_is_no_setting_is_named_with_its_file() {
+        for (text, problem, hint) in [
+            (r#"{"batch_size": "x"}"#, "run.json: `batch_size` is \"x\": invalid digit", None),
+            (
+                r#"{"columns": "question"}"#,
+                "run.json: `columns` is \"question\": expected a JSON object such as",
+                None,
+            ),
+            (r#"{"lr_scheduler_type": "wave"}"#, "`lr_scheduler_type` is \"wave\": expected one of ", None),
+            (r#"{"max_memory": "much"}"#, "`max_memory` is \"much\": `much` is no size", None),
+            (r#"{"dataset": [5]}"#, "run.json: `dataset` is [5]: invalid type: integer `5`", None),
+            (r#"{"beta": [0.1]}"#, "run.json: `beta` is [0.1]: invalid type: sequence", None),
+            (r#"{"strict": 1}"#, "run.json: `strict` is 1: expected one of true, false", None),
+            (r#"{"betta": 0.1}"#, "run.json: `betta` is no setting", Some("did you mean `beta`?")),
+            (r#"{"bits": 4}"#, "run.json: `bits` is no setting", Some("`bits` is quantization_bit here")),
+            (r#"{"zzz": 4}"#, "run.json: `zzz` is no setting", Some(NAMING)),
+            ("[1]", "run.json: is not a table of settings", Some(NAMING)),
+            ("{\n\"beta\": }", "run.json: expected value at line 2 column 9", Some(NAMING)),
+        ] {
+            let error = read_as("run.json", text).unwrap_err();
+            assert!(error.to_string().contains(problem), "{text}: {error}");
+            assert_eq!(error.hint(), hint, "{text}");
+        }
+        let both = read_as("run.toml", "betta = 1\nbatch_size = -1\n").unwrap_err().to_string();
+        assert!(both.contains("`betta`") && both.contains("`batch_size` is -1"), "all at once: {both}");
+    }
+
+    #[test]
+    fn yaml_is_told_how_to_become_json() {
+        let yaml = "# a run\n---\nbeta: 0.1\ndataset: pairs.jsonl\n";
+        for name in ["run.yaml", "run.YML", "run.toml", "run"] {
+            let error = read_as(name, yaml).unwrap_err();
+            assert!(error.to_string().contains("YAML"), "{name}: {error}");
+            let hint = error.hint().unwrap();
+            assert!(
+                hint.contains("`beta = 0.1` in TOML") && hint.contains("run.json converts it"),
+                "{name}: {hint}"
+            );
+        }
+    }
+}
