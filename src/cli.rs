@@ -16,6 +16,7 @@ pub mod bench;
 pub mod budget;
 pub mod devices;
 pub mod infer;
+pub mod interrupts;
 pub mod limits;
 pub mod longest;
 pub mod nearest;

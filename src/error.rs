@@ -170,8 +170,8 @@ impl Error {
         }
     }
 
-    /// The process's exit code: 2 for usage and configuration, 1 for a run that failed, 130 (as shells have it) for one that Ctrl-C
-    /// ended.
+    /// The process's exit code: 2 for usage and configuration, 1 for a run that failed, 130 (as shells have it) for one that Ctrl-C or
+    /// another signal ended.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config { .. } => 2,

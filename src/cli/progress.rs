@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
-use super::profile_table;
+use super::{interrupts, profile_table};
 use crate::data::dataset::Location;
 use crate::device;
 use crate::error::Error;
@@ -43,20 +43,28 @@ pub struct Progress<'a> {
     left: Duration,
     /// The step whose kernels are timed, and when it began.
     profiled: Option<(usize, Instant)>,
-    /// Whether Ctrl-C was pressed, so that the next one ends the program.
+    /// Whether a signal came, so that the next one ends the program.
     is_interrupted: Arc<AtomicBool>,
 }
 
 impl<'a> Progress<'a> {
     /// A bar of `max_steps`, of which `done` are done; `memory_bytes` is asked once a line of the log where the device does not tell.
-    /// With `profile`, the kernels of the second step are timed, or of the only one. From here on Ctrl-C has a run saved.
+    /// With `profile`, the kernels of the second step are timed, or of the only one. From here on Ctrl-C has a
+    /// run saved.
     pub fn new(max_steps: usize, done: usize, profile: bool, memory_bytes: &'a dyn Fn() -> u64) -> Self {
         let bar = ProgressBar::new(max_steps as u64).with_position(done as u64);
         bar.set_style(styled("{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed"));
         bar.set_message("starting");
         bar.enable_steady_tick(Duration::from_millis(500));
         let now = Instant::now();
-        let is_interrupted = watch_interrupts(bar.clone());
+        let is_interrupted = interrupts::watch({
+            let bar = bar.clone();
+            move || {
+                bar.suspend(|| {
+                    note!("interrupted: the step under way is finished and saved; Ctrl-C again ends the run at once");
+                });
+            }
+        });
         Self {
             bar,
             memory_bytes,
@@ -74,22 +82,6 @@ impl<'a> Progress<'a> {
         self.bar.abandon();
         self.is_interrupted.store(true, Ordering::Relaxed);
     }
-}
-
-/// Has the first Ctrl-C set a flag, which it gives, and the next one end the program.
-fn watch_interrupts(bar: ProgressBar) -> Arc<AtomicBool> {
-    let is_interrupted = Arc::new(AtomicBool::new(false));
-    let flag = is_interrupted.clone();
-    // Without a handler Ctrl-C ends the program at once, as it does everywhere else.
-    let _ = ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        bar.suspend(|| {
-            note!("interrupted: the step under way is finished and saved; Ctrl-C again ends the run at once");
-        });
-    });
-    is_interrupted
 }
 
 impl Observer for Progress<'_> {

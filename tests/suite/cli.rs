@@ -584,6 +584,56 @@ fn an_interrupted_run_is_saved_and_can_go_on() {
     );
 }
 
+/// Starts a long run through a shell, `exec` and its words last, and gives it once it trains, with the lines that it says from there on.
+#[cfg(unix)]
+fn start(workplace: &Workplace, before: &str) -> (std::process::Child, impl Iterator<Item = String>) {
+    let command = workplace.train_command(&["--max_steps", "100000", "--logging_steps", "1"]);
+    let words: Vec<_> = std::iter::once(command.get_program()).chain(command.get_args()).collect();
+    let words: Vec<_> = words.iter().map(|word| format!("'{}'", word.to_string_lossy())).collect();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{before} exec {}", words.join(" "))]).current_dir(workplace.0.path());
+    let mut child = shell.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.starts_with("step 2/100000")), "it trains");
+    (child, lines)
+}
+
+#[cfg(unix)]
+fn signal(child: &std::process::Child, name: &str) {
+    assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_told_to_end_is_saved() {
+    for name in ["-TERM", "-HUP"] {
+        let workplace = Workplace::new();
+        let (mut child, lines) = start(&workplace, "");
+        // As `timeout` sends it, to the program and to its group.
+        signal(&child, name);
+        signal(&child, name);
+        let message: Vec<String> = lines.collect();
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{name}: {message:?}");
+        let said = |text: &str| message.iter().filter(|line| line.starts_with(text)).count();
+        assert_eq!(said("interrupted: the step under way is finished and saved"), 1, "{name}: {message:?}");
+        assert_eq!(said("the last checkpoint stays: out/checkpoint-"), 1, "{name}: {message:?}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_below_nohup_does_not_end_with_its_terminal() {
+    let workplace = Workplace::new();
+    let (mut child, mut lines) = start(&workplace, "trap '' HUP;");
+    signal(&child, "-HUP");
+    let message: Vec<String> = lines.by_ref().take(5).collect();
+    assert!(message.iter().all(|line| line.starts_with("step ")), "{message:?}");
+    signal(&child, "-TERM");
+    let message: Vec<String> = lines.collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{message:?}");
+    assert!(message.iter().any(|line| line.starts_with("the last checkpoint stays: ")), "{message:?}");
+}
+
 #[test]
 fn a_run_goes_on_when_nobody_reads_what_it_says() {
     let workplace = Workplace::new();

@@ -1,0 +1,50 @@
+//! Ctrl-C, and the signals that ask a program to end: the first has a run saved, the next ends it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// What ended by a signal says to its shell.
+const EXIT_CODE: i32 = 130;
+
+/// Signals that come closer together are one: a terminal that is closed has the kernel and the shell send one each, and `timeout` sends
+/// to the program and to its group.
+const SAME: Duration = Duration::from_millis(500);
+
+/// From here on the first signal sets a flag, which this gives, and calls `tell`; the next one, or the first where the flag is set
+/// already, ends the program.
+///
+/// The signals are Ctrl-C and, on Unix, SIGTERM, and SIGHUP where it is not ignored; on Windows those of a console that is closed.
+pub fn watch(tell: impl Fn() + Send + 'static) -> Arc<AtomicBool> {
+    let is_interrupted = Arc::new(AtomicBool::new(false));
+    let flag = is_interrupted.clone();
+    let mut first: Option<Instant> = None;
+    let handler = move || {
+        if !flag.swap(true, Ordering::Relaxed) {
+            first = Some(Instant::now());
+            tell();
+        } else if first.is_none_or(|first| first.elapsed() > SAME) {
+            std::process::exit(EXIT_CODE);
+        }
+    };
+    // Without a handler a signal ends the program at once, as it does everywhere else.
+    unless_hangups_are_ignored(|| ctrlc::set_handler(handler).is_ok());
+    is_interrupted
+}
+
+/// Sets handlers, and takes that of SIGHUP back where it was ignored, as below `nohup`.
+#[cfg(unix)]
+fn unless_hangups_are_ignored(set: impl FnOnce() -> bool) {
+    #[expect(unsafe_code, reason = "the standard library has no signals")]
+    // SAFETY: the handlers given are SIG_IGN and what this very function returned.
+    let on_hangup = |handler| unsafe { libc::signal(libc::SIGHUP, handler) };
+    let before = on_hangup(libc::SIG_IGN);
+    if !set() || before == libc::SIG_IGN {
+        on_hangup(before);
+    }
+}
+
+#[cfg(not(unix))]
+fn unless_hangups_are_ignored(set: impl FnOnce() -> bool) {
+    set();
+}
