@@ -40,6 +40,8 @@ pub struct Progress<'a> {
     started: Option<Instant>,
     first_step: usize,
     max_steps: usize,
+    /// Steps between lines of the log.
+    logging_steps: usize,
     left: Duration,
     /// The step whose kernels are timed, and when it began.
     profiled: Option<(usize, Instant)>,
@@ -51,7 +53,13 @@ impl<'a> Progress<'a> {
     /// A bar of `max_steps`, of which `done` are done; `memory_bytes` is asked once a line of the log where the device does not tell.
     /// With `profile`, the kernels of the second step are timed, or of the only one. From here on Ctrl-C has a
     /// run saved.
-    pub fn new(max_steps: usize, done: usize, profile: bool, memory_bytes: &'a dyn Fn() -> u64) -> Self {
+    pub fn new(
+        max_steps: usize,
+        done: usize,
+        logging_steps: usize,
+        profile: bool,
+        memory_bytes: &'a dyn Fn() -> u64,
+    ) -> Self {
         let bar = ProgressBar::new(max_steps as u64).with_position(done as u64);
         bar.set_style(styled("{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed"));
         bar.set_message("starting");
@@ -71,6 +79,7 @@ impl<'a> Progress<'a> {
             started: None,
             first_step: done,
             max_steps,
+            logging_steps,
             left: Duration::ZERO,
             profiled: profile.then_some(((done + 2).min(max_steps), now)),
             is_interrupted,
@@ -129,6 +138,17 @@ impl Observer for Progress<'_> {
         let left = HumanDuration(self.left);
         self.bar
             .set_message(format!("loss {:.4}  {tokens_per_second:.0} tokens/s  {left} left", metrics.loss));
+        let is_first = step == self.first_step + 1;
+        let next = step.next_multiple_of(self.logging_steps).min(self.max_steps);
+        // Where the lines are all there is, the first tells how fast it goes before the log has one.
+        if is_first && next > step && !std::io::stderr().is_terminal() {
+            note!(
+                "step {step}/{}  loss {:.4}  {tokens_per_second:.0} tokens/s  {} s left; the next line comes after step {next}",
+                self.max_steps,
+                metrics.loss,
+                self.left.as_secs()
+            );
+        }
     }
 
     fn on_skip(&mut self, step: usize, scale: f64) {

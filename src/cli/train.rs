@@ -241,7 +241,7 @@ fn run_on<B: Kernels>(
     data.list_left_out(&folder)?;
     note!("output   {}", folder.display());
     let memory = || choice.memory_bytes();
-    let mut progress = Progress::new(settings.schedule.max_steps, first_step, args.profile, &memory);
+    let mut progress = Progress::new(max_steps, first_step, args.logging_steps, args.profile, &memory);
     let data = TrainData { train: &data.train, val: &data.val };
     // Guarded by itself, so that the run's folder is at hand when the device fails.
     let trained = device::guard("training", choice, || {

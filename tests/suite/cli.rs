@@ -545,6 +545,23 @@ fn a_resumed_run_equals_one_that_was_not_interrupted() {
 }
 
 #[test]
+fn the_first_step_is_told_of_before_the_log_has_a_line() {
+    let workplace = Workplace::new();
+    let steps = |flags: &[&str]| -> Vec<String> {
+        let message = stderr(&workplace.train(flags));
+        message.lines().filter(|line| line.starts_with("step ")).map(str::to_owned).collect()
+    };
+    let lines = steps(&["--max_steps", "4", "--logging_steps", "3"]);
+    assert!(lines[0].starts_with("step 1/4  loss "), "{lines:?}");
+    assert!(lines[0].ends_with(" s left; the next line comes after step 3"), "{lines:?}");
+    let numbers: Vec<_> = lines.iter().map(|line| line.split("  ").next().unwrap()).collect();
+    assert_eq!(numbers, ["step 1/4", "step 3/4", "step 4/4"]);
+    let lines = steps(&["--max_steps", "2", "--logging_steps", "50"]);
+    assert!(lines[0].ends_with("; the next line comes after step 2") && lines.len() == 2, "{lines:?}");
+    assert_eq!(steps(&["--max_steps", "2", "--logging_steps", "1"]).len(), 2);
+}
+
+#[test]
 fn one_step_trains_whatever_the_warm_up() {
     let workplace = Workplace::new();
     let output = workplace.train(&["--max_steps", "1", "--warmup_ratio", "0.05", "--learning_rate", "1e-4"]);
