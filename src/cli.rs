@@ -30,6 +30,7 @@ pub mod rows;
 pub mod train;
 mod tune;
 pub mod words;
+mod work;
 
 use std::error::Error as _;
 use std::ffi::OsString;

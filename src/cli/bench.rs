@@ -266,7 +266,7 @@ fn run_on<B: Kernels>(
 }
 
 /// The middle one of these times, or the mean of the two in the middle.
-fn median(times: &mut [f64]) -> f64 {
+pub(super) fn median(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     let middle = times.len() / 2;
     if times.len() % 2 == 1 { times[middle] } else { f64::midpoint(times[middle - 1], times[middle]) }
@@ -303,7 +303,7 @@ fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choi
 }
 
 /// A model with its optimizer and the batch that every step takes.
-struct Bench<B: Kernels> {
+pub(super) struct Bench<B: Kernels> {
     /// The adapter as it began, which a run keeps to see whether it has learnt anything.
     _initial: Vec<Tensor<B, 2>>,
     model: Llama<B>,
@@ -313,7 +313,7 @@ struct Bench<B: Kernels> {
 }
 
 impl<B: Kernels> Bench<B> {
-    fn new(model: Llama<B>, batch: Batch, keep: KeepPlan) -> Self {
+    pub(super) fn new(model: Llama<B>, batch: Batch, keep: KeepPlan) -> Self {
         let config = AdamWConfig {
             adam_beta1: 0.9,
             adam_beta2: 0.95,
@@ -327,7 +327,7 @@ impl<B: Kernels> Bench<B> {
     }
 
     /// Seconds of one whole step.
-    fn timed_step(&mut self) -> Result<f64> {
+    pub(super) fn timed_step(&mut self) -> Result<f64> {
         let started = Instant::now();
         let grads = forward_backward(&self.model, &self.batch, BETA, 1.0, self.keep);
         let norm = grad_norm(&grads.lora);

@@ -1,21 +1,17 @@
 //! `orpo-wgpu plan`: what a training run takes of the device, and how long, before anything is loaded.
 
-use burn_flex::Flex;
-use burn_wgpu::Wgpu;
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets as styles};
 
 use super::advice::advice;
 use super::bench::print_presets;
-use super::budget::{Budget, Case, Rows, Setting, USABLE, longest_pair, runs_again};
-use super::limits::{Product, best_product};
+use super::budget::{Budget, Case, Rows, Setting, USABLE, runs_again};
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
-use super::precision;
-use super::rows::{Data, lengths, plan_of, shuffle};
+use super::rows::{Data, lengths, shuffle};
 use super::train;
-use super::words::{duration, entry, millions, thousands};
+use super::words::{entry, millions, thousands};
+use super::work::Work;
 use crate::config::TrainArgs;
-use crate::data::batch::pack;
 use crate::data::dataset::{self, Strictness};
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
@@ -23,15 +19,10 @@ use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
 use crate::model::presets::{PRESETS, preset};
-use crate::train::cost::{StepFlops, StepMemory, StepShape};
+use crate::train::cost::StepMemory;
 
-/// The share of the best product's rate that a step is taken to run at: norms, attention and the head come in between, and products of
-/// few tokens are slow. A guess, until a GPU has been measured.
-const RATE: f64 = 0.5;
 /// Columns of the table's first one, which holds the longest flag: all of them together fit 80.
 const SETTINGS_WIDTH: u16 = 34;
-/// Pairs that are counted where the data set is not known.
-const PAIRS: usize = 1000;
 
 /// Runs the subcommand.
 ///
@@ -88,11 +79,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
         tell("nearest", &advice(&case, &base, &nearest));
     }
     say!("");
-    let work = Work::of(args, &case, &source, &chosen)?;
+    let work = Work::of(args, &case, source.n_pairs, &chosen)?;
     tell("run", &work.what);
     let time = match is_elsewhere {
         true => "unknown: the device is not here to be measured".to_owned(),
-        false => work.time(measure(args, &choice)?),
+        false => work.time(args, &case)?,
     };
     tell("time", &time);
     Ok(())
@@ -257,86 +248,6 @@ fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, B
         }
     }
     table
-}
-
-/// The work of a run.
-struct Work {
-    what: String,
-    flops: f64,
-}
-
-impl Work {
-    fn of(args: &TrainArgs, case: &Case<'_>, source: &Source, chosen: &Budget) -> Result<Self> {
-        let precision =
-            precision::resolve(case.choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
-        let assumed = longest_pair(args.max_length);
-        let assumed = std::slice::from_ref(&assumed);
-        let pairs = source.pairs.as_deref().unwrap_or(assumed);
-        // Everything that is counted grows with tokens, rows and visible pairs, so that an epoch is one long step.
-        let mut tokens = 0;
-        let mut flops = 0.0;
-        for pair in pairs {
-            let batch = pack(&[pair], case.loss_compat);
-            let shape = StepShape::of(&batch, case.ranks, precision, precision.dtype, chosen.keep, false, 0);
-            tokens += batch.n_tokens();
-            flops += StepFlops::of(case.config, &shape).total();
-        }
-        let (mean_tokens, mean_flops) = (tokens as f64 / pairs.len() as f64, flops / pairs.len() as f64);
-        let Some(n_pairs) = source.n_pairs.or(args.max_steps.map(|steps| steps * Self::pairs_of_step(args)))
-        else {
-            return Ok(Self {
-                what: format!(
-                    "{} pairs, as neither --dataset nor --max_steps says how many: {} tokens, {} TFLOP",
-                    thousands(PAIRS),
-                    thousands((mean_tokens * PAIRS as f64) as usize),
-                    tflop(mean_flops * PAIRS as f64)
-                ),
-                flops: mean_flops * PAIRS as f64,
-            });
-        };
-        let (plan, max_steps) = plan_of(args, n_pairs);
-        let epochs = max_steps as f64 / plan.steps_per_epoch() as f64;
-        let flops = mean_flops * n_pairs as f64 * epochs;
-        let what = format!(
-            "{max_steps} optimizer steps of {} pairs, {epochs:.2} epochs of {} tokens: {} TFLOP",
-            Self::pairs_of_step(args),
-            thousands((mean_tokens * n_pairs as f64) as usize),
-            tflop(flops)
-        );
-        Ok(Self { what, flops })
-    }
-
-    fn pairs_of_step(args: &TrainArgs) -> usize {
-        args.batch_size * args.gradient_accumulation_steps.unwrap_or(1)
-    }
-
-    /// How long it takes on a device whose best product is this one.
-    fn time(&self, product: Product) -> String {
-        format!(
-            "about {}, without evaluations and saves, at {:.0} % of the {:.3} TFLOP/s of the best product, {}, measured here just \
-             now. That share is an estimate, and far too high for models of a few million weights; `orpo-wgpu bench` measures a step.",
-            duration(self.flops / (RATE * product.flops)),
-            100.0 * RATE,
-            product.flops / 1e12,
-            product.by
-        )
-    }
-}
-
-/// The device's best product.
-fn measure(args: &TrainArgs, choice: &DeviceChoice) -> Result<Product> {
-    let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
-    device::guard("measuring a product", choice, || match choice {
-        DeviceChoice::Cpu => best_product::<Flex>(precision.dtype, choice, &Default::default()),
-        DeviceChoice::Wgpu { device, .. } => best_product::<Wgpu>(precision.dtype, choice, device),
-        #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(gpu) => best_product::<burn_cuda::Cuda>(precision.dtype, choice, &gpu.device()),
-    })
-}
-
-fn tflop(flops: f64) -> String {
-    let tflop = flops / 1e12;
-    if tflop < 100.0 { format!("{tflop:.3}") } else { thousands(tflop.round() as usize) }
 }
 
 #[cfg(test)]

@@ -82,6 +82,7 @@ fn the_demo_is_planned_without_a_file() {
         "26 to 54 tokens for prompt + longer answer, which --max_length counts; 31 to 72 for prompt + both answers",
         "54 optimizer steps of 8 pairs",
         "time about ",
+        "evaluations and saves: a micro-batch of 344 tokens, with random weights, took ",
     ] {
         assert!(unwrapped(&printed).contains(says), "no `{says}` in {printed}");
     }

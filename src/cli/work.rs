@@ -1,0 +1,198 @@
+//! The work of a run, and how long it takes.
+
+use burn_flex::Flex;
+use burn_wgpu::Wgpu;
+
+use super::bench::{Bench, median};
+use super::budget::{Budget, Case, Rows, longest_pair};
+use super::limits::{Product, best_product};
+use super::precision;
+use super::rows::plan_of;
+use super::words::{duration, thousands};
+use crate::config::TrainArgs;
+use crate::data::batch::{Batch, pack};
+use crate::data::tokenize::TokenizedPair;
+use crate::device::{self, DeviceChoice};
+use crate::error::Result;
+use crate::lora::{self, LoraConfig};
+use crate::model::llama::{KeepPlan, LINEAR_NAMES};
+use crate::model::{Llama, Precision};
+use crate::train::cost::{StepFlops, StepMemory, StepShape};
+
+/// The share of the best product's rate that a step is taken to run at: norms, attention and the head come in between, and products of
+/// few tokens are slow. A guess, until a GPU has been measured.
+const RATE: f64 = 0.5;
+/// Pairs that are counted where the data set is not known.
+const PAIRS: usize = 1000;
+/// Seconds of a step by its operations up to which the CPU, which compiles nothing first, times one. A small model's step takes several
+/// times as long as its operations say, as its products are too small to be fast.
+const TIMED_SECONDS: f64 = 1.0;
+/// The most bytes that such a step may take.
+const TIMED_BYTES: usize = 1 << 30;
+/// Steps that are timed, after one to warm up, which will do where it takes long.
+const N_TIMED: usize = 3;
+
+/// The work of a run.
+pub(super) struct Work {
+    /// It in words.
+    pub(super) what: String,
+    flops: f64,
+    /// A micro-batch of pairs of middling length, and its operations.
+    typical: (Batch, f64),
+    keep: KeepPlan,
+    precision: Precision,
+}
+
+impl Work {
+    /// The work of a run over so many pairs, where that is known, with settings whose prediction this is.
+    pub(super) fn of(
+        args: &TrainArgs,
+        case: &Case<'_>,
+        n_pairs: Option<usize>,
+        chosen: &Budget,
+    ) -> Result<Self> {
+        let precision =
+            precision::resolve(case.choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
+        let assumed = longest_pair(args.max_length);
+        let pairs = match case.rows {
+            Rows::Known(pairs) => pairs,
+            Rows::Longest => std::slice::from_ref(&assumed),
+        };
+        let keep = chosen.keep;
+        let flops_of = |batch: &Batch| {
+            let shape = StepShape::of(batch, case.ranks, precision, precision.dtype, keep, false, 0);
+            StepFlops::of(case.config, &shape).total()
+        };
+        // Everything that is counted grows with tokens, rows and visible pairs, so that an epoch is one long step.
+        let mut by_length = Vec::with_capacity(pairs.len());
+        let mut flops = 0.0;
+        for pair in pairs {
+            let batch = pack(&[pair], case.loss_compat);
+            flops += flops_of(&batch);
+            by_length.push((batch.n_tokens(), pair));
+        }
+        let tokens: usize = by_length.iter().map(|(tokens, _)| tokens).sum();
+        let (mean_tokens, mean_flops) = (tokens as f64 / pairs.len() as f64, flops / pairs.len() as f64);
+        let typical = pack(&middling(by_length, args.batch_size), case.loss_compat);
+        let typical_flops = flops_of(&typical);
+        let work = |what, flops| Self { what, flops, typical: (typical, typical_flops), keep, precision };
+        let Some(n_pairs) = n_pairs.or(args.max_steps.map(|steps| steps * pairs_of_step(args))) else {
+            let what = format!(
+                "{} pairs, as neither --dataset nor --max_steps says how many: {} tokens, {} TFLOP",
+                thousands(PAIRS),
+                thousands((mean_tokens * PAIRS as f64) as usize),
+                tflop(mean_flops * PAIRS as f64)
+            );
+            return Ok(work(what, mean_flops * PAIRS as f64));
+        };
+        let (plan, max_steps) = plan_of(args, n_pairs);
+        let epochs = max_steps as f64 / plan.steps_per_epoch() as f64;
+        let flops = mean_flops * n_pairs as f64 * epochs;
+        let what = format!(
+            "{max_steps} optimizer steps of {} pairs, {epochs:.2} epochs of {} tokens: {} TFLOP",
+            pairs_of_step(args),
+            thousands((mean_tokens * n_pairs as f64) as usize),
+            tflop(flops)
+        );
+        Ok(work(what, flops))
+    }
+
+    /// How long it takes, measured on the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(super) fn time(self, args: &TrainArgs, case: &Case<'_>) -> Result<String> {
+        let product = device::guard("measuring a product", case.choice, || self.best_product(case.choice))?;
+        let seconds = |flops: f64| flops / (RATE * product.flops);
+        let memory = StepMemory::of(case.config, &self.shape(case)).total();
+        let is_timed = *case.choice == DeviceChoice::Cpu
+            && seconds(self.typical.1) < TIMED_SECONDS
+            && memory < TIMED_BYTES;
+        if is_timed {
+            let (flops, typical_flops) = (self.flops, self.typical.1);
+            let n_tokens = self.typical.0.n_tokens();
+            let step_s = device::guard("timing a step", case.choice, || self.timed(args, case))?;
+            return Ok(format!(
+                "about {}, without evaluations and saves: a micro-batch of {} tokens, with random weights, took {step_s:.2} s here just now",
+                duration(flops / typical_flops * step_s),
+                thousands(n_tokens),
+            ));
+        }
+        Ok(format!(
+            "about {}, without evaluations and saves, at {:.0} % of the {:.3} TFLOP/s of the best product, {}, measured here just \
+             now. That share is an estimate, and far too high for models of a few million weights; `orpo-wgpu bench` measures a step.",
+            duration(seconds(self.flops)),
+            100.0 * RATE,
+            product.flops / 1e12,
+            product.by
+        ))
+    }
+
+    fn shape(&self, case: &Case<'_>) -> StepShape {
+        let dtype = self.precision.dtype;
+        StepShape::of(&self.typical.0, case.ranks, self.precision, dtype, self.keep, false, 0)
+    }
+
+    fn best_product(&self, choice: &DeviceChoice) -> Result<Product> {
+        let dtype = self.precision.dtype;
+        match choice {
+            DeviceChoice::Cpu => best_product::<Flex>(dtype, choice, &Default::default()),
+            DeviceChoice::Wgpu { device, .. } => best_product::<Wgpu>(dtype, choice, device),
+            #[cfg(feature = "cuda")]
+            DeviceChoice::Cuda(gpu) => best_product::<burn_cuda::Cuda>(dtype, choice, &gpu.device()),
+        }
+    }
+
+    /// Seconds of the typical micro-batch on the CPU, optimizer included.
+    fn timed(self, args: &TrainArgs, case: &Case<'_>) -> Result<f64> {
+        let shard_bytes = case.choice.shard_bytes();
+        let mut model = Llama::<Flex>::random(case.config, self.precision, shard_bytes, &Default::default());
+        let ranks = LINEAR_NAMES.iter().zip(case.ranks).filter(|(_, rank)| *rank > 0);
+        let target_modules = ranks.map(|(name, _)| name.rsplit('.').next().unwrap_or(name).to_owned());
+        let target_modules = target_modules.collect();
+        let r = case.ranks.into_iter().max().unwrap_or(args.lora_rank);
+        lora::attach(&mut model, &LoraConfig { r, lora_alpha: args.lora_alpha, target_modules }, args.seed);
+        let mut bench = Bench::new(model, self.typical.0, self.keep);
+        let first_s = bench.timed_step()?;
+        if first_s > TIMED_SECONDS {
+            return Ok(first_s);
+        }
+        let mut times = (0..N_TIMED).map(|_| bench.timed_step()).collect::<Result<Vec<_>>>()?;
+        Ok(median(&mut times))
+    }
+}
+
+/// The pairs in the middle by length, as many as a micro-batch has.
+fn middling(mut by_length: Vec<(usize, &TokenizedPair)>, batch_size: usize) -> Vec<&TokenizedPair> {
+    by_length.sort_by_key(|(tokens, _)| *tokens);
+    let n = batch_size.min(by_length.len());
+    let first = (by_length.len() - n) / 2;
+    by_length[first..first + n].iter().map(|(_, pair)| *pair).collect()
+}
+
+fn pairs_of_step(args: &TrainArgs) -> usize {
+    args.batch_size * args.gradient_accumulation_steps.unwrap_or(1)
+}
+
+fn tflop(flops: f64) -> String {
+    let tflop = flops / 1e12;
+    if tflop < 100.0 { format!("{tflop:.3}") } else { thousands(tflop.round() as usize) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::budget::tests::pair;
+
+    #[test]
+    fn pairs_of_middling_length_are_timed() {
+        let pairs: Vec<TokenizedPair> = [90, 10, 50, 30, 70].map(pair).into();
+        let prompts = |batch_size| -> Vec<usize> {
+            let by_length = pairs.iter().map(|pair| (pair.prompt.len(), pair)).collect();
+            middling(by_length, batch_size).iter().map(|pair| pair.prompt.len()).collect()
+        };
+        assert_eq!(prompts(1), [50]);
+        assert_eq!(prompts(2), [30, 50]);
+        assert_eq!(prompts(9), [10, 30, 50, 70, 90]);
+    }
+}
