@@ -11,9 +11,13 @@ use std::sync::Arc;
 use rand::SeedableRng;
 use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::SliceRandom;
+use serde_json::Value;
 
 use super::{json, row, source};
 use crate::error::{Error, Result};
+
+/// Rows that cannot be used of which the first that advice helps is looked for.
+const ADVISED_ROWS: usize = 10;
 
 /// A place in a data file, shown as `file.jsonl:7`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -135,7 +139,7 @@ pub fn load(
             collect(&text, file, columns, strict, &mut part, &mut unseen)?;
         }
         if part.rows.is_empty() {
-            return Err(no_usable_rows(&source.path, &part.skipped));
+            return Err(no_usable_rows(&source.path, &part.skipped, columns));
         }
         if let Some(n) = source.sample {
             part.rows = sample(part.rows, n, &mut rng(seed, Draw::Sample, i as u64));
@@ -184,21 +188,41 @@ fn collect(
         let location = Location { path: path.clone(), line };
         match row::parse(value, columns, location.clone()) {
             Ok(row) => dataset.rows.push(row),
-            Err(reason) => strict.reject(&mut dataset.skipped, location, reason)?,
+            Err(reason) => strict.reject(&mut dataset.skipped, location.clone(), reason).map_err(
+                |error| match advice(&location, columns) {
+                    Some(advice) => error.with_hint(advice),
+                    None => error,
+                },
+            )?,
         }
         Ok(())
     })
 }
 
-fn no_usable_rows(path: &Path, skipped: &[Skipped]) -> Error {
+fn no_usable_rows(path: &Path, skipped: &[Skipped], columns: &BTreeMap<String, String>) -> Error {
     if skipped.is_empty() {
         return Error::file(path, "it has no rows");
     }
     let problem = format!("none of its {} rows can be used: {}", skipped.len(), summarize(skipped));
-    Error::file(path, problem).with_hint(
-        "name your columns with --columns, for example '{\"question\": \"query\", \"good\": \"response\", \"bad\": \
-         \"rejected_response\"}'",
-    )
+    let error = Error::file(path, problem);
+    match skipped.iter().take(ADVISED_ROWS).find_map(|row| advice(&row.location, columns)) {
+        Some(advice) => error.with_hint(advice),
+        None => error,
+    }
+}
+
+/// What would make a row usable, which is read once more.
+fn advice(location: &Location, columns: &BTreeMap<String, String>) -> Option<String> {
+    let text = json::read_text(&location.path).ok()?;
+    let mut found = None;
+    let look = |line: usize, value: Value| {
+        if line == location.line {
+            found = row::advice(&value, columns, &location.path);
+        }
+        Ok(())
+    };
+    json::each_value(&text, &location.path, look).ok()?;
+    found
 }
 
 /// The first three different reasons for which rows were left out, each with its first row and its number of rows.

@@ -15,6 +15,8 @@
 //! system message goes before the column. Other columns are ignored, but for those without which a row says something else
 //! ([`MATTERS`]): a row that has one, and a form that does not read it, cannot be used.
 
+mod advice;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
@@ -26,6 +28,8 @@ use super::message::{
 };
 use super::source::{Columns, SHAREAI};
 use crate::error::{Error, Result};
+
+pub(super) use advice::advice;
 
 const SWIFT: Columns =
     Columns { query: "query", response: "response", rejected_response: "rejected_response" };
@@ -87,9 +91,8 @@ pub(super) fn parse(value: Value, renames: &BTreeMap<String, String>, location: 
     let Pair { context, response, rejected_response, read } = pair(&object)?;
     if let Some(column) = MATTERS.iter().find(|column| !read.contains(column) && is_filled(&object, column)) {
         let place = if *column == INPUT { ", but beside `instruction`" } else { "" };
-        return Err(format!(
-            "`{column}` is not read in a row of this form{place}; --columns '{{\"{column}\":\"\"}}' leaves it out"
-        ));
+        let without = advice::columns_flag(renames, &[(column, "")]);
+        return Err(format!("`{column}` is not read in a row of this form{place}; {without} leaves it out"));
     }
     if response.trim().is_empty() {
         return Err("the chosen answer is empty".to_owned());
@@ -407,6 +410,12 @@ mod tests {
             assert_eq!(flat(&parsed(row(column, value), &[(column, "")]).unwrap()), "-||q|c|r");
             parsed(row(column, json!(null)), &[]).unwrap();
         }
+        let named = json!({"question": "q", "chosen": "c", "rejected": "r", "tools": "[1]"});
+        let reason = parsed(named, &[("question", "prompt")]).unwrap_err();
+        assert!(
+            reason.ends_with(r#"--columns '{"question":"prompt","tools":""}' leaves it out"#),
+            "what was given stays: {reason}"
+        );
         let renamed = json!({"question": "i", "input": "x", "chosen": "c", "rejected": "r"});
         let reason = parsed(renamed.clone(), &[("question", "prompt")]).unwrap_err();
         assert!(reason.contains("but beside `instruction`"), "{reason}");

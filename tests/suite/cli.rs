@@ -202,6 +202,26 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             says: &["pairs.jsonl", "none of its 2 rows can be used", "equal"],
         },
         Case {
+            name: "columns by other names",
+            spoil: |w| {
+                write_pairs(w, "{\"system\":\"s\",\"question\":\"q\",\"chosen\":\"a\",\"rejected\":\"b\"}\n");
+            },
+            flags: &[],
+            code: 1,
+            says: &["no column `prompt`", "hint: --columns '{\"question\":\"prompt\"}' reads these rows"],
+        },
+        Case {
+            name: "rows for supervised fine-tuning",
+            spoil: |w| write_pairs(w, "{\"instruction\":\"q\",\"output\":\"a\"}\n"),
+            flags: &["--strict", "true"],
+            code: 1,
+            says: &[
+                "pairs.jsonl:1: unknown form",
+                "hint: these rows have one answer each",
+                "'{\"output\":\"chosen\"}'",
+            ],
+        },
+        Case {
             name: "all rows too long",
             spoil: |_| {},
             flags: &["--max_length", "3"],

@@ -1,0 +1,280 @@
+//! What would make a row usable that is not: other names for its columns, a conversion, or another answer.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::super::source::Columns;
+use super::{ALPACA, CONVERSATIONS, FORMS, Object, SWIFT, TRL, is_filled, parse, rename};
+use crate::data::dataset::Location;
+
+/// What data sets call the question, ours among them, the likeliest first.
+const QUERIES: [&str; 10] =
+    ["prompt", "query", "question", "instruction", "input", "problem", "user", "human", "user_input", "task"];
+/// The answer to learn.
+const CHOSEN: [&str; 14] = [
+    "chosen",
+    "response",
+    "chosen_response",
+    "response_chosen",
+    "chosen_answer",
+    "answer_chosen",
+    "output_chosen",
+    "preferred",
+    "accepted",
+    "winner",
+    "better",
+    "good",
+    "positive",
+    "response_j",
+];
+/// The answer to avoid.
+const REJECTED: [&str; 14] = [
+    "rejected",
+    "rejected_response",
+    "response_rejected",
+    "rejected_answer",
+    "answer_rejected",
+    "output_rejected",
+    "dispreferred",
+    "loser",
+    "worse",
+    "bad",
+    "negative",
+    "response_k",
+    "rejected_messages",
+    "rejected_output",
+];
+/// The only answer of rows for supervised fine-tuning.
+const ANSWERS: [&str; 6] = ["output", "response", "completion", "answer", "chosen", "target"];
+
+/// Columns that are not read, and that a row of texts can do without.
+const NOT_TEXT: [&str; 4] = ["tools", "images", "videos", "audios"];
+
+/// `--columns` with these names on top of those that were given; a column of the row is named as it is in the file.
+pub(super) fn columns_flag(renames: &BTreeMap<String, String>, more: &[(&str, &str)]) -> String {
+    flag(&with(renames, more))
+}
+
+fn flag(renames: &BTreeMap<String, String>) -> String {
+    // A map of texts is always JSON.
+    let json = serde_json::to_string(renames).unwrap_or_default();
+    format!("--columns '{}'", json.replace('\'', r"'\''"))
+}
+
+fn with(renames: &BTreeMap<String, String>, more: &[(&str, &str)]) -> BTreeMap<String, String> {
+    let mut all = renames.clone();
+    for (column, ours) in more {
+        let in_file = renames.iter().find(|(_, given)| given == column).map_or(*column, |(theirs, _)| theirs);
+        all.retain(|_, given| given != ours || ours.is_empty());
+        all.insert(in_file.to_owned(), (*ours).to_owned());
+    }
+    all
+}
+
+/// What would make the rows of this file usable of which this is one; nothing where it is no matter of columns.
+pub(in crate::data) fn advice(
+    value: &Value,
+    renames: &BTreeMap<String, String>,
+    path: &Path,
+) -> Option<String> {
+    let mut object = value.as_object()?.clone();
+    rename(&mut object, renames);
+    if [TRL.response, TRL.rejected_response].iter().all(|column| is_dialogue(&object, column)) {
+        return Some(format!(
+            "`chosen` and `rejected` are whole dialogues as texts, which are read as lists of messages; python3 -c '{SPLIT}' < {} > \
+             messages.jsonl writes them so",
+            path.display()
+        ));
+    }
+    if let Some(advice) = names(value, &object, renames).or_else(|| one_answer(&object, renames)) {
+        return Some(advice);
+    }
+    let has = |column: &str| object.contains_key(column);
+    let has_form = FORMS.iter().any(|c| has(c.query) && has(c.response) && has(c.rejected_response));
+    let is_list =
+        ["messages", CONVERSATIONS, "chosen"].iter().any(|c| object.get(*c).is_some_and(Value::is_array));
+    if has_form || is_list {
+        return None;
+    }
+    let example = [("question", SWIFT.query), ("good", SWIFT.response), ("bad", SWIFT.rejected_response)];
+    let missing: Vec<_> = example.into_iter().filter(|(_, ours)| !has(ours)).collect();
+    Some(format!("name your columns, for example with {}", columns_flag(renames, &missing)))
+}
+
+/// Python that turns Anthropic's `\n\nHuman: …\n\nAssistant: …` into messages.
+const SPLIT: &str = r#"import json, re, sys
+turns = lambda text: [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": said.strip()} for who, said in re.findall(r"(?:^|\n\n)(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", text, re.S)]
+for line in sys.stdin: print(json.dumps({name: turns(json.loads(line)[name]) for name in ("chosen", "rejected")}))"#;
+
+fn is_dialogue(object: &Object, column: &str) -> bool {
+    let text = object.get(column).and_then(Value::as_str).unwrap_or_default();
+    text.trim_start().starts_with("Human:") && text.contains("\n\nAssistant:")
+}
+
+/// The first of these columns that the row has.
+fn first<'a>(object: &Object, columns: &[&'a str]) -> Option<&'a str> {
+    columns.iter().copied().find(|column| object.contains_key(*column))
+}
+
+/// `--columns` with which the row can be read, where names alone are missing.
+fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> Option<String> {
+    let reads = |form: &Columns| {
+        let roles =
+            [(form.query, &QUERIES[..]), (form.response, &CHOSEN), (form.rejected_response, &REJECTED)];
+        let mut more = Vec::new();
+        for (ours, theirs) in roles {
+            if !object.contains_key(ours) {
+                more.push((first(object, theirs)?, ours));
+            }
+        }
+        let has_new = !more.is_empty();
+        // What only the tools or pictures of a row stand in the way of is said with what is lost.
+        let lost: Vec<_> = NOT_TEXT.into_iter().filter(|column| is_filled(object, column)).collect();
+        more.extend(lost.iter().map(|column| (*column, "")));
+        let renames = with(renames, &more);
+        let location = Location { path: Path::new("").into(), line: 1 };
+        let reads = has_new && parse(value.clone(), &renames, location).is_ok();
+        let lost = lost.iter().map(|column| format!(", without `{column}`")).collect::<String>();
+        reads.then(|| (more.len(), format!("{} reads these rows{lost}", flag(&renames))))
+    };
+    // The fewest names are the likeliest, and leave alone what was given.
+    let all = [TRL, SWIFT, ALPACA].iter().filter_map(reads);
+    all.min_by_key(|(n_names, _)| *n_names).map(|(_, advice)| advice)
+}
+
+/// What rows for supervised fine-tuning lack.
+fn one_answer(object: &Object, renames: &BTreeMap<String, String>) -> Option<String> {
+    if first(object, &REJECTED).is_some() {
+        return None;
+    }
+    let is_list = |column: &str| object.get(column).is_some_and(Value::is_array);
+    let (missing, more) = if is_list("messages") {
+        (SWIFT.rejected_response, Vec::new())
+    } else if is_list(CONVERSATIONS) {
+        (SWIFT.rejected_response, vec![(CONVERSATIONS, "messages")])
+    } else {
+        let (query, answer) = (first(object, &QUERIES)?, first(object, &ANSWERS)?);
+        let form = [ALPACA, TRL].into_iter().find(|form| form.query == query).unwrap_or(SWIFT);
+        let more = [(query, form.query), (answer, form.response)];
+        (form.rejected_response, more.into_iter().filter(|(theirs, ours)| theirs != ours).collect())
+    };
+    let names = match more.is_empty() {
+        true => String::new(),
+        false => format!(", and pass {}", columns_flag(renames, &more)),
+    };
+    Some(format!(
+        "these rows have one answer each, as for supervised fine-tuning, and ORPO learns from two: add the one to avoid as \
+         `{missing}`{names}"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn advised(value: Value, renames: &[(&str, &str)]) -> Option<String> {
+        let renames =
+            renames.iter().map(|(theirs, ours)| ((*theirs).to_owned(), (*ours).to_owned())).collect();
+        advice(&value, &renames, Path::new("rows.jsonl"))
+    }
+
+    #[test]
+    fn names_that_will_do_are_told() {
+        for (value, given, columns) in [
+            (
+                json!({"system": "s", "question": "q", "chosen": "c", "rejected": "r"}),
+                &[][..],
+                r#"{"question":"prompt"}"#,
+            ),
+            (
+                json!({"instruction": "i", "input": "x", "chosen_response": "c", "rejected_response": "r"}),
+                &[],
+                r#"{"chosen_response":"chosen","rejected_response":"rejected"}"#,
+            ),
+            (
+                json!({"question": "q", "response_j": "c", "response_k": "r"}),
+                &[],
+                r#"{"question":"prompt","response_j":"chosen","response_k":"rejected"}"#,
+            ),
+            (
+                json!({"q": "q", "sys": "s", "good": "c", "bad": "r"}),
+                &[("q", "query"), ("sys", "system")],
+                r#"{"bad":"rejected_response","good":"response","q":"query","sys":"system"}"#,
+            ),
+            (
+                json!({"question": "q", "chosen": "c", "rejected": "r"}),
+                &[("questoin", "prompt")],
+                r#"{"question":"prompt"}"#,
+            ),
+        ] {
+            let expected = format!("--columns '{columns}' reads these rows");
+            assert_eq!(advised(value.clone(), given), Some(expected), "{value}");
+        }
+    }
+
+    #[test]
+    fn what_names_alone_lose_is_told() {
+        let row =
+            json!({"question": "q", "chosen": "c", "rejected": "r", "tools": [{"name": "t"}], "images": []});
+        let expected = r#"--columns '{"question":"prompt","tools":""}' reads these rows, without `tools`"#;
+        assert_eq!(advised(row, &[]).as_deref(), Some(expected));
+    }
+
+    #[test]
+    fn rows_with_one_answer_are_told_what_they_lack() {
+        let turns = json!([{"from": "human", "value": "q"}, {"from": "gpt", "value": "c"}]);
+        for (value, ends) in [
+            (json!({"messages": turns}), "as `rejected_response`"),
+            (
+                json!({"conversations": turns}),
+                r#"as `rejected_response`, and pass --columns '{"conversations":"messages"}'"#,
+            ),
+            (
+                json!({"instruction": "i", "input": "", "output": "c"}),
+                r#"as `rejected`, and pass --columns '{"output":"chosen"}'"#,
+            ),
+            (json!({"query": "q", "response": "c"}), "as `rejected_response`"),
+            (
+                json!({"question": "q", "answer": "c"}),
+                r#"as `rejected_response`, and pass --columns '{"answer":"response","question":"query"}'"#,
+            ),
+        ] {
+            let advice = advised(value.clone(), &[]).unwrap();
+            assert!(advice.starts_with("these rows have one answer each"), "{value}: {advice}");
+            assert!(advice.ends_with(ends), "{value}: {advice}");
+        }
+    }
+
+    #[test]
+    fn dialogues_as_texts_are_told_how_to_become_messages() {
+        let said = |answer: &str| format!("\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant: {answer}");
+        let advice = advised(json!({"chosen": said("c"), "rejected": said("r")}), &[]).unwrap();
+        assert!(
+            advice.contains("are read as lists of messages") && advice.contains("< rows.jsonl >"),
+            "{advice}"
+        );
+    }
+
+    #[test]
+    fn names_that_are_not_known_keep_those_that_were_given() {
+        let row = json!({"frage": "q", "x": "c", "y": "r"});
+        let says = "name your columns, for example with --columns";
+        assert_eq!(
+            advised(row.clone(), &[]).unwrap(),
+            format!(r#"{says} '{{"bad":"rejected_response","good":"response","question":"query"}}'"#)
+        );
+        assert_eq!(
+            advised(row, &[("frage", "query")]).unwrap(),
+            format!(r#"{says} '{{"bad":"rejected_response","frage":"query","good":"response"}}'"#)
+        );
+        assert_eq!(advised(json!({"query": "q", "response": "c", "rejected_response": "c"}), &[]), None);
+        assert_eq!(
+            columns_flag(&BTreeMap::from([("it's".to_owned(), "query".to_owned())]), &[]),
+            r#"--columns '{"it'\''s":"query"}'"#
+        );
+    }
+}
