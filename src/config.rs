@@ -8,6 +8,7 @@ mod file;
 pub mod other_names;
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
@@ -53,7 +54,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().lora_dropout, help_heading = "Model")]
     pub lora_dropout: f64,
     /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
-    #[arg(long, default_value = "AUTO", help_heading = "Model")]
+    #[arg(long, default_value = "AUTO", value_parser = parse_dtype, help_heading = "Model")]
     pub dtype: String,
     /// What fp16 multiplies the loss with at first, so that small gradients do not vanish; it falls when gradients overflow
     #[arg(long, default_value_t = Self::default().fp16_init_scale, help_heading = "Training")]
@@ -190,6 +191,18 @@ pub struct TrainArgs {
     /// Taken for the sake of ms-swift's commands; nothing is asked of a hub
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().check_model_is_latest, help_heading = "Output")]
     pub check_model_is_latest: bool,
+}
+
+/// Takes PyTorch's names of the types as well; what is no type is told of with all else that is wrong.
+pub(crate) fn parse_dtype(text: &str) -> Result<String, Infallible> {
+    let name = text.to_ascii_lowercase();
+    let ours = match name.strip_prefix("torch.").unwrap_or(&name) {
+        "bfloat16" => "bf16",
+        "float16" | "half" => "fp16",
+        "float32" | "float" => "fp32",
+        _ => text,
+    };
+    Ok(ours.to_owned())
 }
 
 /// `--columns`: the user's names to ours.
@@ -430,4 +443,28 @@ pub fn train_command() -> clap::Command {
         _args: TrainArgs,
     }
     with_dashed_aliases(Train::command())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn types_have_pytorch_s_names_as_well() {
+        let dtype = |given: &str| {
+            let matches = train_command().try_get_matches_from(["train", "--dtype", given]).unwrap();
+            TrainArgs::from_arg_matches(&matches).unwrap().dtype
+        };
+        for (given, ours) in [
+            ("bfloat16", "bf16"),
+            ("torch.float16", "fp16"),
+            ("half", "fp16"),
+            ("Float32", "fp32"),
+            ("BF16", "BF16"),
+            ("auto", "auto"),
+            ("fp8", "fp8"),
+        ] {
+            assert_eq!(dtype(given), ours);
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use burn::tensor::DType;
 
+use crate::config::parse_dtype;
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::Precision;
@@ -11,7 +12,7 @@ use crate::ops::quantize::Storage;
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct PrecisionArgs {
     /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
-    #[arg(long, default_value = "AUTO")]
+    #[arg(long, default_value = "AUTO", value_parser = parse_dtype)]
     pub(super) dtype: String,
     /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
     #[arg(long, default_value_t = 0)]
