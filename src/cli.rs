@@ -27,6 +27,7 @@ mod precision;
 pub mod profile_table;
 pub mod progress;
 pub mod rows;
+mod tips;
 pub mod train;
 mod tune;
 pub mod words;
@@ -40,10 +41,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
-use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{TrainArgs, other_names, with_dashed_aliases};
+use crate::config::{TrainArgs, with_dashed_aliases};
 use crate::demo;
 use crate::error::{Error, Result};
 use crate::ops::notes;
@@ -159,7 +159,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     let args: Vec<OsString> = args.into_iter().collect();
     let matches = match command().try_get_matches_from(&args) {
         Ok(matches) => matches,
-        Err(usage) if usage.use_stderr() => with_tip(usage, &args).exit(),
+        Err(usage) if usage.use_stderr() => tips::with_tip(usage, &args).exit(),
         // Help and version, which clap would lose in silence where the disk is full.
         Err(asked) => {
             keep_failure(asked.print());
@@ -167,23 +167,6 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         }
     };
     run_matches(&matches).and_then(|()| check_printed())
-}
-
-/// The same error; of a flag that another trainer has, with what it is here.
-fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error {
-    let theirs = match usage.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(flag)) if usage.kind() == ErrorKind::UnknownArgument => flag,
-        _ => return usage,
-    };
-    let command = command();
-    let subcommand = args.iter().skip(1).find_map(|arg| command.find_subcommand(arg));
-    let has = |flag| subcommand.is_some_and(|c| c.get_arguments().any(|arg| arg.get_long() == Some(flag)));
-    if let Some(ours) = other_names::ours(theirs).filter(|ours| has(other_names::flag_of(ours))) {
-        usage.remove(ContextKind::SuggestedArg);
-        let tip = format!("here this is {ours}").into();
-        usage.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
-    }
-    usage
 }
 
 fn run_matches(matches: &ArgMatches) -> Result<()> {
@@ -207,28 +190,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
-
-    fn usage(args: &[&str]) -> String {
-        let args: Vec<OsString> = [&["orpo-wgpu"], args].concat().into_iter().map(OsString::from).collect();
-        with_tip(command().try_get_matches_from(&args).unwrap_err(), &args).to_string()
-    }
-
-    #[test]
-    fn a_flag_of_another_trainer_is_told_what_it_is_here() {
-        for (args, tip) in [
-            (&["train", "--per-device-train-batch-size", "4"][..], "tip: here this is --batch_size\n"),
-            (&["plan", "--load_in_4bit"], "tip: here this is --quantization_bit 4\n"),
-            (&["train", "--warmup_steps=10"], "tip: here this is --warmup_ratio, a share of the steps\n"),
-            (&["infer", "--ckpt_dir", "x"], "tip: here this is --adapters\n"),
-            (&["train", "--betta", "1"], "tip: a similar argument exists: '--beta'"),
-        ] {
-            let message = usage(args);
-            assert!(message.contains(tip), "{args:?}: {message}");
-            assert_eq!(message.matches("tip:").count(), 1, "{message}");
-        }
-        let message = usage(&["infer", "--lora_r", "8"]);
-        assert!(!message.contains("--lora_rank"), "infer has no such flag: {message}");
-    }
+    use crate::config::other_names;
 
     #[test]
     fn help_tells_of_the_demo_s_own_defaults() {
@@ -251,6 +213,17 @@ mod tests {
                 assert!(!flags.contains(name), "--{name} is a flag of ours");
                 assert!(seen.insert(name), "--{name} stands in the table twice");
             }
+        }
+        for (_, theirs) in other_names::NOT_HERE {
+            for name in *theirs {
+                assert!(!flags.contains(name), "--{name} is a flag of ours");
+                assert!(seen.insert(name), "--{name} stands in a table twice");
+            }
+        }
+        for (ours, theirs) in other_names::OTHER_COMMANDS {
+            let ours = ours.split([' ', ',']).next().unwrap();
+            assert!(command.find_subcommand(ours).is_some(), "{ours} is no command");
+            assert!(theirs.iter().all(|name| command.find_subcommand(name).is_none()), "{theirs:?}");
         }
     }
 }

@@ -85,6 +85,9 @@ fn closest(name: &str, known: &Map<String, Value>) -> String {
     if let Some(ours) = other_names::ours(name) {
         return format!("`{name}` is {} here", ours.trim_start_matches('-'));
     }
+    if let Some(why) = other_names::not_here(name) {
+        return format!("`{name}`: {why}");
+    }
     match known.keys().map(|known| (edits(name, known), known)).min() {
         Some((distance, known)) if distance * 4 <= name.len() => format!("did you mean `{known}`?"),
         _ => NAMING.to_owned(),
@@ -173,6 +176,11 @@ mod tests {
             (r#"{"strict": 1}"#, "run.json: `strict` is 1: expected one of true, false", None),
             (r#"{"betta": 0.1}"#, "run.json: `betta` is no setting", Some("did you mean `beta`?")),
             (r#"{"bits": 4}"#, "run.json: `bits` is no setting", Some("`bits` is quantization_bit here")),
+            (
+                r#"{"stage": "dpo"}"#,
+                "`stage` is no setting",
+                Some("`stage`: ORPO is what is trained, so leave it out"),
+            ),
             (r#"{"zzz": 4}"#, "run.json: `zzz` is no setting", Some(NAMING)),
             ("[1]", "run.json: is not a table of settings", Some(NAMING)),
             ("{\n\"beta\": }", "run.json: expected value at line 2 column 9", Some(NAMING)),

@@ -1,4 +1,4 @@
-//! What other trainers call our flags: TRL and `transformers`, LLaMA-Factory, ms-swift of all versions, Unsloth, Axolotl, mlx-lm.
+//! What other trainers call our flags and commands: TRL and `transformers`, LLaMA-Factory, ms-swift of all versions, Unsloth, Axolotl, mlx-lm.
 
 /// Our flag as it is typed, perhaps with its value or a remark, and what others call it.
 pub const OTHER_NAMES: &[(&str, &[&str])] = &[
@@ -59,6 +59,119 @@ pub const OTHER_NAMES: &[(&str, &[&str])] = &[
     ("--max_new_tokens", &["max_tokens", "max_gen_len"]),
 ];
 
+/// Why there is no such flag here, and the flags of others that are answered so.
+pub const NOT_HERE: &[(&str, &[&str])] = &[
+    (
+        "ORPO is what is trained, so leave it out",
+        &["dpo_loss", "loss_type", "pref_loss", "rl", "rlhf_type", "stage", "train_mode"],
+    ),
+    (
+        "adapters are plain LoRA, so leave it out",
+        &["lora_bias", "loraplus_lr_ratio", "modules_to_save", "use_dora", "use_rslora"],
+    ),
+    (
+        "a run takes one device, so leave it out",
+        &["ddp_backend", "deepspeed", "fsdp", "nproc_per_node", "num_gpus", "num_processes"],
+    ),
+    (
+        "attention and other ops always run in kernels of this program's own, so leave it out",
+        &[
+            "attn_impl",
+            "attn_implementation",
+            "flash_attn",
+            "use_flash_attn",
+            "use_liger",
+            "use_liger_kernel",
+        ],
+    ),
+    (
+        "rows are packed without padding anyway, so leave it out",
+        &["packing", "padding_free", "sample_packing"],
+    ),
+    (
+        "nothing is asked of a hub, so leave it out",
+        &["hub_model_id", "hub_token", "push_to_hub", "trust_remote_code", "use_hf"],
+    ),
+    (
+        "it needs none, so leave it out",
+        &[
+            "dataloader_num_workers",
+            "dataset_num_proc",
+            "do_eval",
+            "do_train",
+            "infer_backend",
+            "overwrite_cache",
+            "overwrite_output_dir",
+            "plot_loss",
+            "preprocessing_num_workers",
+            "stream",
+        ],
+    ),
+    ("a checkpoint is a PEFT adapter, which PEFT merges (see the README)", &["merge_adapter", "merge_lora"]),
+];
+
+/// Our command, perhaps with a remark, and what others call it.
+pub const OTHER_COMMANDS: &[(&str, &[&str])] = &[
+    (
+        "train",
+        &[
+            "cpo",
+            "dpo",
+            "fine-tune",
+            "finetune",
+            "fit",
+            "kto",
+            "lora",
+            "orpo",
+            "pt",
+            "rlhf",
+            "run",
+            "sft",
+            "tune",
+        ],
+    ),
+    (
+        "infer",
+        &[
+            "api",
+            "app",
+            "chat",
+            "cli",
+            "deploy",
+            "generate",
+            "inference",
+            "predict",
+            "serve",
+            "webchat",
+            "webui",
+        ],
+    ),
+    ("train, with --val_dataset", &["eval", "evaluate"]),
+    ("bench", &["benchmark"]),
+    ("plan", &["estimate", "estimate-memory"]),
+    ("devices", &["env", "gpus", "info"]),
+];
+
+/// Commands of others for what a checkpoint needs not.
+const MERGES: [&str; 6] = ["export", "fuse", "merge", "merge-lora", "merge_lora", "merge-model"];
+
+/// What a command of another trainer is here.
+pub fn our_command(theirs: &str) -> Option<String> {
+    if MERGES.contains(&theirs) {
+        return Some(
+            "a checkpoint is a PEFT adapter as it is; the README says what serves or merges it".to_owned(),
+        );
+    }
+    let (ours, _) = OTHER_COMMANDS.iter().find(|(_, names)| names.contains(&theirs))?;
+    Some(format!("here this is `{ours}`"))
+}
+
+/// Why a flag or setting of another trainer is none here.
+pub fn not_here(theirs: &str) -> Option<&'static str> {
+    let name = theirs.trim_start_matches('-').replace('-', "_");
+    NOT_HERE.iter().find(|(_, names)| names.contains(&name.as_str())).map(|(why, _)| *why)
+}
+
 /// What a flag or setting of another trainer is here, whatever its dashes: `--batch_size`.
 pub fn ours(theirs: &str) -> Option<&'static str> {
     let name = theirs.trim_start_matches('-').replace('-', "_");
@@ -82,5 +195,6 @@ mod tests {
         assert_eq!(ours("--load_in_4bit").map(flag_of), Some("quantization_bit"));
         assert_eq!(ours("--warmup_steps").map(flag_of), Some("warmup_ratio"));
         assert_eq!(ours("--num_generations"), None);
+        assert_eq!(not_here("--use-dora"), Some("adapters are plain LoRA, so leave it out"));
     }
 }

@@ -1,0 +1,119 @@
+//! Tips for words that the command line does not know, and other trainers do.
+
+use std::ffi::OsString;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+use super::command;
+use crate::config::other_names;
+use crate::data::source::edits;
+
+/// The same error; of a flag or command that another trainer has, with what it is here.
+pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error {
+    let word = |kind| match usage.get(kind) {
+        Some(ContextValue::String(word)) => Some(word.clone()),
+        _ => None,
+    };
+    let tip = match usage.kind() {
+        ErrorKind::InvalidSubcommand => {
+            word(ContextKind::InvalidSubcommand).and_then(|word| other_names::our_command(&word))
+        }
+        ErrorKind::UnknownArgument => {
+            let (flag, similar) = (word(ContextKind::InvalidArg), word(ContextKind::SuggestedArg));
+            let tip = flag.as_deref().and_then(|flag| flag_tip(flag, args));
+            let is_far = |similar: &str| !is_similar(flag.as_deref().unwrap_or_default(), similar);
+            if tip.is_some() || similar.as_deref().is_some_and(is_far) {
+                forget_similar(&mut usage, args);
+            }
+            tip
+        }
+        _ => None,
+    };
+    if let Some(tip) = tip {
+        usage.remove(ContextKind::SuggestedSubcommand);
+        usage.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    usage
+}
+
+/// What to type instead of a flag, or of a word that is none.
+fn flag_tip(theirs: &str, args: &[OsString]) -> Option<String> {
+    let command = command();
+    let has =
+        |command: &clap::Command, flag: &str| command.get_arguments().any(|arg| arg.get_long() == Some(flag));
+    let Some(subcommand) = args.iter().skip(1).find_map(|arg| command.find_subcommand(arg)) else {
+        let name = theirs.trim_start_matches('-').replace('-', "_");
+        let owner = command.get_subcommands().find(|subcommand| has(subcommand, &name))?.get_name();
+        return Some(format!("it is a flag of `{owner}`: {} {owner} --{name}", command.get_name()));
+    };
+    if !theirs.starts_with('-') {
+        let is_data = theirs.ends_with(".jsonl") || theirs.ends_with(".json");
+        return (is_data && has(subcommand, "dataset")).then(|| format!("--dataset {theirs}"));
+    }
+    let ours = other_names::ours(theirs).filter(|ours| has(subcommand, other_names::flag_of(ours)));
+    let ours = ours.map(|ours| format!("here this is {ours}"));
+    ours.or_else(|| other_names::not_here(theirs).map(str::to_owned))
+}
+
+/// Whether what clap found is what may have been meant: the beginning of it, or up to a third of its characters off.
+fn is_similar(flag: &str, found: &str) -> bool {
+    let [flag, found] = [flag, found].map(|name| name.trim_start_matches('-').replace('-', "_"));
+    found.starts_with(&flag) || 3 * edits(&flag, &found) <= flag.len()
+}
+
+/// Takes clap's own idea out of the error, of which the usage speaks as well.
+fn forget_similar(usage: &mut clap::Error, args: &[OsString]) {
+    usage.remove(ContextKind::SuggestedArg);
+    let mut command = command();
+    command.build();
+    if let Some(name) = args.iter().skip(1).find(|arg| command.find_subcommand(arg).is_some())
+        && let Some(subcommand) = command.find_subcommand_mut(name)
+    {
+        usage.insert(ContextKind::Usage, ContextValue::StyledStr(subcommand.render_usage()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(args: &[&str]) -> String {
+        let args: Vec<OsString> = [&["orpo-wgpu"], args].concat().into_iter().map(OsString::from).collect();
+        with_tip(command().try_get_matches_from(&args).unwrap_err(), &args).to_string()
+    }
+
+    #[test]
+    fn a_word_of_another_trainer_is_told_what_it_is_here() {
+        for (args, tip) in [
+            (&["train", "--per-device-train-batch-size", "4"][..], "tip: here this is --batch_size\n"),
+            (&["plan", "--load_in_4bit"], "tip: here this is --quantization_bit 4\n"),
+            (&["train", "--warmup_steps=10"], "tip: here this is --warmup_ratio, a share of the steps\n"),
+            (&["infer", "--ckpt_dir", "x"], "tip: here this is --adapters\n"),
+            (&["train", "--betta", "1"], "tip: a similar argument exists: '--beta'"),
+            (&["train", "--learning", "1"], "tip: a similar argument exists: '--learning-rate'"),
+            (&["train", "--rlhf_type", "orpo"], "tip: ORPO is what is trained, so leave it out\n"),
+            (&["train", "--loss-type", "x"], "tip: ORPO is what is trained, so leave it out\n"),
+            (&["train", "--use_dora", "true"], "tip: adapters are plain LoRA, so leave it out\n"),
+            (&["train", "pairs.jsonl"], "tip: --dataset pairs.jsonl\n"),
+            (&["--learning-rate", "1"], "tip: it is a flag of `train`: orpo-wgpu train --learning_rate\n"),
+            (&["sft"], "tip: here this is `train`\n"),
+            (&["rlhf", "--beta", "1"], "tip: here this is `train`\n"),
+            (&["chat"], "tip: here this is `infer`\n"),
+            (&["export"], "tip: a checkpoint is a PEFT adapter as it is; "),
+            (&["tain"], "tip: a similar subcommand exists: 'train'"),
+        ] {
+            let message = usage(args);
+            assert!(message.contains(tip), "{args:?}: {message}");
+            assert_eq!(message.matches("tip:").count(), 1, "{message}");
+        }
+        let message = usage(&["infer", "--lora_r", "8"]);
+        assert!(!message.contains("--lora_rank"), "infer has no such flag: {message}");
+    }
+
+    #[test]
+    fn what_is_far_from_every_flag_has_no_tip() {
+        let message = usage(&["train", "--lora_zero", "1"]);
+        assert!(!message.contains("tip:"), "{message}");
+        assert!(message.contains("Usage: orpo-wgpu train [OPTIONS]"), "{message}");
+    }
+}
