@@ -235,7 +235,8 @@ impl Loop<'_> {
                     self.say("a line with only # ends a message\n");
                 }
                 Some(Command::SingleLine) => self.lines = Lines::Single,
-                Some(Command::Help) => self.say(HELP),
+                // Asked for, so that it is told wherever the questions come from.
+                Some(Command::Help) => note(self.notes, HELP),
                 None if message.trim().is_empty() => {}
                 None if self.manner.is_terminal && is_like_command(&message) => {
                     self.say(&format!("{} is no command; /help lists them\n", message.trim()));

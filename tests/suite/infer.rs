@@ -303,6 +303,8 @@ fn a_command_that_there_is_not_is_not_a_question_to_the_model() {
     assert!(notes.contains("/nope is no command; /help lists them") && history.is_empty(), "{notes}");
     let (_, _, history) = talk.run(b"/nope\n", PIPE);
     assert_eq!(history.len(), 1, "a pipe's lines are messages");
+    let (output, notes, history) = talk.run(b"/help\n", PIPE);
+    assert!(output.is_empty() && notes.starts_with("clear ") && history.is_empty(), "asked for: {notes}");
 }
 
 #[test]
