@@ -209,7 +209,9 @@ fn print_memory(case: &Case<'_>, chosen: &Budget) {
         (head, "a chunk of the head"),
         (scratch, "scratch"),
     ] {
-        say!("  {:>10}  {what}", size(bytes as u64));
+        if bytes > 0 {
+            say!("  {:>10}  {what}", size(bytes as u64));
+        }
     }
     let embedding = size(2 * (case.config.vocab_size * case.config.hidden_size) as u64);
     tell(
