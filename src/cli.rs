@@ -39,6 +39,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -47,6 +48,9 @@ use crate::config::{TrainArgs, with_dashed_aliases};
 use crate::demo;
 use crate::error::{Error, Result};
 use crate::ops::notes;
+
+/// Whether standard error has lines already.
+static IS_NOTED: AtomicBool = AtomicBool::new(false);
 
 /// The first failure of standard output.
 static UNPRINTED: Mutex<Option<io::Error>> = Mutex::new(None);
@@ -77,6 +81,7 @@ fn check_printed() -> Result<()> {
 /// Unlike `eprintln!`, which panics where standard error is closed.
 fn print_note(line: fmt::Arguments<'_>) {
     tell_noticed();
+    IS_NOTED.store(true, Ordering::Relaxed);
     let _ = writeln!(io::stderr(), "{line}");
 }
 
@@ -143,6 +148,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     while let Some(error) = cause {
         message = format!("{message}: {error}");
         cause = error.source();
+    }
+    // Stands apart from what was said on the way.
+    if IS_NOTED.load(Ordering::Relaxed) {
+        note!("");
     }
     note!("orpo-wgpu: {message}");
     if let Some(hint) = error.hint() {

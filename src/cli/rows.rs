@@ -72,7 +72,7 @@ impl Data {
             Ok(pairs)
         };
         let (train, val) = (tokenize(&train)?, tokenize(&val)?);
-        first_of(&skipped).iter().for_each(|line| note!("{line}"));
+        // An error that says why no row is left needs no lines above it that say the same.
         if train.is_empty() {
             let name = args.dataset.first().map_or(demo::NAME, String::as_str);
             return Err(Error::file(
@@ -81,6 +81,7 @@ impl Data {
             )
             .with_hint("rows that are too long: raise --max_length"));
         }
+        first_of(&skipped).iter().for_each(|line| note!("{line}"));
         Ok(Self { train, val, skipped })
     }
 

@@ -582,6 +582,19 @@ fn the_first_step_is_told_of_before_the_log_has_a_line() {
 }
 
 #[test]
+fn an_error_stands_apart_from_what_was_said_before() {
+    let workplace = Workplace::new();
+    let pairs = fs::read_to_string(workplace.path("pairs.jsonl")).unwrap();
+    write_pairs(&workplace, &format!("{pairs}{}", "{\"query\":\"q\"}\n".repeat(7)));
+    let message = stderr(&workplace.train(&["--max_memory", "500KB"]));
+    assert!(message.contains("\nleft out: and 2 more\n"), "{message}");
+    assert!(message.contains("\n\norpo-wgpu: invalid configuration: the longest step"), "{message}");
+    write_pairs(&workplace, &pairs);
+    let message = stderr(&workplace.train(&["--max_length", "3"]));
+    assert!(message.starts_with("orpo-wgpu: pairs.jsonl: none of its rows can be trained on"), "{message}");
+}
+
+#[test]
 fn one_step_trains_whatever_the_warm_up() {
     let workplace = Workplace::new();
     let output = workplace.train(&["--max_steps", "1", "--warmup_ratio", "0.05", "--learning_rate", "1e-4"]);
