@@ -111,6 +111,11 @@ pub enum Error {
     },
 }
 
+/// `1 row`, `2 rows`
+pub fn counted(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 /// The first problems, a line each, and how many more there are: one wrong folder gives hundreds.
 fn first_of(problems: &[String]) -> String {
     let (shown, others) = problems.split_at(problems.len().min(SHOWN_TENSORS));

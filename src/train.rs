@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::TokenizedPair;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
 use crate::model::llama::KeepPlan;
@@ -398,8 +398,9 @@ fn check_moved<B: Kernels>(
         return Ok(());
     }
     if n_skipped > 0 {
+        let (steps, were) = (counted(n_skipped, "step"), if n_skipped == 1 { "was" } else { "were" });
         return Err(Error::config(format!(
-            "the adapter did not change: {n_skipped} steps were skipped, as their gradients overflowed fp16, and the others had a learning rate of 0"
+            "the adapter did not change: {steps} {were} skipped, as gradients overflowed fp16, and the others had a learning rate of 0"
         ))
         .with_hint("a lower --fp16_init_scale, more steps for the scale to fall, or --dtype fp32"));
     }

@@ -6,7 +6,7 @@ use super::open::OpenModel;
 use super::words::pasted;
 use crate::config::TrainArgs;
 use crate::demo;
-use crate::error::Result;
+use crate::error::{Result, counted};
 use crate::infer::generate::{GenerationConfig, answer};
 use crate::model::Llama;
 use crate::ops::Kernels;
@@ -26,7 +26,7 @@ pub fn answers<B: Kernels>(
     when: &str,
 ) -> Result<Vec<String>> {
     if !questions.is_empty() {
-        note!("demo     answering {} held-out questions {when}", questions.len());
+        note!("demo     answering {} {when}", counted(questions.len(), "held-out question"));
     }
     let config = GenerationConfig::greedy(48);
     questions
@@ -84,7 +84,8 @@ pub fn print_summary(summary: &Summary, args: &TrainArgs) {
     if summary.n_skipped > 0 {
         say!("skipped steps, whose gradients overflowed fp16: {}", summary.n_skipped);
     }
-    say!("{} steps in {:.1} s, evaluations and saves included", summary.n_steps, summary.elapsed_s);
+    let steps = counted(summary.n_steps, "step");
+    say!("{steps} in {:.1} s, evaluations and saves included", summary.elapsed_s);
     say!("adapter: {}", summary.checkpoint.display());
     // On the weights that it was trained on.
     let bits = match args.quantization_bit {

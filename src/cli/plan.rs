@@ -16,7 +16,7 @@ use crate::data::dataset::{self, Strictness};
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::model::LlamaConfig;
 use crate::model::presets::{PRESETS, preset};
 use crate::train::cost::StepMemory;
@@ -148,7 +148,8 @@ impl Source {
             tell("data", &what);
             return;
         };
-        tell("data", &format!("{} pairs to train on, {} rows left out", pairs.len(), self.n_left_out));
+        let (pairs_to, rows) = (counted(pairs.len(), "pair"), counted(self.n_left_out, "row"));
+        tell("data", &format!("{pairs_to} to train on, {rows} left out"));
         tell("lengths", &lengths(pairs));
     }
 }

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::{interrupts, profile_table};
 use crate::data::dataset::Location;
 use crate::device;
-use crate::error::Error;
+use crate::error::{Error, counted};
 use crate::ops::profile;
 use crate::train::Observer;
 use crate::train::metrics::StepMetrics;
@@ -109,7 +109,7 @@ impl Observer for Progress<'_> {
     }
 
     fn before_evaluation(&mut self, step: usize) {
-        device::doing(format!("the evaluation after {step} steps"));
+        device::doing(format!("the evaluation after {}", counted(step, "step")));
     }
 
     fn is_profiled(&self, step: usize) -> bool {

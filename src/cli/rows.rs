@@ -94,7 +94,12 @@ impl Data {
         if !self.skipped.is_empty() {
             let lines: Vec<String> = self.skipped.iter().map(|row| format!("{row}\n")).collect();
             fs::write(&path, lines.concat()).map_err(Error::io("write", &path))?;
-            note!("left out: all {} rows are in {}", thousands(lines.len()), path.display());
+            let rows = if lines.len() == 1 {
+                "the row is"
+            } else {
+                &format!("all {} rows are", thousands(lines.len()))
+            };
+            note!("left out: {rows} in {}", path.display());
             Ok(())
         } else if path.exists() {
             fs::remove_file(&path).map_err(Error::io("remove", &path))

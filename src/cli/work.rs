@@ -13,7 +13,7 @@ use crate::config::TrainArgs;
 use crate::data::batch::{Batch, pack};
 use crate::data::tokenize::TokenizedPair;
 use crate::device::{self, DeviceChoice};
-use crate::error::Result;
+use crate::error::{Result, counted};
 use crate::lora::{self, LoraConfig};
 use crate::model::llama::{KeepPlan, LINEAR_NAMES};
 use crate::model::{Llama, Precision};
@@ -89,8 +89,9 @@ impl Work {
         let epochs = max_steps as f64 / plan.steps_per_epoch() as f64;
         let flops = mean_flops * n_pairs as f64 * epochs;
         let what = format!(
-            "{max_steps} optimizer steps of {} pairs, {epochs:.2} epochs of {} tokens: {} TFLOP",
-            pairs_of_step(args),
+            "{} of {}, {epochs:.2} epochs of {} tokens: {} TFLOP",
+            counted(max_steps, "optimizer step"),
+            counted(pairs_of_step(args), "pair"),
             thousands((mean_tokens * n_pairs as f64) as usize),
             tflop(flops)
         );

@@ -203,7 +203,11 @@ fn no_usable_rows(path: &Path, skipped: &[Skipped], columns: &BTreeMap<String, S
     if skipped.is_empty() {
         return Error::file(path, "it has no rows");
     }
-    let problem = format!("none of its {} rows can be used: {}", skipped.len(), summarize(skipped));
+    let none = match skipped.len() {
+        1 => "its only row cannot be used".to_owned(),
+        n => format!("none of its {n} rows can be used"),
+    };
+    let problem = format!("{none}: {}", summarize(skipped));
     let error = Error::file(path, problem);
     match skipped.iter().take(ADVISED_ROWS).find_map(|row| advice(&row.location, columns)) {
         Some(advice) => error.with_hint(advice),

@@ -9,7 +9,7 @@ use burn::tensor::backend::Backend;
 use super::generate::{Generation, GenerationConfig, Session, StopReason};
 use crate::data::template::{Renderer, Template};
 use crate::data::tokenize::TextTokenizer;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::model::Llama;
 use crate::ops::Kernels;
 
@@ -311,11 +311,13 @@ pub(super) fn ask_on_line<B: Kernels>(
 /// What an answer cost, in words.
 pub(super) fn figures(generation: &Generation) -> String {
     let Generation { tokens, stop_reason, n_prefilled, prefill_time, .. } = generation;
-    let mut text = format!("{} tokens, {:.1} tokens/s", tokens.len(), generation.tokens_per_second());
+    let mut text =
+        format!("{}, {:.1} tokens/s", counted(tokens.len(), "token"), generation.tokens_per_second());
     // Writing to a string cannot fail.
     let _ = write!(
         text,
-        "; prompt: {n_prefilled} new tokens in {:.2} s; {stop_reason}",
+        "; prompt: {} in {:.2} s; {stop_reason}",
+        counted(*n_prefilled, "new token"),
         prefill_time.as_secs_f64()
     );
     text

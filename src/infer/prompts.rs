@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
 use crate::data::dataset::Location;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::ops::Kernels;
 
 /// Names of the column that holds what the user says, in the order in which they are looked for.
@@ -144,7 +144,8 @@ pub fn answer_prompts<B: Kernels>(
     };
     unless_closed(prompts.iter().enumerate().try_for_each(&mut answer))?;
     if let Some(path) = result_file {
-        note(notes, &format!("{} answers are in {}\n", prompts.len(), path.display()));
+        let are = if prompts.len() == 1 { "is" } else { "are" };
+        note(notes, &format!("{} {are} in {}\n", counted(prompts.len(), "answer"), path.display()));
     }
     Ok(())
 }
