@@ -88,7 +88,7 @@ fn print_note(line: fmt::Arguments<'_>) {
 /// Tells of what the ops noticed of the device since something was last printed.
 fn tell_noticed() {
     for noticed in notes::take() {
-        let _ = writeln!(io::stderr(), "device   {noticed}");
+        let _ = writeln!(io::stderr(), "{}", words::noted("device", &noticed));
     }
 }
 

@@ -3,6 +3,7 @@
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 
+use super::words::paragraph;
 use crate::device::{self, Adapter, CudaGpu, DeviceRequest, Selected, size};
 use crate::error::Result;
 
@@ -30,15 +31,19 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
         return Ok(());
     }
     if adapters.is_empty() {
-        say!("no adapter with a {} driver was found\nhint: {}\n", device::api(), device::NO_ADAPTER);
+        say!("no adapter with a {} driver was found", device::api());
+        say!("{}\n", paragraph(&format!("hint: {}", device::NO_ADAPTER)));
     } else {
         say!("{}\n", table(&adapters));
     }
     match &gpus {
         Ok(gpus) => say!("{}\n", cuda_table(gpus)),
-        Err(missing) => say!("no CUDA: {}\nhint: {}\n", missing.problem, missing.hint),
+        Err(missing) => {
+            say!("{}", paragraph(&format!("no CUDA: {}", missing.problem)));
+            say!("{}\n", paragraph(&format!("hint: {}", missing.hint)));
+        }
     }
-    say!("{}", auto(&selected));
+    say!("{}", paragraph(&auto(&selected)));
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use burn_wgpu::Wgpu;
 
 use super::open::{OpenModel, adapter_in};
 use super::precision::PrecisionArgs;
+use super::words::noted;
 use crate::demo;
 use crate::device::{self, DeviceChoice};
 use crate::error::{Error, Result};
@@ -108,7 +109,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
-        note!("device   {note}");
+        note!("{}", noted("device", note));
     }
     match &selected.choice {
         choice @ DeviceChoice::Cpu => run_on::<Flex>(args, &prompts, &open, &Default::default(), choice),

@@ -43,7 +43,7 @@ pub fn try_longest<B: Kernels>(
     let rows = match batch.locations.as_slice() {
         [row] => format!("row {row}"),
         [row, others @ ..] => format!("rows {row} and {} more", others.len()),
-        [] => return Ok("longest  no row".to_owned()),
+        [] => return Ok("no row".to_owned()),
     };
     device::doing(format!("the longest micro-batch ({rows}), tried ahead of the run"));
     let started = Instant::now();
@@ -66,5 +66,5 @@ pub fn try_longest<B: Kernels>(
             size(predicted)
         )
     });
-    Ok(format!("longest  {rows} ({} tokens) fits{memory}, {seconds:.1} s", thousands(batch.n_tokens())))
+    Ok(format!("{rows} ({} tokens) fits{memory}, {seconds:.1} s", thousands(batch.n_tokens())))
 }

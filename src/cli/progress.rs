@@ -61,7 +61,8 @@ impl<'a> Progress<'a> {
         memory_bytes: &'a dyn Fn() -> u64,
     ) -> Self {
         let bar = ProgressBar::new(max_steps as u64).with_position(done as u64);
-        bar.set_style(styled("{bar:30} {pos}/{len}  {msg}  {elapsed} elapsed"));
+        // As wide as is left of the line, which it must not exceed: what wraps cannot be drawn over.
+        bar.set_style(styled("{wide_bar} {pos}/{len}  {msg}  {elapsed} elapsed"));
         bar.set_message("starting");
         bar.enable_steady_tick(Duration::from_millis(500));
         let now = Instant::now();
@@ -137,7 +138,7 @@ impl Observer for Progress<'_> {
         self.left = per_step.mul_f64((self.max_steps - step) as f64);
         let left = HumanDuration(self.left);
         self.bar
-            .set_message(format!("loss {:.4}  {tokens_per_second:.0} tokens/s  {left} left", metrics.loss));
+            .set_message(format!("loss {:.4}  {tokens_per_second:.0} tokens/s  {left:#} left", metrics.loss));
         let is_first = step == self.first_step + 1;
         let next = step.next_multiple_of(self.logging_steps).min(self.max_steps);
         // Where the lines are all there is, the first tells how fast it goes before the log has one.

@@ -15,13 +15,13 @@ use super::precision;
 use super::progress::Progress;
 use super::rows::{Data, is_demo_data, lengths, plan_of};
 use super::tune;
-use super::words::{entry, pasted};
+use super::words::{noted, pasted};
 use crate::config::TrainArgs;
 use crate::data::batch::LossCompat;
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
 use crate::model::llama::{Keep, LINEAR_NAMES};
@@ -50,7 +50,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let ranks = ranks(&args)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
-        note!("device   {note}");
+        tell("device", note);
     }
     let choice = &selected.choice;
     let case = Case::new(&args, &open.config, ranks, Rows::Known(&data.train), choice)?.with_val(&data.val);
@@ -67,6 +67,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
     .map_err(|error| with_advice(error, &args, &case))
 }
 
+fn tell(label: &str, text: &str) {
+    note!("{}", noted(label, text));
+}
+
 /// Predicts the longest step and says so, before a long load that would be in vain.
 fn budget(args: &TrainArgs, case: &Case<'_>) -> Result<Budget> {
     let setting = Setting::of(args);
@@ -76,7 +80,8 @@ fn budget(args: &TrainArgs, case: &Case<'_>) -> Result<Budget> {
     check_fits(case, &setting, &budget, resumes)?;
     let room = case.memory.map_or_else(String::new, |bytes| format!(" of {}", size(bytes)));
     let again = runs_again(budget.keep, case.config.num_hidden_layers);
-    note!("memory   {}{room} predicted for the longest step; {again}", size(budget.memory.total() as u64));
+    let total = size(budget.memory.total() as u64);
+    tell("memory", &format!("{total}{room} predicted for the longest step; {again}"));
     Ok(budget)
 }
 
@@ -209,7 +214,7 @@ fn run_on<B: Kernels>(
     let mean = lengths.clone().sum::<usize>() / data.train.len().max(1);
     let tokens = [lengths.max().unwrap_or(0), mean].map(|tokens| tokens * args.batch_size);
     // Ahead of the longest row, which then takes the memory that the run's own products take.
-    tune::tune(choice, &tune::linears(&model, tokens), n_steps, |note| note!("device   {note}"));
+    tune::tune(choice, &tune::linears(&model, tokens), n_steps, |note| tell("device", &note));
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     if longest::is_worth_it(case, &budget) {
         let batch = case.longest_batch(args.max_length, batch_size);
@@ -217,15 +222,17 @@ fn run_on<B: Kernels>(
             DeviceChoice::Cpu => "",
             _ => "; what the device has not run yet is compiled on the way",
         };
-        note!("longest  the longest row is tried first{compiles}");
+        tell("longest", &format!("the longest row is tried first{compiles}"));
         let accumulates = gradient_accumulation_steps > 1;
-        note!("{}", longest::try_longest(&model, &batch, settings.beta, &budget, accumulates, choice)?);
+        let tried = longest::try_longest(&model, &batch, settings.beta, &budget, accumulates, choice)?;
+        tell("longest", &tried);
     }
     device::doing("preparing the run");
     if let Some(checkpoint) = &args.resume_from_checkpoint {
         let scale = resume.as_ref().and_then(|state| state.loss_scale).filter(|_| dtype == DType::F16);
         let scale = scale.map_or_else(String::new, |s| format!(", with its loss scale of {}", s.scale));
-        note!("resume   after step {first_step} of {max_steps}, from {}{scale}", checkpoint.display());
+        let from = checkpoint.display();
+        tell("resume", &format!("after step {first_step} of {max_steps}, from {from}{scale}"));
     }
 
     let is_demo = open.is_demo() && is_demo_data(args);
@@ -317,26 +324,29 @@ fn describe<B: Kernels>(
     let longest = data.train.iter().map(TokenizedPair::prompt_and_longer_answer).max().unwrap_or(0);
     let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     let loaded = loaded.speed().unwrap_or_else(|| format!("loaded in {:.1} s", loaded.elapsed.as_secs_f64()));
-    note!(
-        "model    {} in {} on {choice}, {loaded}, {trainable} trainable weights",
-        open.name,
-        model.precision
+    let (name, precision) = (&open.name, model.precision);
+    tell("model", &format!("{name} in {precision} on {choice}, {loaded}, {trainable} trainable weights"));
+    tell(
+        "data",
+        &format!(
+            "{} to train on, {} to evaluate on, {} left out; template {}",
+            counted(data.train.len(), "row"),
+            data.val.len(),
+            data.skipped.len(),
+            open.template
+        ),
     );
-    note!(
-        "data     {} rows to train on, {} to evaluate on, {} left out; template {}",
-        data.train.len(),
-        data.val.len(),
-        data.skipped.len(),
-        open.template
-    );
-    note!("{}", entry("lengths", &lengths(&data.train)));
-    note!(
-        "training {} steps of {} pairs, loss {} with beta {}, learning rate {:e}",
-        settings.schedule.max_steps,
-        batch_size * gradient_accumulation_steps,
-        settings.loss_compat,
-        args.beta,
-        args.learning_rate
+    tell("lengths", &lengths(&data.train));
+    tell(
+        "training",
+        &format!(
+            "{} of {}, loss {} with beta {}, learning rate {:e}",
+            counted(settings.schedule.max_steps, "step"),
+            counted(batch_size * gradient_accumulation_steps, "pair"),
+            settings.loss_compat,
+            args.beta,
+            args.learning_rate
+        ),
     );
     if longest > open.config.max_position_embeddings {
         note!(

@@ -1,5 +1,6 @@
 //! Numbers, paths and lines as people read them.
 
+use std::io::{self, IsTerminal};
 use std::path::Path;
 
 /// Columns of a terminal that nobody made wider.
@@ -45,11 +46,26 @@ pub fn pasted(path: &Path) -> String {
 /// A label and its text, cut between words for a terminal, with the text's lines below each other. A word that is longer than a line
 /// stays whole.
 pub fn entry(label: &str, text: &str) -> String {
-    let (mut lines, mut line) = (Vec::new(), format!("{label:LABEL$}"));
+    wrapped(format!("{label:LABEL$}"), text)
+}
+
+/// The same for standard error, whose lines stay whole where no terminal shows them: a log is searched line by line.
+pub fn noted(label: &str, text: &str) -> String {
+    if io::stderr().is_terminal() { entry(label, text) } else { format!("{label:LABEL$}{text}") }
+}
+
+/// A text, cut between words for a terminal.
+pub fn paragraph(text: &str) -> String {
+    wrapped(String::new(), text)
+}
+
+fn wrapped(label: String, text: &str) -> String {
+    let indent = label.len();
+    let (mut lines, mut line) = (Vec::new(), label);
     for (i, word) in text.split(' ').enumerate() {
-        let is_first = i == 0 || line.len() == LABEL;
+        let is_first = i == 0 || line.len() == indent;
         if !is_first && line.chars().count() + 1 + word.chars().count() > WIDTH {
-            lines.push(std::mem::replace(&mut line, " ".repeat(LABEL)));
+            lines.push(std::mem::replace(&mut line, " ".repeat(indent)));
         } else if !is_first {
             line.push(' ');
         }
@@ -88,5 +104,9 @@ mod tests {
         assert_eq!(lines[1], "         of it and a");
         assert_eq!(lines[2], format!("         path{}", "/long".repeat(20)));
         assert_eq!(lines.len(), 3);
+        assert_eq!(
+            paragraph(&"word ".repeat(20)),
+            format!("{}\n{}", "word ".repeat(16).trim_end(), "word ".repeat(4))
+        );
     }
 }

@@ -582,6 +582,25 @@ fn the_first_step_is_told_of_before_the_log_has_a_line() {
 }
 
 #[test]
+fn one_row_and_one_step_are_counted_as_one() {
+    let workplace = Workplace::new();
+    let first = fs::read_to_string(workplace.path("pairs.jsonl")).unwrap().lines().next().unwrap().to_owned();
+    write_pairs(&workplace, &format!("{first}\n{{\"query\":\"q\"}}\n"));
+    let flags = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--max_memory", "1TB"];
+    let output = workplace.train(&flags);
+    let message = stderr(&output);
+    for says in [
+        "\ndata     1 row to train on, 0 to evaluate on, 1 left out; ",
+        "\ntraining 1 step of 1 pair, loss swift ",
+        "\nleft out: the row is in out/left_out.txt",
+    ] {
+        assert!(message.contains(says), "no `{says}` in {message}");
+    }
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(printed.contains("\n1 step in "), "{printed}");
+}
+
+#[test]
 fn an_error_stands_apart_from_what_was_said_before() {
     let workplace = Workplace::new();
     let pairs = fs::read_to_string(workplace.path("pairs.jsonl")).unwrap();
