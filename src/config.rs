@@ -285,6 +285,12 @@ impl TrainArgs {
         let mut given = config.map(file::read).transpose()?.unwrap_or_default();
         let parsed = to_map(&parsed);
         let from_user = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+        // JSON has no other number that is null.
+        let not_finite = parsed.iter().filter(|(id, value)| value.is_null() && from_user(id));
+        let problems: Vec<_> = not_finite.map(|(name, _)| format!("--{name} is no finite number")).collect();
+        if !problems.is_empty() {
+            return Err(Error::Config { problems, hint: None });
+        }
         // Where to start from is one choice: the command line's goes over the file's.
         for (chosen, other) in
             [("resume_from_checkpoint", "adapters"), ("adapters", "resume_from_checkpoint")]

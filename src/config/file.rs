@@ -28,6 +28,8 @@ pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
             hint.get_or_insert(closest(&name, &known));
         } else if !value.is_null() {
             match setting(&name, &value) {
+                // JSON has no other number that is null.
+                Ok(Value::Null) => problems.push(format!("{}: `{key}` is no finite number", path.display())),
                 Ok(value) => drop(settings.insert(name, value)),
                 Err(reason) => problems.push(format!("{}: `{key}` is {value}: {reason}", path.display())),
             }
@@ -52,7 +54,10 @@ fn parse(path: &Path, text: &str) -> Result<Map<String, Value>> {
     let parsed = if has_extension(&["json"]) || text.trim_start().starts_with('{') {
         serde_json::from_str(text).map_err(|e| e.to_string())
     } else {
-        toml::from_str(text).map_err(|e| e.to_string())
+        // TOML has no null, but numbers that are none in JSON.
+        let named = |(key, value): (String, Value)| (key, if value.is_null() { "nan".into() } else { value });
+        let table = toml::from_str::<Map<String, Value>>(text).map_err(|e| e.to_string());
+        table.map(|table| Value::Object(table.into_iter().map(named).collect()))
     };
     match parsed {
         Ok(Value::Object(table)) => Ok(table),
@@ -174,6 +179,7 @@ mod tests {
             (r#"{"dataset": [5]}"#, "run.json: `dataset` is [5]: invalid type: integer `5`", None),
             (r#"{"beta": [0.1]}"#, "run.json: `beta` is [0.1]: invalid type: sequence", None),
             (r#"{"strict": 1}"#, "run.json: `strict` is 1: expected one of true, false", None),
+            (r#"{"beta": "nan"}"#, "run.json: `beta` is no finite number", None),
             (r#"{"betta": 0.1}"#, "run.json: `betta` is no setting", Some("did you mean `beta`?")),
             (r#"{"bits": 4}"#, "run.json: `bits` is no setting", Some("`bits` is quantization_bit here")),
             (
@@ -189,6 +195,8 @@ mod tests {
             assert!(error.to_string().contains(problem), "{text}: {error}");
             assert_eq!(error.hint(), hint, "{text}");
         }
+        let nan = read_as("run.toml", "beta = inf\n").unwrap_err().to_string();
+        assert!(nan.contains("run.toml: `beta` is no finite number"), "{nan}");
         let both = read_as("run.toml", "betta = 1\nbatch_size = -1\n").unwrap_err().to_string();
         assert!(both.contains("`betta`") && both.contains("`batch_size` is -1"), "all at once: {both}");
     }

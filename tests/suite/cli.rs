@@ -256,6 +256,13 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             says: &["--batch_size", "--warmup_ratio", "--lora_dropout"],
         },
         Case {
+            name: "a value that is no number",
+            spoil: |_| {},
+            flags: &["--learning_rate", "nan", "--beta", "inf"],
+            code: 2,
+            says: &["--learning_rate is no finite number", "--beta is no finite number"],
+        },
+        Case {
             name: "unknown module",
             spoil: |_| {},
             flags: &["--lora_target_modules", "q_proj,query"],
