@@ -13,7 +13,6 @@ use std::fmt;
 use std::str::FromStr;
 
 use burn::cubecl::Runtime;
-use burn::tensor::DType;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 pub use adapter::{Adapter, DeviceType, adapters, api};
@@ -114,16 +113,6 @@ impl DeviceChoice {
             Self::Cpu | Self::Wgpu { .. } => false,
             #[cfg(feature = "cuda")]
             Self::Cuda(gpu) => gpu.computes_bf16(),
-        }
-    }
-
-    /// In what its products come out whose operands are of this type, before what else belongs to the output joins them: wgpu's shaders
-    /// write the output at once.
-    pub fn product_dtype(&self, dtype: DType) -> DType {
-        match self {
-            Self::Cpu | Self::Wgpu { .. } => dtype,
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_) => DType::F32,
         }
     }
 
@@ -293,6 +282,8 @@ pub const NO_ADAPTER: &str = "install the GPU's driver, with its Vulkan part; on
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::DType;
+
     use super::*;
 
     fn adapter(index: usize, device_type: DeviceType, device: Option<WgpuDevice>) -> Adapter {

@@ -34,8 +34,8 @@ if command -v apt-get >/dev/null; then
         gpu::lora_linear::on_matrices gpu::attention::on_matrices gpu::token_logps::gpu_takes_a_weight_of_halves \
         plain_engine::lora_linear::on_matrices plain_engine::routes::a_product_is_right_whichever_route_makes_it \
         plain_engine::routes::tuning_finds_a_route gpu::tune::a_tuned_product_is_right_whoever_makes_it \
-        gpu::tune::every_way_is_right_on_the_known_product | tee target/matrices.log
-    grep "test result: ok. 9 passed" target/matrices.log
+        gpu::tune::every_way_is_right_on_the_known_product memory::cudas_engine_takes_what_is_predicted | tee target/matrices.log
+    grep "test result: ok. 10 passed" target/matrices.log
 else
     echo "LEFT OUT: the tests on a software adapter with cooperative matrices, which need Debian or Ubuntu" >&2
     [ -z "${CI:-}" ]

@@ -200,12 +200,10 @@ impl<'a> Case<'a> {
         if batch.pairs.is_empty() {
             return Ok(None);
         }
-        let (products, shard_bytes) = (self.choice.product_dtype(precision.dtype), self.choice.shard_bytes());
-        let logits = logits_bytes(self.config, precision, products, shard_bytes, batch.rows.len());
+        let logits = logits_bytes(self.config, precision, self.choice.shard_bytes(), batch.rows.len());
         let accumulates = setting.gradient_accumulation_steps > 1;
-        let keeping = |keep: KeepPlan| {
-            StepShape::of(&batch, self.ranks, precision, products, keep, accumulates, logits)
-        };
+        let keeping =
+            |keep: KeepPlan| StepShape::of(&batch, self.ranks, precision, keep, accumulates, logits);
         if !setting.gradient_checkpointing {
             return Ok(Some(keeping(Keep::All.into())));
         }

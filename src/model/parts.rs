@@ -83,16 +83,10 @@ fn chunk_bytes(shard_bytes: usize) -> usize {
 }
 
 /// What [`Head::logits_bytes`] says of a model that is not loaded.
-pub fn logits_bytes(
-    config: &LlamaConfig,
-    precision: Precision,
-    products: DType,
-    shard_bytes: usize,
-    n_rows: usize,
-) -> usize {
+pub fn logits_bytes(config: &LlamaConfig, precision: Precision, shard_bytes: usize, n_rows: usize) -> usize {
     let dtype = precision.dtype;
     let shard_rows = max_shard_rows(config.hidden_size, dtype, shard_bytes).min(config.vocab_size);
-    token_logps::logits_bytes(shard_rows, chunk_bytes(shard_bytes), [dtype, products], n_rows)
+    token_logps::logits_bytes(shard_rows, chunk_bytes(shard_bytes), dtype, n_rows)
 }
 
 #[cfg(test)]
@@ -108,8 +102,8 @@ mod tests {
         for shard_bytes in [1 << 30, 1 << 22] {
             let model = Llama::<Flex>::random(&config, precision, shard_bytes, &Default::default());
             for n_rows in [1, 100, 5000] {
-                let known = logits_bytes(&config, precision, DType::F32, shard_bytes, n_rows);
-                assert_eq!(known, model.lm_head.logits_bytes(DType::F32, n_rows), "{shard_bytes} {n_rows}");
+                let known = logits_bytes(&config, precision, shard_bytes, n_rows);
+                assert_eq!(known, model.lm_head.logits_bytes(n_rows), "{shard_bytes} {n_rows}");
             }
         }
     }

@@ -91,28 +91,20 @@ impl<B: Backend> Head<B> {
 }
 
 impl<B: Backend> Head<B> {
-    /// See [`logits_bytes`], for `n_rows` rows, of an engine that writes products in this type.
-    pub fn logits_bytes(&self, products: DType, n_rows: usize) -> usize {
+    /// See [`logits_bytes`], for `n_rows` rows.
+    pub fn logits_bytes(&self, n_rows: usize) -> usize {
         let longest = self.shards.iter().max_by_key(|shard| shard.dims()[0]);
-        let bytes = |shard: &Weight<B>| {
-            logits_bytes(shard.dims()[0], self.chunk_bytes, [shard.dtype(), products], n_rows)
-        };
+        let bytes =
+            |shard: &Weight<B>| logits_bytes(shard.dims()[0], self.chunk_bytes, shard.dtype(), n_rows);
         longest.map_or(0, bytes)
     }
 }
 
 /// The most bytes that a chunk's logits of `n_rows` rows take, of shards of at most `shard_rows` tokens in `dtype`: beside the logits
-/// their exponentials, where they are stored in another type, or before that the second part of the product that makes them, where the
-/// engine takes rows of `f32` in two parts, each of which gives a product.
-pub fn logits_bytes(
-    shard_rows: usize,
-    chunk_bytes: usize,
-    [dtype, products]: [DType; 2],
-    n_rows: usize,
-) -> usize {
+/// their exponentials, where they are stored in another type.
+pub fn logits_bytes(shard_rows: usize, chunk_bytes: usize, dtype: DType, n_rows: usize) -> usize {
     let exponentials = if dtype == DType::F32 { 0 } else { dtype.size() };
-    let part = if products.size() > dtype.size() { products.size() } else { 0 };
-    let per_logit = size_of::<f32>() + exponentials.max(part);
+    let per_logit = size_of::<f32>() + exponentials;
     rows_of_chunk(shard_rows, chunk_bytes, n_rows) * shard_rows * per_logit
 }
 

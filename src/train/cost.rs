@@ -3,8 +3,6 @@
 //! Both are formulas over what [`step`](super::step) and the ops do, so that a run can be judged before it starts. Letters: `T` tokens
 //! of the packed batch, `R` scored rows, `e` bytes of an activation; sizes of the model as in its configuration.
 
-use burn::tensor::DType;
-
 use crate::data::batch::Batch;
 use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
 use crate::model::parts::MAX_SHARD_ROWS;
@@ -25,9 +23,6 @@ pub struct StepShape {
     pub ranks: [usize; LINEAR_NAMES.len()],
     /// Types of activations and weights.
     pub precision: Precision,
-    /// In what the engine writes a product, before it is what else belongs to the output joined; see
-    /// [`DeviceChoice::product_dtype`](crate::device::DeviceChoice::product_dtype).
-    pub products: DType,
     /// What of the layers is kept for backward.
     pub keep: KeepPlan,
     /// Whether gradients of an earlier micro-batch wait for those of this one.
@@ -42,7 +37,6 @@ impl StepShape {
         batch: &Batch,
         ranks: [usize; LINEAR_NAMES.len()],
         precision: Precision,
-        products: DType,
         keep: impl Into<KeepPlan>,
         accumulates: bool,
         logits_bytes: usize,
@@ -54,7 +48,6 @@ impl StepShape {
             visible,
             ranks,
             precision,
-            products,
             keep: keep.into(),
             accumulates,
             logits_bytes,
@@ -148,15 +141,6 @@ impl StepMemory {
         let matrices: usize = shapes.iter().map(|[n_out, n_in]| linears.bytes(n_out * n_in)).sum();
         let dense = |storage: Storage, n_values: usize| if storage.is_dense() { 0 } else { e * n_values };
         let scratch = shapes.iter().map(|[n_out, n_in]| dense(linears, n_out * n_in)).max().unwrap_or(0);
-        // Backward has the MLP's width three times until `down_proj` gives it the third in a wider type: with the matrix and the gradient
-        // as it is multiplied, then with the same as it is kept.
-        let scratch = match shape.products.size() > e {
-            true => {
-                (scratch + e * tokens * hidden).max(e * tokens * inner)
-                    + (shape.products.size() - e) * tokens * inner
-            }
-            false => scratch,
-        };
         let shard = dense(head, config.vocab_size.min(MAX_SHARD_ROWS) * hidden);
         let adapter = F32 * adapter_values(config, shape);
         let waiting = if shape.accumulates { layers * adapter } else { 0 };
@@ -207,11 +191,10 @@ impl StepMemory {
 /// What the largest tensor of a step holds, and its bytes; the head comes in shards that fit.
 pub fn largest_tensor(config: &LlamaConfig, shape: &StepShape) -> (&'static str, usize) {
     let e = shape.precision.dtype.size();
-    let product = e.max(shape.products.size());
     let matrices = config.linear_shapes().map(|[n_out, n_in]| e * n_out * n_in);
     let all = [
         ("the weights of a linear layer", matrices.into_iter().fold(0, usize::max)),
-        ("the MLP's activations", product * shape.tokens * config.intermediate_size),
+        ("the MLP's activations", e * shape.tokens * config.intermediate_size),
         ("the rows of the residual stream", size_of::<f32>() * shape.tokens * config.hidden_size),
     ];
     all.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or(("nothing", 0))
@@ -219,6 +202,8 @@ pub fn largest_tensor(config: &LlamaConfig, shape: &StepShape) -> (&'static str,
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::DType;
+
     use super::*;
     use crate::model::presets::preset;
 
@@ -231,7 +216,6 @@ mod tests {
             visible: half * half / 2 + 2 * (half * half + half * half / 2),
             ranks: [8; LINEAR_NAMES.len()],
             precision,
-            products: precision.dtype,
             keep: keep.into(),
             accumulates: true,
             logits_bytes: 64 << 20,
@@ -271,20 +255,6 @@ mod tests {
         });
         // An adapter of 671 million values.
         assert_eq!([one, two].map(|memory| memory.gradients), [1, 2].map(|n| n * 4 * 671_088_640));
-    }
-
-    /// What a 16-bit MLP of Llama-3-8B has at once in `down_proj`'s backward: three of its width in 16 bits and a product, in 16 or 32.
-    #[test]
-    fn products_in_f32_take_ten_bytes_a_value_of_the_mlps_width() {
-        let config = preset("llama3-8b-instruct").unwrap();
-        let narrow = shape(2048, Precision::dense(DType::F16), Keep::Input);
-        let wide = StepShape { products: DType::F32, ..narrow };
-        let [narrow, wide] = [narrow, wide].map(|shape| StepMemory::of(&config, &shape));
-        let width = 3 * 1024 * config.intermediate_size;
-        assert_eq!(wide.total() - narrow.total(), 4 * width, "10 bytes a value instead of 6");
-        let shape =
-            StepShape { products: DType::F32, ..shape(2048, Precision::dense(DType::F16), Keep::Input) };
-        assert_eq!(largest_tensor(&config, &shape), ("the MLP's activations", 4 * width));
     }
 
     #[test]
