@@ -88,8 +88,9 @@ const WORKGROUP_SIZE: u32 = 64;
 pub const BAND: u32 = 8;
 /// Tokens and columns of a step of `lora_linear_backward.wgsl`.
 pub const PANEL: u32 = 64;
-/// Rank quads that `lora_linear_backward.wgsl` is compiled for. Of a higher rank than these have, two products do more for each entry of
-/// `dy` than reading it again costs.
+/// Rank quads that `lora_linear_backward.wgsl` is compiled for. Of a higher rank than these have, its partial sums cost more than reading
+/// `dy` again: those of `ds` are written and read once for every [`PANEL`] columns, which is `8 rank / PANEL` bytes for each entry of
+/// `dy`, as much as one takes in `f16` for a rank of 16.
 pub const RANK_QUADS: [u32; 3] = [1, 2, 4];
 /// What WebGPU guarantees in each dimension of a dispatch.
 pub const MAX_WORKGROUPS: u32 = 65_535;
