@@ -208,7 +208,7 @@ fn run_on<B: Kernels>(
     );
     let note = |note| say!("device   {note}");
     let n = limits::square(choice) as u32;
-    let square = LinearKind { extents: [n, n, n, 0], dtype, joins_stream: false };
+    let square = LinearKind { extents: [n, n, n, 0], dtype, joins_stream: false, shares_input: false };
     tune::tune(choice, &[square], STEPS_OF_A_RUN, note);
     let limits = measure_limits::<B>(dtype, choice, device)?;
     say!(

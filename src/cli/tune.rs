@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{Adapter, DeviceChoice};
 use crate::model::Llama;
-use crate::model::llama::joins_stream;
+use crate::model::llama::{joins_stream, shares_input};
 use crate::ops::tune::{self, DeviceOf, LinearKind, Timings, Tunable, Verdict};
 use crate::ops::{Cuts, Kernels, matrix_units_are_off};
 
@@ -69,8 +69,8 @@ pub(super) fn linears<B: Kernels>(model: &Llama<B>, tokens: [usize; 2]) -> Vec<L
         let rank = linear.lora.as_ref().map_or(0, |lora| lora.a.dims()[0]);
         for tokens in tokens {
             let extents = [tokens, n_in, n_out, rank].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-            let joins_stream = joins_stream(name);
-            let linear = LinearKind { extents, dtype: linear.weight.dtype(), joins_stream };
+            let (joins_stream, shares_input) = (joins_stream(name), shares_input(name));
+            let linear = LinearKind { extents, dtype: linear.weight.dtype(), joins_stream, shares_input };
             if !linears.contains(&linear) {
                 linears.push(linear);
             }

@@ -224,6 +224,11 @@ pub fn joins_stream(name: &str) -> bool {
     matches!(name, "self_attn.o_proj" | "mlp.down_proj")
 }
 
+/// Whether the gradient by a linear's input is added to that of another, whose input is the same.
+pub fn shares_input(name: &str) -> bool {
+    matches!(name, "self_attn.k_proj" | "self_attn.v_proj" | "mlp.up_proj")
+}
+
 /// A Llama model on one device. Its embedding stays in host memory: a step reads only the rows of its tokens.
 #[derive(Debug, Clone)]
 pub struct Llama<B: Backend> {

@@ -4,12 +4,12 @@
 //! product starts its accumulators from `scale · s Bᵀ`, so `x` and `y` are each touched once. Backward likewise:
 //!
 //! ```text
-//! ds = scale · dy B      dB = scale · dyᵀ s      one read of dy
+//! ds = scale · dy B      dB = scale · dyᵀ s      one read of dy, for small ranks
 //! dA = dsᵀ x             dx = dy W + ds A        the same prologue as forward
 //! ```
 //!
 //! Forward may add a residual, and backward to what `dx` already sums, in the same pass. Saved for backward: `x` and `s`. `x`, `dy`
-//! and the weight are `f32` or `f16`, each on its own; the adapter, `s` and its gradients are `f32`, and so is every sum.
+//! and the weight are `f32` or `f16`, each on its own; the adapter, `s` and its gradients are `f32`, and so are the sums of products.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};

@@ -14,7 +14,7 @@ use super::cube::bytes;
 use super::engine::{self, Adapter, Rest, Rounding, turned};
 use super::kernel::{Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
-use super::tune::{self, ADAPTER_SCALE, LEFT, RIGHT, Verdict};
+use super::tune::{self, LEFT, RIGHT, Verdict};
 
 pub use cuts::{CutChoice, CutKind, Cuts};
 pub(super) use plan::Device;
@@ -363,7 +363,7 @@ impl Scratch {
         let product = Product::new(self.kind.layout, &self.lhs, &self.rhs);
         let product = product.into_dtype(self.kind.elements.out.dtype()).add_to(addend);
         match &self.prologue {
-            Some([lhs, rhs]) => product.after(lhs, rhs, ADAPTER_SCALE).run_as(choice),
+            Some([lhs, rhs]) => product.after(lhs, rhs, 1.0).run_as(choice),
             None => product.run_as(choice),
         }
     }

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::cube::settle;
 
 pub use pattern::is_product;
-pub(super) use pattern::{ADAPTER_SCALE, LEFT, RIGHT, operand};
+pub(super) use pattern::{LEFT, RIGHT, operand};
 
 /// A matrix engine that has several ways of making a product, of which a device has its fastest.
 pub trait Tunable: 'static {
@@ -51,8 +51,8 @@ pub trait Tunable: 'static {
     /// A product's multiplications and additions.
     fn flops(kind: Self::Kind) -> f64;
 
-    /// How many products of two entries each entry of the output sums: the operands', and the adapter's.
-    fn depth(kind: Self::Kind) -> [usize; 2];
+    /// How many products of two entries each entry of the output sums, the adapter's included.
+    fn depth(kind: Self::Kind) -> usize;
 
     /// What is worth timing, the rule's choice first.
     fn candidates(client: &ComputeClient<Self::Runtime>, kind: Self::Kind) -> Vec<Self::Choice>;
@@ -85,6 +85,8 @@ pub struct LinearKind {
     pub dtype: DType,
     /// Whether its output joins the residual stream, which is `f32`, as is the gradient that it gets then.
     pub joins_stream: bool,
+    /// Whether the gradient by its input is added to another linear's.
+    pub shares_input: bool,
 }
 
 /// What is known of products of one kind: every way that was tried, and what came of it.

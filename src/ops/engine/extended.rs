@@ -7,7 +7,8 @@
 //! so that matrix units add `s Bᵀ` or `ds A` up with the rest, and the product is written once, in the type that it goes on in. No tensor
 //! is copied beside another: a load from behind the frozen depth reads a second one. There the factor, which is `f32`, lies as numbers
 //! of 16 bits: `a` as the sum of two, `a₁ + a₂`, and a product as three, `a₁ b₁ + a₂ b₁ + a₁ b₂`. What is left out is 2⁻¹⁶ of it in
-//! `bf16`, 2⁻²² in `f16`.
+//! `bf16`, 2⁻²² in `f16` or, of a number below 1/8 there, 2⁻²⁵ times the other. A product that is added to a 16-bit tensor is rounded
+//! before, and so is the sum.
 
 mod operand;
 mod output;
@@ -26,10 +27,10 @@ use cubek::matmul::definition::{
 use cubek::matmul::launch::{BatchedCoords, MatmulArgs, launch_kernel};
 use cubek::matmul::routines::{BlueprintStrategy, Routine};
 
-use super::product::{Adapter, Rest, turned};
+use super::product::{Adapter, turned};
 use operand::{Tail, TailLaunch, extended};
 use output::sum;
-use tail::{Side, tail, tail_depth};
+use tail::{Side, tail};
 
 type Expand<T> = <T as CubeType>::ExpandType;
 
@@ -135,21 +136,38 @@ pub(super) fn is_turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> bool {
     matrix.meta.strides()[0] < matrix.meta.strides()[1]
 }
 
-/// The product of two 16-bit operands, `addend + lhs · rhs + adapter`, in `out` or else in the addend's place.
+/// Two 16-bit operands, `[m, depth]` and `[depth, n]`, and the tails with which they go on.
+pub(super) struct Pair<'a, R: CubeRuntime> {
+    frozen: [&'a CubeTensor<R>; 2],
+    tails: Option<[CubeTensor<R>; 2]>,
+}
+
+impl<'a, R: CubeRuntime> Pair<'a, R> {
+    pub(super) fn new(lhs: &'a CubeTensor<R>, rhs: &'a CubeTensor<R>, adapter: Option<&Adapter<R>>) -> Self {
+        let tails = adapter.map(|Adapter { left, right, scale }| {
+            let left = tail(left, *scale, Side::Left, true, lhs.dtype);
+            [left, turned(&tail(&turned(right), 1.0, Side::Right, is_turned(rhs), rhs.dtype))]
+        });
+        Self { frozen: [lhs, rhs], tails }
+    }
+}
+
+/// The product of two operands, `addend + lhs · rhs`, in `out` or else in the addend's place.
 ///
 /// # Errors
 /// If the routine has no kernel for it on this device.
 pub(super) fn launch<R: CubeRuntime, A: Routine<(), Blueprint = TilingBlueprint>>(
     strategy: A::Strategy,
-    [lhs, rhs]: [&CubeTensor<R>; 2],
-    rest: &Rest<R>,
+    Pair { frozen: [lhs, rhs], tails }: &Pair<'_, R>,
+    addend: Option<&CubeTensor<R>>,
     out: Option<&CubeTensor<R>>,
 ) -> Result<(), MatmulSetupError> {
     let client = &lhs.client;
     let [m, depth] = [0, 1].map(|i| lhs.meta.shape()[i]);
     let n = rhs.meta.shape()[1];
-    let elements = MatmulGlobalElems { lhs: lhs.dtype.into(), rhs: rhs.dtype.into(), out: rest.dtype.into() };
-    let target = out.or(rest.addend.as_ref()).expect("a product has a place");
+    let target = out.or(addend).expect("a product has a place");
+    let [lhs_type, rhs_type, out_type] = [lhs, rhs, target].map(|tensor| tensor.dtype.into());
+    let elements = MatmulGlobalElems { lhs: lhs_type, rhs: rhs_type, out: out_type };
     let mut problem = MatmulProblem::from_shapes_and_strides(
         lhs.meta.shape().clone(),
         rhs.meta.shape().clone(),
@@ -168,7 +186,7 @@ pub(super) fn launch<R: CubeRuntime, A: Routine<(), Blueprint = TilingBlueprint>
         .filter_rhs_with_tensor(&problem.rhs_strides, &problem.rhs_shape, problem.rhs_layout)
         .filter_out_with_tensor(&problem.out_strides, &problem.out_shape)
         .pick_max()?;
-    let end = depth + tail_depth(rest.rank());
+    let end = depth + tails.as_ref().map_or(0, |[left, _]| left.meta.shape()[1]);
     problem.k = end;
     problem.lhs_shape = [m, end].into();
     problem.rhs_shape = [end, n].into();
@@ -188,24 +206,20 @@ pub(super) fn launch<R: CubeRuntime, A: Routine<(), Blueprint = TilingBlueprint>
         (sizes.rhs, blueprint.rhs_global_layout_config()),
         (sizes.out, blueprint.out_global_layout_config()),
     ];
-    let tails = rest.adapter.as_ref().map(|Adapter { left, right, scale }| {
-        let left = tail(left, *scale, Side::Left, true, lhs.dtype);
-        [left, turned(&tail(&turned(right), 1.0, Side::Right, is_turned(rhs), rhs.dtype))]
-    });
-    let [left_tail, right_tail] = tails.map_or([None, None], |tails| tails.map(Some));
-    let left_tail = left_tail.map(|tail| TailLaunch::new(view(&tail, left), depth as u32, Side::Left));
-    let right_tail = right_tail.map(|tail| TailLaunch::new(view(&tail, right), depth as u32, Side::Right));
+    let depth = depth as u32;
+    let left_tail = tails.as_ref().map(|[tail, _]| TailLaunch::new(view(tail, left), depth, Side::Left));
+    let right_tail = tails.as_ref().map(|[_, tail]| TailLaunch::new(view(tail, right), depth, Side::Right));
     let operands = OperandsLaunch::new(
         view(lhs, left),
         view(rhs, right),
         left_tail.into(),
         right_tail.into(),
-        rest.addend.as_ref().map(|addend| view(addend, output)).into(),
+        addend.map(|addend| view(addend, output)).into(),
     );
     let out = match out {
         Some(out) => out.clone().into_tensor_arg(),
         // Behind the operands and their tails.
-        None => target.as_tensor_alias(if rest.adapter.is_some() { 4 } else { 2 }),
+        None => target.as_tensor_alias(if tails.is_some() { 4 } else { 2 }),
     };
     let out = OutputLaunch::new(ViewArg::new_tensor::<GlobalLayout>(out, layout(target, output)));
     launch_kernel::<Extension, R, A>(client, operands, out, (), launch)

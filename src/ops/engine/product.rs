@@ -16,6 +16,7 @@ use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError
 use cubek::matmul::launch::{Strategy, launch_ref};
 use cubek::std::InputBinding;
 
+use super::extended::Pair;
 use super::routes::{Route, RouteKind, Routes};
 use crate::ops::cube::{bytes, empty, matrix_units, one_thread_each, overwrite, vector_width};
 use crate::ops::profile;
@@ -86,8 +87,9 @@ fn multiply<R: CubeRuntime>(
         };
         // Matrix units have no tile for some shapes.
         let mut is_made = false;
+        let operands = Pair::new(lhs, rhs, rest.adapter.as_ref());
         profiled(rest.dtype, rest.rank(), &mut || {
-            is_made = route.launch([lhs, rhs], &rest, out.as_ref()).is_ok();
+            is_made = route.launch(&operands, rest.addend.as_ref(), out.as_ref()).is_ok();
         });
         if let (true, Some(out)) = (is_made, out.or(rest.addend.clone())) {
             return out;

@@ -19,10 +19,10 @@ use cubek::matmul::routines::ordered_double_buffering::{
 use cubek::matmul::routines::simple::{SimpleAlgorithm, SimpleArgs};
 use serde::{Deserialize, Serialize};
 
-use super::extended::{is_turned, launch};
+use super::extended::{Pair, is_turned, launch};
 use super::product::{Adapter, Rest, has_matrices, turned};
 use crate::ops::cube::empty;
-use crate::ops::tune::{self, ADAPTER_SCALE, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
+use crate::ops::tune::{self, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
 
 /// What the time of a product depends on: `[m, depth] · [depth, n]` of 16-bit entries, summed in `f32`, with an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -41,6 +41,8 @@ pub struct RouteKind {
     pub dtype: DType,
     /// What the output does.
     pub out: DType,
+    /// Whether the product is added to something.
+    pub has_addend: bool,
 }
 
 impl RouteKind {
@@ -48,14 +50,19 @@ impl RouteKind {
     pub(super) fn of<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) -> Self {
         let ([m, depth], [_, n]) = ([0, 1].map(|i| lhs.meta.shape()[i]), [0, 1].map(|i| rhs.meta.shape()[i]));
         let (rank, m) = (rest.rank(), m.next_power_of_two());
-        Self { m, n, depth, rank, is_turned: is_turned(rhs), dtype: rhs.dtype, out: rest.dtype }
+        let (is_turned, has_addend) = (is_turned(rhs), rest.addend.is_some());
+        Self { m, n, depth, rank, is_turned, dtype: rhs.dtype, out: rest.dtype, has_addend }
     }
 
-    /// A product by which one like this is judged that was not timed: a few blocks of it, with edges where it has edges, for which the
-    /// routines have kernels of their own.
+    /// A product by which one like this is judged that was not timed: a few blocks of it, whose extents are multiples of the powers of two
+    /// that its own are multiples of. By those, loads are of several entries, or held against edges.
     pub(super) fn sample(self) -> Self {
-        let like = |extent: usize| if extent.is_multiple_of(256) { 256 } else { 264 };
-        Self { m: 256, n: like(self.n), depth: like(self.depth), rank: 8 * self.rank.min(1), ..self }
+        let like = |extent: usize| match 1 << extent.trailing_zeros() {
+            power if power < 256 => 256 + power,
+            _ => 256,
+        };
+        let rank = 8 * self.rank.min(1);
+        Self { m: 256, n: like(self.n), depth: like(self.depth), rank, ..self }
     }
 }
 
@@ -110,14 +117,14 @@ impl Route {
         ]
     };
 
-    /// Launches `addend + lhs · rhs + adapter` into `out`, or else into the addend's place.
+    /// Launches `addend + lhs · rhs` into `out`, or else into the addend's place.
     ///
     /// # Errors
     /// If the routine has no kernel for it on this device.
     pub(super) fn launch<R: CubeRuntime>(
         self,
-        operands: [&CubeTensor<R>; 2],
-        rest: &Rest<R>,
+        operands: &Pair<'_, R>,
+        addend: Option<&CubeTensor<R>>,
         out: Option<&CubeTensor<R>>,
     ) -> Result<(), MatmulSetupError> {
         let (Self::Simple { instruction, .. }
@@ -130,11 +137,11 @@ impl Route {
         match self {
             Self::Simple { multi_rows, .. } => {
                 let args = SimpleArgs { multi_rows, tile_matmul };
-                launch::<R, SimpleAlgorithm>(args, operands, rest, out)
+                launch::<R, SimpleAlgorithm>(args, operands, addend, out)
             }
             Self::DoubleBuffered { specialized, .. } => {
                 let args = DoubleBufferingArgs { specialized, tile_matmul };
-                launch::<R, CyclicDoubleBufferingAlgorithm>(args, operands, rest, out)
+                launch::<R, CyclicDoubleBufferingAlgorithm>(args, operands, addend, out)
             }
             Self::Ordered { .. } => {
                 let args = OrderedSelectionArgs {
@@ -143,7 +150,7 @@ impl Route {
                     rows_per_plane: Some(2),
                     tile_matmul,
                 };
-                launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, rest, out)
+                launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, addend, out)
             }
         }
     }
@@ -173,13 +180,31 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
         env!("CARGO_PKG_VERSION").to_owned()
     }
 
-    fn of_linear(LinearKind { extents, dtype, joins_stream }: LinearKind) -> [RouteKind; 2] {
+    fn of_linear(linear: LinearKind) -> [RouteKind; 2] {
+        let LinearKind { extents, dtype, joins_stream, shares_input } = linear;
         let [tokens, n_in, n_out, rank] = extents.map(|n| n as usize);
         let m = tokens.next_power_of_two();
         let out = if joins_stream { DType::F32 } else { dtype };
+        let kind = RouteKind {
+            m,
+            n: n_out,
+            depth: n_in,
+            rank,
+            is_turned: true,
+            dtype,
+            out,
+            has_addend: joins_stream,
+        };
         [
-            RouteKind { m, n: n_out, depth: n_in, rank, is_turned: true, dtype, out },
-            RouteKind { m, n: n_in, depth: n_out, rank, is_turned: false, dtype, out: dtype },
+            kind,
+            RouteKind {
+                n: n_in,
+                depth: n_out,
+                is_turned: false,
+                out: dtype,
+                has_addend: shares_input,
+                ..kind
+            },
         ]
     }
 
@@ -191,12 +216,12 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
         if has_matrices(client, kind.dtype) { Route::ALL.to_vec() } else { Vec::new() }
     }
 
-    fn depth(kind: RouteKind) -> [usize; 2] {
-        [kind.depth, kind.rank]
+    fn depth(kind: RouteKind) -> usize {
+        kind.depth + kind.rank
     }
 
     fn scratch(client: &ComputeClient<R>, device: &R::Device, kind: RouteKind) -> Scratch<R> {
-        let RouteKind { m, n, depth, rank, is_turned, dtype, out } = kind;
+        let RouteKind { m, n, depth, rank, is_turned, dtype, out, has_addend } = kind;
         let m = typical_rows(m);
         let left =
             |columns, first, dtype| tune::operand(client, device, [m, columns], true, first, LEFT, dtype);
@@ -207,36 +232,42 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
         let adapter = || Adapter {
             left: left(rank, depth, DType::F32),
             right: right(rank, depth, DType::F32),
-            scale: ADAPTER_SCALE,
+            scale: 1.0,
         };
-        Scratch {
-            operands: [left(depth, 0, dtype), right(depth, 0, dtype)],
-            rest: Rest { adapter: (rank > 0).then(adapter), addend: None, dtype: out },
-        }
+        let operands = [left(depth, 0, dtype), right(depth, 0, dtype)];
+        let shape = Shape::from([m, n]);
+        let zeros = zeros_client(client.clone(), device.clone(), shape.clone(), out);
+        let addend = has_addend.then(|| into_contiguous(zeros));
+        Scratch { operands, adapter: (rank > 0).then(adapter), addend, shape, out }
     }
 
     fn launch(scratch: &Scratch<R>, route: Route, zeros: Option<CubeTensor<R>>) -> Option<CubeTensor<R>> {
-        let Scratch { operands: [lhs, rhs], rest } = scratch;
-        let out = zeros.unwrap_or_else(|| empty(lhs, scratch.shape(), rest.dtype));
-        route.launch([lhs, rhs], rest, Some(&out)).ok().map(|()| out)
+        let Scratch { operands: [lhs, rhs], adapter, addend, shape, out } = scratch;
+        let operands = Pair::new(lhs, rhs, adapter.as_ref());
+        // Without zeros there is only the time to be seen: sums of sums do as well.
+        let place = match (zeros, addend) {
+            (Some(zeros), _) => zeros,
+            (None, Some(addend)) => addend.clone(),
+            (None, None) => empty(lhs, shape.clone(), *out),
+        };
+        let launched = match addend {
+            Some(_) => route.launch(&operands, Some(&place), None),
+            None => route.launch(&operands, None, Some(&place)),
+        };
+        launched.ok().map(|()| place)
     }
 
     fn zeros(scratch: &Scratch<R>) -> CubeTensor<R> {
-        let [lhs, _] = &scratch.operands;
-        let (client, device) = (lhs.client.clone(), lhs.device.clone());
-        into_contiguous(zeros_client(client, device, scratch.shape(), scratch.rest.dtype))
+        let Scratch { operands: [lhs, _], shape, out, .. } = scratch;
+        into_contiguous(zeros_client(lhs.client.clone(), lhs.device.clone(), shape.clone(), *out))
     }
 }
 
-/// The operands of a product that is only timed.
+/// What a product is made of that is only timed.
 pub struct Scratch<R: CubeRuntime> {
     operands: [CubeTensor<R>; 2],
-    rest: Rest<R>,
-}
-
-impl<R: CubeRuntime> Scratch<R> {
-    fn shape(&self) -> Shape {
-        let [lhs, rhs] = &self.operands;
-        Shape::from([lhs.meta.shape()[0], rhs.meta.shape()[1]])
-    }
+    adapter: Option<Adapter<R>>,
+    addend: Option<CubeTensor<R>>,
+    shape: Shape,
+    out: DType,
 }

@@ -74,7 +74,7 @@ impl Tunable for Cuts {
         format!("{} {:016x}", env!("CARGO_PKG_VERSION"), products_revision())
     }
 
-    fn of_linear(LinearKind { extents, dtype, joins_stream }: LinearKind) -> [CutKind; 2] {
+    fn of_linear(LinearKind { extents, dtype, joins_stream, .. }: LinearKind) -> [CutKind; 2] {
         let [tokens, n_in, n_out, rank] = extents;
         let weight = Element::from(dtype);
         let outside = if joins_stream { Element::F32 } else { weight };
@@ -90,8 +90,8 @@ impl Tunable for Cuts {
         2.0 * f64::from(kind.rows()) * f64::from(kind.n) * (f64::from(kind.depth) + f64::from(kind.rank))
     }
 
-    fn depth(kind: CutKind) -> [usize; 2] {
-        [kind.depth, kind.rank].map(|n| n as usize)
+    fn depth(kind: CutKind) -> usize {
+        (kind.depth + kind.rank) as usize
     }
 
     fn candidates(client: &ComputeClient<WgpuRuntime>, kind: CutKind) -> Vec<CutChoice> {

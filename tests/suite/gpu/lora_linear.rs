@@ -273,6 +273,37 @@ fn on_matrices() {
             compare(Case { shape, has_adapter: true, has_residual: true, input, types }, &device);
         }
     }
+    for (half, _) in stored_types().into_iter().filter(|(dtype, _)| *dtype != DType::F32) {
+        an_adapter_has_its_bits(half, &device);
+    }
+}
+
+/// A frozen matrix of zeros leaves the adapter's product alone, whose numbers are taken as pairs of 16 bits, or rounded.
+fn an_adapter_has_its_bits(half: DType, device: &GpuDevice) {
+    let [tokens, n_in, n_out, rank, scale] = [70, 80, 72, 5, 2];
+    let mut numbers = Numbers::new(7);
+    let mut tensor = |rows: usize, columns: usize, limit: f32| {
+        let values = numbers.vec(rows * columns, limit);
+        Tensor::<Gpu, 2>::from_data(TensorData::new(values, [rows, columns]), device)
+    };
+    let x = tensor(tokens, n_in, 1.0).cast(FloatDType::from(half));
+    let lora = Lora { a: tensor(rank, n_in, 1.0), b: tensor(n_out, rank, 1.0), scale: scale as f32 };
+    let [weight, residual] = [([n_out, n_in], half), ([tokens, n_out], DType::F32)]
+        .map(|(shape, dtype)| Tensor::<Gpu, 2>::zeros(shape, device).cast(FloatDType::from(dtype)));
+    let (y, s) = lora_linear(x, weight, Some(&lora), Some(residual));
+    let (y, s, b) = (values(y), values(s.unwrap()), values(lora.b));
+    let bits = match half {
+        _ if ROUNDS_ADAPTERS => 10,
+        DType::BF16 => 14,
+        _ => 19,
+    };
+    for (i, got) in y.into_iter().enumerate() {
+        let (row, column) = (i / n_out * rank, i % n_out * rank);
+        let terms = (0..rank).map(|k| f64::from(s[row + k]) * f64::from(b[column + k]) * scale as f64);
+        let (sum, most) = terms.fold((0.0, 0.0), |(sum, most), term| (sum + term, most + term.abs()));
+        let error = (f64::from(got) - sum).abs();
+        assert!(error <= most / f64::from(1 << bits), "{half:?}: {got} against {sum} at {i}, off by {error}");
+    }
 }
 
 /// A residual that nobody else holds is written in its place; one that somebody does is not.

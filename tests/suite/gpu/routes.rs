@@ -16,7 +16,7 @@ type Engine = Routes<GpuRuntime>;
 
 fn kinds(shape: [usize; 4]) -> [RouteKind; 2] {
     let extents = shape.map(|n| n as u32);
-    Engine::of_linear(LinearKind { extents, dtype: DType::F16, joins_stream: false })
+    Engine::of_linear(LinearKind { extents, dtype: DType::F16, joins_stream: false, shares_input: true })
 }
 
 /// A route that passes the check of a known product is right on random numbers too, and one that does not is never taken. Where none
@@ -28,8 +28,9 @@ fn a_product_is_right_whichever_route_makes_it() {
         return;
     }
     let client = GpuRuntime::client(&device);
-    let shape = [70, 136, 72, 8];
-    let case = Case { shape, has_adapter: true, has_residual: true, input: Input::AddTo, types: F16 };
+    // Of stages that routines load in pairs there is one left over in either direction.
+    let shape = [70, 80, 48, 8];
+    let case = Case { shape, has_adapter: true, has_residual: false, input: Input::AddTo, types: F16 };
     let kinds = kinds(shape);
     let install = |choice, ms| {
         let timings: Timings<Engine> = kinds.iter().map(|&kind| Timing { kind, choice, ms }).collect();
@@ -50,7 +51,7 @@ fn a_product_is_right_whichever_route_makes_it() {
         }
         install(route, None);
     }
-    assert!(n_right >= 2, "{n_right} routes are right");
+    assert!(n_right >= 3, "{n_right} routes are right");
     assert_eq!(tune::verdict::<Engine>(&device, kinds[0]), Verdict::NoneRight);
     compare(case, &device);
 }

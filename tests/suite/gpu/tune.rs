@@ -32,7 +32,12 @@ fn tune(device: &WgpuDevice, kinds: &[CutKind], budget: Duration) -> Timings<Cut
 
 /// The forward product and the gradient by the input of a layer within a block, and of one that joins the stream.
 fn kinds(shape: [usize; 4], dtype: DType) -> Vec<CutKind> {
-    let linear = |joins_stream| LinearKind { extents: shape.map(|n| n as u32), dtype, joins_stream };
+    let linear = |joins_stream| LinearKind {
+        extents: shape.map(|n| n as u32),
+        dtype,
+        joins_stream,
+        shares_input: false,
+    };
     [false, true].into_iter().flat_map(|joins_stream| Cuts::of_linear(linear(joins_stream))).collect()
 }
 
@@ -144,7 +149,7 @@ fn a_wrong_product_is_seen() {
     let is_product = |values: &[f32], depth| {
         let data = TensorData::new(values.to_vec(), [values.len() / n, n]);
         let tensor = Tensor::<Gpu, 2>::from_data(data, &device).into_primitive().tensor();
-        tune::is_product(&tensor, [depth, 0]).unwrap()
+        tune::is_product(&tensor, depth).unwrap()
     };
     assert!(is_product(&right, 96));
     assert!(!is_product(&right, 95), "another depth");

@@ -49,23 +49,27 @@ fn view_of<E: CubePrimitive>(extended: Extended<E>) -> View<E, BatchedCoords> {
 
 #[cube]
 impl<E: CubePrimitive> Extended<E> {
-    /// The vector at these coordinates; zeros where there is nothing.
+    /// The vector at these coordinates; zeros where there is nothing. Routines that load stages in pairs read one past the end, without
+    /// a check where the depth is whole stages.
     fn load(&self, pos: BatchedCoords) -> E {
         let (batch, row, column) = pos;
         let depth = self.tail.depth;
+        let (_, tail_rows, tail_columns) = self.tail.entries.shape();
         match comptime!(self.tail.side) {
             Side::Left => {
                 if column < depth {
                     self.frozen.read_checked((batch, row, column))
                 } else {
-                    self.tail.entries.read_checked((batch, row, column - depth))
+                    let value = self.tail.entries.read_checked((batch, row, column - depth));
+                    select(column < depth + tail_columns, value, E::cast_from(0.0f32))
                 }
             }
             Side::Right => {
                 if row < depth {
                     self.frozen.read_checked((batch, row, column))
                 } else {
-                    self.tail.entries.read_checked((batch, row - depth, column))
+                    let value = self.tail.entries.read_checked((batch, row - depth, column));
+                    select(row < depth + tail_rows, value, E::cast_from(0.0f32))
                 }
             }
         }

@@ -6,10 +6,11 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use crate::ops::cube::{empty, one_thread_each};
+use crate::ops::cube::{bytes, empty, one_thread_each};
 use crate::ops::engine::product::turned;
+use crate::ops::profile;
 
-/// What a tail is a multiple of, as are the stages of all routines: of a depth that is one they check no load.
+/// What a tail is a multiple of. Most routines have stages of 32, and check no load where the depth is whole ones.
 const STAGE: usize = 64;
 /// Products of 16-bit numbers that stand for one of the adapter's.
 const PARTS: usize = 3;
@@ -34,7 +35,7 @@ impl Side {
 }
 
 /// Entries that an adapter adds to the depth.
-pub(super) fn tail_depth(rank: usize) -> usize {
+fn tail_depth(rank: usize) -> usize {
     (PARTS * rank).next_multiple_of(STAGE)
 }
 
@@ -54,27 +55,29 @@ pub(super) fn tail<R: CubeRuntime>(
     let out = empty(factor, Shape::from(shape), dtype);
     let (cubes, cube) = one_thread_each(&factor.client, lines * depth);
     let excess = if dtype == DType::BF16 { 16 } else { 13 };
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: lines are held against their number, and ranks are smaller than theirs.
-    unsafe {
-        tail_kernel::launch_unchecked::<R>(
-            &factor.client,
-            cubes,
-            cube,
-            factor.clone().into_array_arg(),
-            out.clone().into_array_arg(),
-            lines,
-            line_step,
-            rank,
-            rank_step,
-            depth,
-            scale,
-            side,
-            along_depth,
-            excess,
-            dtype.into(),
-        );
-    }
+    profile::kernel("lora_linear tail", lines * depth, bytes(&[factor, &out]), &factor.client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: lines are held against their number, and ranks are smaller than theirs.
+        unsafe {
+            tail_kernel::launch_unchecked::<R>(
+                &factor.client,
+                cubes,
+                cube,
+                factor.clone().into_array_arg(),
+                out.clone().into_array_arg(),
+                lines,
+                line_step,
+                rank,
+                rank_step,
+                depth,
+                scale,
+                side,
+                along_depth,
+                excess,
+                dtype.into(),
+            );
+        }
+    });
     if along_depth { out } else { turned(&out) }
 }
 
