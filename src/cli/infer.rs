@@ -105,6 +105,9 @@ impl InferArgs {
 /// Everything that a user's settings, files and device can be wrong in.
 pub fn run(args: &InferArgs) -> Result<()> {
     args.generation().check()?;
+    if args.prompt.as_ref().is_some_and(|prompt| prompt.trim().is_empty()) {
+        return Err(Error::config("the prompt is empty").with_hint("without one, infer starts a chat"));
+    }
     let prompts = args.prompts.as_deref().map(read_prompts).transpose()?.unwrap_or_default();
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let selected = device::select(&args.device)?;

@@ -31,7 +31,8 @@ pub struct Prompt {
 }
 
 /// Reads a file of prompts: one JSON object a line if its name ends in `.jsonl` or `.json` (with `query`, `prompt` or `question`, and
-/// where they are there `system` and `history`, a list of `[question, answer]`), else one prompt a line. Empty lines are ignored.
+/// where they are there `system` and `history`, a list of `[question, answer]`), else one prompt a line. Empty lines are
+/// ignored.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be read, [`Error::Row`] for the first line that is no prompt, [`Error::File`] if there is none.
@@ -46,6 +47,9 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
         let location = Location { path: file.clone(), line: i + 1 };
         if is_json {
             parse(line, &location).map_err(|problem| location.error(problem))
+        } else if parse(line, &location).is_ok() {
+            let problem = "a JSON object where every line is a prompt as it stands";
+            Err(location.error(problem).with_hint("rows of columns are for a file whose name ends in .jsonl"))
         } else {
             Ok(plain(line, location))
         }
@@ -213,6 +217,8 @@ mod tests {
         ] {
             assert!(error(text).contains(problem), "{}", error(text));
         }
+        let error = read("prompts.txt", "Who are you?\n{\"query\": \"a\"}\n").unwrap_err().to_string();
+        assert!(error.contains("prompts.txt:2: a JSON object"), "{error}");
     }
 
     #[test]
