@@ -24,3 +24,5 @@ pub mod lora;
 pub mod model;
 pub mod ops;
 pub mod train;
+
+mod shell;

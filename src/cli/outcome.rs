@@ -3,13 +3,13 @@
 use comfy_table::{ContentArrangement, Table, presets};
 
 use super::open::OpenModel;
-use super::words::pasted;
 use crate::config::TrainArgs;
 use crate::demo;
 use crate::error::{Result, counted};
 use crate::infer::generate::{GenerationConfig, answer};
 use crate::model::Llama;
 use crate::ops::Kernels;
+use crate::shell::pasted;
 use crate::train::Summary;
 
 /// Answers of the demo that are shown; all are counted.

@@ -1,7 +1,6 @@
-//! Numbers, paths and lines as people read them.
+//! Numbers and lines as people read them.
 
 use std::io::{self, IsTerminal};
-use std::path::Path;
 
 /// Columns of a terminal that nobody made wider.
 const WIDTH: usize = 80;
@@ -30,17 +29,6 @@ pub fn duration(seconds: f64) -> String {
 pub fn millions(number: usize) -> String {
     let number = number as f64;
     if number < 1e9 { format!("{:.1} million", number / 1e6) } else { format!("{:.2} billion", number / 1e9) }
-}
-
-/// A path as it is pasted into a shell.
-pub fn pasted(path: &Path) -> String {
-    let text = path.display().to_string();
-    let is_plain = |c: char| c.is_alphanumeric() || "._/-+:=@,\\".contains(c);
-    if !text.is_empty() && text.chars().all(is_plain) {
-        text
-    } else {
-        format!("'{}'", text.replace('\'', r"'\''"))
-    }
 }
 
 /// A label and its text, cut between words for a terminal, with the text's lines below each other. A word that is longer than a line
@@ -78,13 +66,6 @@ fn wrapped(label: String, text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_path_can_be_pasted() {
-        let pasted = |path: &str| pasted(Path::new(path));
-        assert_eq!(pasted("output/v0-2026/checkpoint-4"), "output/v0-2026/checkpoint-4");
-        assert_eq!(pasted("my runs/it's"), r"'my runs/it'\''s'");
-    }
 
     #[test]
     fn numbers_are_readable() {

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::{TrainArgs, other_names, to_map, train_command};
 use crate::data::source::edits;
 use crate::error::{Error, Result};
+use crate::shell::{pasted, unused_beside};
 
 const NAMING: &str = "a setting is named as its flag, without the dashes: learning_rate = 1e-4";
 
@@ -80,8 +81,8 @@ fn from_yaml(path: &Path) -> String {
     format!(
         "`beta: 0.1` is `beta = 0.1` in TOML, with texts in quotes; python3 -c 'import json, sys, yaml; \
          json.dump(yaml.safe_load(sys.stdin), sys.stdout)' < {} > {} converts it",
-        path.display(),
-        path.with_extension("json").display()
+        pasted(path),
+        pasted(&unused_beside(path, "", "json"))
     )
 }
 
@@ -204,14 +205,21 @@ mod tests {
     #[test]
     fn yaml_is_told_how_to_become_json() {
         let yaml = "# a run\n---\nbeta: 0.1\ndataset: pairs.jsonl\n";
-        for name in ["run.yaml", "run.YML", "run.toml", "run"] {
+        for (name, source, target) in [
+            ("run.yaml", "run.yaml", "run.json"),
+            ("run.YML", "run.YML", "run.json"),
+            ("run.toml", "run.toml", "run.json"),
+            ("run", "run", "run.json"),
+            ("run.json", "run.json", "run-2.json"),
+            ("my run.yaml", "my run.yaml'", "my run.json'"),
+        ] {
             let error = read_as(name, yaml).unwrap_err();
             assert!(error.to_string().contains("YAML"), "{name}: {error}");
             let hint = error.hint().unwrap();
-            assert!(
-                hint.contains("`beta = 0.1` in TOML") && hint.contains("run.json converts it"),
-                "{name}: {hint}"
-            );
+            assert!(hint.contains("`beta = 0.1` in TOML"), "{name}: {hint}");
+            let (before, after) = hint.split_once(" > ").unwrap();
+            assert!(before.ends_with(source), "{name}: {hint}");
+            assert!(after.ends_with(&format!("{target} converts it")), "{name}: {hint}");
         }
     }
 }

@@ -5,10 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Who may import whom, by the first module of a `use crate::` line. Everything may import `error`.
-const MAY_IMPORT: [(&str, &[&str]); 12] = [
-    ("cli", &["cli", "config", "data", "demo", "device", "infer", "lora", "model", "ops", "train"]),
-    ("config", &["data", "train"]),
-    ("data", &["ops"]),
+const MAY_IMPORT: [(&str, &[&str]); 13] = [
+    ("cli", &["cli", "config", "data", "demo", "device", "infer", "lora", "model", "ops", "shell", "train"]),
+    ("config", &["data", "shell", "train"]),
+    ("data", &["ops", "shell"]),
     ("demo", &["data", "model"]),
     ("device", &[]),
     ("error", &[]),
@@ -17,6 +17,7 @@ const MAY_IMPORT: [(&str, &[&str]); 12] = [
     ("main", &[]),
     ("model", &["ops"]),
     ("ops", &[]),
+    ("shell", &[]),
     ("train", &["data", "lora", "model", "ops"]),
 ];
 

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::super::source::Columns;
 use super::{ALPACA, CONVERSATIONS, FORMS, Object, SWIFT, TRL, is_filled, parse, rename};
 use crate::data::dataset::Location;
+use crate::shell::quoted;
 
 /// What data sets call the question, ours among them, the likeliest first.
 const QUERIES: [&str; 10] =
@@ -60,7 +61,7 @@ pub(super) fn columns_flag(renames: &BTreeMap<String, String>, more: &[(&str, &s
 fn flag(renames: &BTreeMap<String, String>) -> String {
     // A map of texts is always JSON.
     let json = serde_json::to_string(renames).unwrap_or_default();
-    format!("--columns '{}'", json.replace('\'', r"'\''"))
+    format!("--columns {}", quoted(&json))
 }
 
 fn with(renames: &BTreeMap<String, String>, more: &[(&str, &str)]) -> BTreeMap<String, String> {
