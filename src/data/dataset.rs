@@ -218,10 +218,11 @@ fn no_usable_rows(path: &Path, skipped: &[Skipped], columns: &BTreeMap<String, S
 /// What would make a row usable, which is read once more.
 fn advice(location: &Location, columns: &BTreeMap<String, String>) -> Option<String> {
     let text = json::read_text(&location.path).ok()?;
+    let lines = (!json::is_array(&text)).then_some(&*location.path);
     let mut found = None;
     let look = |line: usize, value: Value| {
         if line == location.line {
-            found = row::advice(&value, columns, &location.path);
+            found = row::advice(&value, columns, lines);
         }
         Ok(())
     };

@@ -32,8 +32,8 @@ pub(super) fn each_value(
     path: &Path,
     mut each: impl FnMut(usize, Value) -> Result<()>,
 ) -> Result<()> {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    if text.trim_start().starts_with('[') {
+    let text = without_mark(text);
+    if is_array(text) {
         return each_element(text, path, each);
     }
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
@@ -42,6 +42,15 @@ pub(super) fn each_value(
         each(i + 1, value)?;
     }
     Ok(())
+}
+
+/// Whether a text is one array, and not one value a line.
+pub(super) fn is_array(text: &str) -> bool {
+    without_mark(text).trim_start().starts_with('[')
+}
+
+fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
 /// The elements of an array, each parsed on its own so that its line is known.

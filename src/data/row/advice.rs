@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::super::source::Columns;
 use super::{ALPACA, CONVERSATIONS, FORMS, Object, SWIFT, TRL, is_filled, parse, rename};
 use crate::data::dataset::Location;
-use crate::shell::quoted;
+use crate::shell::{pasted, quoted, unused_beside};
 
 /// What data sets call the question, ours among them, the likeliest first.
 const QUERIES: [&str; 10] =
@@ -74,20 +74,18 @@ fn with(renames: &BTreeMap<String, String>, more: &[(&str, &str)]) -> BTreeMap<S
     all
 }
 
-/// What would make the rows of this file usable of which this is one; nothing where it is no matter of columns.
+/// What would make the rows of this kind usable, of which `lines` has one a line; nothing where it is no matter of columns.
 pub(in crate::data) fn advice(
     value: &Value,
     renames: &BTreeMap<String, String>,
-    path: &Path,
+    lines: Option<&Path>,
 ) -> Option<String> {
     let mut object = value.as_object()?.clone();
     rename(&mut object, renames);
-    if [TRL.response, TRL.rejected_response].iter().all(|column| is_dialogue(&object, column)) {
-        return Some(format!(
-            "`chosen` and `rejected` are whole dialogues as texts, which are read as lists of messages; python3 -c '{SPLIT}' < {} > \
-             messages.jsonl writes them so",
-            path.display()
-        ));
+    let answers = [TRL.response, TRL.rejected_response];
+    if answers.iter().all(|column| is_dialogue(&object, column)) {
+        let answers = answers.map(|column| in_file(renames, column, value));
+        return Some(dialogues(answers, lines));
     }
     if let Some(advice) = names(value, &object, renames).or_else(|| one_answer(&object, renames)) {
         return Some(advice);
@@ -104,10 +102,34 @@ pub(in crate::data) fn advice(
     Some(format!("name your columns, for example with {}", columns_flag(renames, &missing)))
 }
 
-/// Python that turns Anthropic's `\n\nHuman: …\n\nAssistant: …` into messages.
+/// What a column of ours is called in the file of this row.
+fn in_file<'a>(renames: &'a BTreeMap<String, String>, ours: &'a str, row: &Value) -> &'a str {
+    let mut given = renames.iter().filter(|(theirs, given)| *given == ours && row.get(theirs).is_some());
+    given.next_back().map_or(ours, |(theirs, _)| theirs)
+}
+
+/// How Anthropic's `\n\nHuman: …\n\nAssistant: …` in these columns becomes messages, whatever else a row has.
+fn dialogues(answers: [&str; 2], lines: Option<&Path>) -> String {
+    let [chosen, rejected] = answers;
+    let is = format!(
+        "`{chosen}` and `{rejected}` are whole dialogues as texts, which are read as lists of messages"
+    );
+    let Some(path) = lines else {
+        return is;
+    };
+    // A text of JSON is one of Python as well.
+    let names = answers.map(|name| Value::from(name).to_string()).join(", ");
+    let script = SPLIT.replace("NAMES", &names);
+    let target = unused_beside(path, "-messages", "jsonl");
+    format!("{is}; python3 -c {} < {} > {} writes them so", quoted(&script), pasted(path), pasted(&target))
+}
+
+/// Python that turns such texts into messages, line by line.
 const SPLIT: &str = r#"import json, re, sys
-turns = lambda text: [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": said.strip()} for who, said in re.findall(r"(?:^|\n\n)(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", text, re.S)]
-for line in sys.stdin: print(json.dumps({name: turns(json.loads(line)[name]) for name in ("chosen", "rejected")}))"#;
+def turns(text): return [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": said.strip()} for who, said in re.findall(r"(?:^|\n\n)(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", text, re.S)]
+for row in map(json.loads, filter(str.strip, sys.stdin)):
+    for name in (NAMES): row[name] = turns(row[name])
+    print(json.dumps(row))"#;
 
 fn is_dialogue(object: &Object, column: &str) -> bool {
     let text = object.get(column).and_then(Value::as_str).unwrap_or_default();
@@ -180,7 +202,7 @@ mod tests {
     fn advised(value: Value, renames: &[(&str, &str)]) -> Option<String> {
         let renames =
             renames.iter().map(|(theirs, ours)| ((*theirs).to_owned(), (*ours).to_owned())).collect();
-        advice(&value, &renames, Path::new("rows.jsonl"))
+        advice(&value, &renames, Some(Path::new("my rows.jsonl")))
     }
 
     #[test]
@@ -250,14 +272,48 @@ mod tests {
         }
     }
 
+    fn dialogue(answer: &str) -> String {
+        format!("\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant: {answer}")
+    }
+
     #[test]
     fn dialogues_as_texts_are_told_how_to_become_messages() {
-        let said = |answer: &str| format!("\n\nHuman: a\n\nAssistant: b\n\nHuman: q\n\nAssistant: {answer}");
-        let advice = advised(json!({"chosen": said("c"), "rejected": said("r")}), &[]).unwrap();
-        assert!(
-            advice.contains("are read as lists of messages") && advice.contains("< rows.jsonl >"),
-            "{advice}"
-        );
+        let row = json!({"chosen": dialogue("c"), "rejected": dialogue("r")});
+        let says =
+            "`chosen` and `rejected` are whole dialogues as texts, which are read as lists of messages";
+        let advice = advised(row.clone(), &[]).unwrap();
+        assert!(advice.starts_with(&format!("{says}; python3 -c '")), "{advice}");
+        assert!(advice.ends_with(" < 'my rows.jsonl' > 'my rows-messages.jsonl' writes them so"), "{advice}");
+        assert_eq!(super::advice(&row, &BTreeMap::new(), None).as_deref(), Some(says), "of an array");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_conversion_keeps_what_else_a_row_has() {
+        if std::process::Command::new("python3").args(["-c", ""]).status().is_err() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("messages.jsonl");
+        let row = json!({"it's": dialogue("c"), "rejected": dialogue("r"), "system": "s"});
+        std::fs::write(&path, format!("{row}\n\n{row}\n")).unwrap();
+        let renames = BTreeMap::from([("it's".to_owned(), "chosen".to_owned())]);
+        let advice = advice(&row, &renames, Some(&path)).unwrap();
+        let (_, command) = advice.split_once("; ").unwrap();
+        let command = command.strip_suffix(" writes them so").unwrap();
+        let output = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(std::fs::read_to_string(&path).unwrap().starts_with(&row.to_string()), "the source stays");
+
+        let text = std::fs::read_to_string(folder.path().join("messages-messages.jsonl")).unwrap();
+        let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(rows.len(), 2, "{text}");
+        for row in rows {
+            let row = parse(row, &renames, Location { path: path.as_path().into(), line: 1 }).unwrap();
+            assert_eq!([row.query, row.response, row.rejected_response], ["q", "c", "r"]);
+            assert_eq!(row.system.as_deref(), Some("s"));
+            assert_eq!(row.history, [("a".to_owned(), "b".to_owned())]);
+        }
     }
 
     #[test]
