@@ -50,6 +50,9 @@ const REJECTED: [&str; 14] = [
 /// The only answer of rows for supervised fine-tuning.
 const ANSWERS: [&str; 6] = ["output", "response", "completion", "answer", "chosen", "target"];
 
+/// Whether the only answer of a row is a good one, in rows for KTO: TRL's name and LLaMA-Factory's.
+const LABELS: [&str; 2] = ["label", "kto_tag"];
+
 /// Columns that are not read, and that a row of texts can do without.
 const NOT_TEXT: [&str; 4] = ["tools", "images", "videos", "audios"];
 
@@ -167,10 +170,16 @@ fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> 
     all.min_by_key(|(n_names, _)| *n_names).map(|(_, advice)| advice)
 }
 
-/// What rows for supervised fine-tuning lack.
+/// What rows for supervised fine-tuning lack, and those of unpaired answers.
 fn one_answer(object: &Object, renames: &BTreeMap<String, String>) -> Option<String> {
     if first(object, &REJECTED).is_some() {
         return None;
+    }
+    if let Some(label) = LABELS.iter().find(|column| object.get(**column).is_some_and(Value::is_boolean)) {
+        return Some(format!(
+            "these rows have one answer each, and `{label}` says whether it is a good one, as for KTO; ORPO learns from pairs, \
+             a chosen and a rejected answer to the same question in one row, which unpaired rows do not make"
+        ));
     }
     let is_list = |column: &str| object.get(column).is_some_and(Value::is_array);
     let (missing, more) = if is_list("messages") {
@@ -270,6 +279,19 @@ mod tests {
             assert!(advice.starts_with("these rows have one answer each"), "{value}: {advice}");
             assert!(advice.ends_with(ends), "{value}: {advice}");
         }
+    }
+
+    #[test]
+    fn unpaired_rows_make_no_pairs() {
+        for row in [
+            json!({"prompt": "q", "completion": "c", "label": false}),
+            json!({"messages": [{"role": "user", "content": "q"}], "kto_tag": true}),
+        ] {
+            let advice = advised(row.clone(), &[]).unwrap();
+            assert!(advice.contains("as for KTO; ORPO learns from pairs"), "{row}: {advice}");
+        }
+        let advice = advised(json!({"prompt": "q", "completion": "c", "label": "math"}), &[]).unwrap();
+        assert!(advice.contains("supervised fine-tuning"), "{advice}");
     }
 
     fn dialogue(answer: &str) -> String {
