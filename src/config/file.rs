@@ -1,5 +1,6 @@
 //! `--config FILE`: settings under the names of the flags, each of which takes what its flag takes.
 
+use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::path::Path;
 
@@ -22,11 +23,17 @@ pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
     let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
     let (mut settings, mut problems, mut hint) = (Map::new(), Vec::new(), None);
     let known = to_map(&TrainArgs::default());
-    for (key, value) in parse(path, &text)? {
+    let mut seen = BTreeMap::new();
+    let (table, null_is) = parse(path, &text)?;
+    for (key, value) in table {
         let name = key.replace('-', "_");
         if !known.contains_key(&name) {
             problems.push(format!("{}: `{key}` is no setting", path.display()));
             hint.get_or_insert(closest(&name, &known));
+        } else if let Some(other) = seen.insert(name.clone(), key.clone()) {
+            problems.push(format!("{}: `{other}` and `{key}` are the same setting", path.display()));
+        } else if value.is_null() && null_is == Null::NotFinite {
+            problems.push(format!("{}: `{key}` is no finite number", path.display()));
         } else if !value.is_null() {
             match setting(&name, &value) {
                 // JSON has no other number that is null.
@@ -39,8 +46,17 @@ pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
     if problems.is_empty() { Ok(settings) } else { Err(Error::Config { problems, hint }) }
 }
 
+/// What a null of a table stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Null {
+    /// No setting, as in JSON.
+    Nothing,
+    /// A number that JSON does not have: TOML has no null.
+    NotFinite,
+}
+
 /// The file as a table: JSON where its name or its first character says so, else TOML.
-fn parse(path: &Path, text: &str) -> Result<Map<String, Value>> {
+fn parse(path: &Path, text: &str) -> Result<(Map<String, Value>, Null)> {
     let has_extension = |names: &[&str]| {
         path.extension()
             .is_some_and(|extension| names.iter().any(|name| extension.eq_ignore_ascii_case(name)))
@@ -52,16 +68,13 @@ fn parse(path: &Path, text: &str) -> Result<Map<String, Value>> {
     if has_extension(&["yaml", "yml"]) {
         return invalid("YAML is not read, but TOML and JSON", from_yaml(path));
     }
-    let parsed = if has_extension(&["json"]) || text.trim_start().starts_with('{') {
-        serde_json::from_str(text).map_err(|e| e.to_string())
+    let (parsed, null_is) = if has_extension(&["json"]) || text.trim_start().starts_with('{') {
+        (serde_json::from_str(text).map_err(|e| e.to_string()), Null::Nothing)
     } else {
-        // TOML has no null, but numbers that are none in JSON.
-        let named = |(key, value): (String, Value)| (key, if value.is_null() { "nan".into() } else { value });
-        let table = toml::from_str::<Map<String, Value>>(text).map_err(|e| e.to_string());
-        table.map(|table| Value::Object(table.into_iter().map(named).collect()))
+        (toml::from_str(text).map_err(|e| e.to_string()), Null::NotFinite)
     };
     match parsed {
-        Ok(Value::Object(table)) => Ok(table),
+        Ok(Value::Object(table)) => Ok((table, null_is)),
         Ok(_) => invalid("is not a table of settings", NAMING.to_owned()),
         Err(_) if is_like_yaml(text) => invalid("this is YAML; TOML and JSON are read", from_yaml(path)),
         Err(problem) => invalid(problem.trim(), NAMING.to_owned()),
@@ -196,8 +209,12 @@ mod tests {
             assert!(error.to_string().contains(problem), "{text}: {error}");
             assert_eq!(error.hint(), hint, "{text}");
         }
-        let nan = read_as("run.toml", "beta = inf\n").unwrap_err().to_string();
-        assert!(nan.contains("run.toml: `beta` is no finite number"), "{nan}");
+        for (setting, name) in [("beta = inf", "beta"), ("system = nan", "system"), ("seed = -nan", "seed")] {
+            let nan = read_as("run.toml", setting).unwrap_err().to_string();
+            assert!(nan.contains(&format!("run.toml: `{name}` is no finite number")), "{nan}");
+        }
+        let twice = read_as("run.json", r#"{"batch_size": 4, "batch-size": 8}"#).unwrap_err().to_string();
+        assert!(twice.contains("run.json: `batch_size` and `batch-size` are the same setting"), "{twice}");
         let both = read_as("run.toml", "betta = 1\nbatch_size = -1\n").unwrap_err().to_string();
         assert!(both.contains("`betta`") && both.contains("`batch_size` is -1"), "all at once: {both}");
     }
