@@ -88,7 +88,7 @@ pub trait Observer {
     fn on_log(&mut self, line: &Map<String, Value>);
     /// Something went wrong that is no reason to end the run.
     fn on_warning(&mut self, _warning: &Error) {}
-    /// Whether the run is to end: asked after each step, which is then saved.
+    /// Whether the run is to end: asked after each step, which is then saved, and in the evaluations, which are then left.
     fn is_interrupted(&self) -> bool {
         false
     }
@@ -145,13 +145,8 @@ pub fn train<B: Kernels>(
     let n_skipped =
         |scale: &Option<(LossScaleConfig, LossScale)>| scale.map_or(0, |(_, scale)| scale.n_skipped);
     let skipped_before = n_skipped(&loss_scale);
-    let mut before = match data.val {
-        [] => None,
-        val => {
-            observer.before_evaluation(first_step);
-            Some(evaluate_all(model, val, settings, first_step)?)
-        }
-    };
+    let mut before = evaluate_all(model, data.val, settings, first_step, observer)?;
+    let is_validation = before.is_some();
     let mut window = Window::default();
     for step in first_step..max_steps {
         let micro_batches = settings.plan.micro_batches(step);
@@ -190,9 +185,8 @@ pub fn train<B: Kernels>(
             window.leave_out(window.n_tokens - tokens_before, step_started.elapsed());
         }
         observer.on_step(done, &metrics, window.tokens_per_second());
-        if done.is_multiple_of(settings.logging_steps) || is_last {
+        let log = |window: &mut Window, run: &mut RunFolder, observer: &mut dyn Observer| {
             let mean = window.mean();
-            before.get_or_insert(mean);
             let trace = StepTrace {
                 grad_norm,
                 learning_rate,
@@ -204,22 +198,31 @@ pub fn train<B: Kernels>(
             let line = log_line(done, settings.plan.epoch(done), &mean.to_json(""), Some(&trace));
             run.log(done, &line)?;
             observer.on_log(&line);
-            window = Window { last: Some(mean), started: Some(Instant::now()), ..Window::default() };
+            *window = Window { last: Some(mean), started: Some(Instant::now()), ..Window::default() };
+            Result::Ok(mean)
+        };
+        if done.is_multiple_of(settings.logging_steps) || is_last {
+            before.get_or_insert(log(&mut window, run, observer)?);
         }
-        if !data.val.is_empty() && (done.is_multiple_of(settings.eval_steps) || is_last) {
+        // An evaluation may take longer than what sends the signal waits, and nothing is saved before its end.
+        if is_last || done.is_multiple_of(settings.eval_steps) && !observer.is_interrupted() {
             let paused = Instant::now();
-            observer.before_evaluation(done);
-            let metrics = evaluate_all(model, data.val, settings, done)?;
-            let line = log_line(done, settings.plan.epoch(done), &metrics.to_json("eval_"), None);
-            run.log(done, &line)?;
-            observer.on_log(&line);
-            window.last_eval = Some(metrics);
+            if let Some(metrics) = evaluate_all(model, data.val, settings, done, observer)? {
+                let line = log_line(done, settings.plan.epoch(done), &metrics.to_json("eval_"), None);
+                run.log(done, &line)?;
+                observer.on_log(&line);
+                window.last_eval = Some(metrics);
+            }
             window.paused_s += paused.elapsed().as_secs_f64();
         }
         if is_last {
             check_moved(step, n_skipped(&loss_scale) - skipped_before, &initial, &lora::parameters(model))?;
         }
         let is_interrupted = !is_last && observer.is_interrupted();
+        if is_interrupted && !window.losses.is_empty() {
+            // The line that these steps belong to does not come: a run that goes on does not make them again.
+            log(&mut window, run, observer)?;
+        }
         if done.is_multiple_of(settings.save_steps) || is_last || is_interrupted {
             let paused = Instant::now();
             let loss_scale = loss_scale.map(|(_, loss_scale)| loss_scale);
@@ -234,7 +237,7 @@ pub fn train<B: Kernels>(
             return Err(Error::Interrupted { step: done, max_steps, hint: None });
         }
     }
-    let last = window.last_eval.or(window.last);
+    let last = if is_validation { window.last_eval } else { window.last };
     let (Some(before), Some(after), Some(checkpoint)) = (before, last, run.last_checkpoint()) else {
         return Err(Error::config(format!(
             "nothing to train: {first_step} of {max_steps} steps are done already"
@@ -245,7 +248,7 @@ pub fn train<B: Kernels>(
         n_skipped: n_skipped(&loss_scale) - skipped_before,
         before,
         after,
-        is_validation: !data.val.is_empty(),
+        is_validation,
         checkpoint: checkpoint.to_owned(),
         elapsed_s: started.elapsed().as_secs_f64(),
     })
@@ -349,22 +352,31 @@ fn pack_rows(rows: &[TokenizedPair], indices: &[usize], compat: LossCompat) -> B
     pack(&pairs, compat)
 }
 
-/// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss.
+/// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss; none without rows,
+/// and of a run that is interrupted meanwhile.
 fn evaluate_all<B: Kernels>(
     model: &Llama<B>,
     rows: &[TokenizedPair],
     settings: &TrainSettings,
     step: usize,
-) -> Result<StepMetrics> {
+    observer: &mut dyn Observer,
+) -> Result<Option<StepMetrics>> {
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    observer.before_evaluation(step);
     let mut metrics = Vec::with_capacity(rows.len());
     let indices: Vec<usize> = (0..rows.len()).collect();
     for indices in indices.chunks(settings.plan.batch_size) {
+        if observer.is_interrupted() && step < settings.schedule.max_steps {
+            return Ok(None);
+        }
         let stats = evaluate(model, &pack_rows(rows, indices, settings.loss_compat));
         let batch = StepMetrics::from_stats(&optim::read(stats)?, settings.beta);
         check_finite(step, "eval_loss", batch.loss, rows, indices)?;
         metrics.extend(vec![batch; indices.len()]);
     }
-    Ok(StepMetrics::mean(&metrics))
+    Ok(Some(StepMetrics::mean(&metrics)))
 }
 
 fn check_finite(

@@ -39,6 +39,71 @@ impl Observer for Meddler {
     }
 }
 
+/// Interrupts a run at a place, and keeps what it evaluates and logs.
+struct Interrupter {
+    at: (&'static str, usize),
+    is_interrupted: bool,
+    evaluations: Vec<usize>,
+    lines: Vec<u64>,
+}
+
+impl Interrupter {
+    fn reached(&mut self, place: &'static str, step: usize) {
+        self.is_interrupted |= self.at == (place, step);
+    }
+}
+
+impl Observer for Interrupter {
+    fn before_step(&mut self, _step: usize, _rows: &[&Location]) {}
+    fn before_evaluation(&mut self, step: usize) {
+        self.evaluations.push(step);
+        self.reached("evaluation", step);
+    }
+    fn on_step(&mut self, step: usize, _metrics: &StepMetrics, _tokens_per_second: f64) {
+        self.reached("step", step);
+    }
+    fn on_skip(&mut self, _step: usize, _scale: f64) {}
+    fn on_log(&mut self, line: &Map<String, Value>) {
+        self.lines.push(line["step"].as_u64().unwrap());
+        assert!(!line.contains_key("eval_loss"), "no evaluation comes to its end");
+    }
+    fn is_interrupted(&self) -> bool {
+        self.is_interrupted
+    }
+    fn memory_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// An evaluation may take longer than whoever interrupts a run waits for it to end.
+#[test]
+fn an_interrupted_run_is_saved_without_an_evaluation() {
+    for (at, evaluations, steps) in [
+        (("step", 3), &[0][..], &[2, 3][..]),
+        (("evaluation", 3), &[0, 3], &[2, 3]),
+        (("evaluation", 0), &[0], &[1]),
+    ] {
+        let case = Case::open("gqa");
+        let (mut model, lora_config) = case.adapted::<Flex>(&Default::default());
+        let folder = tempfile::tempdir().unwrap();
+        let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+        let mut run = RunFolder::create(folder.path(), texts, 1, Vec::new(), Tracker::None).unwrap();
+        let mut settings =
+            TrainSettings { eval_steps: 3, logging_steps: 2, ..case.settings(LossCompat::Swift) };
+        settings.schedule.max_steps = 9;
+        settings.save_steps = 100;
+        let mut interrupter =
+            Interrupter { at, is_interrupted: false, evaluations: Vec::new(), lines: Vec::new() };
+        let data = TrainData { train: &case.pairs, val: &case.pairs };
+        let error =
+            train(&mut model, &lora_config, data, &settings, &mut run, None, &mut interrupter).unwrap_err();
+        let last = *interrupter.lines.last().unwrap() as usize;
+        assert!(matches!(error, Error::Interrupted { step, .. } if step == last), "{at:?}: {error}");
+        assert!(folder.path().join(format!("checkpoint-{last}")).exists(), "{at:?}");
+        assert_eq!((&interrupter.evaluations[..], &interrupter.lines[..]), (evaluations, steps), "{at:?}");
+    }
+}
+
 /// Trains three steps with one checkpoint kept, and gives the warnings.
 fn warnings_of(meddle: fn(&Path)) -> Vec<String> {
     let case = Case::open("gqa");
