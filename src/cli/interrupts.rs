@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 const EXIT_CODE: i32 = 130;
 
 /// Signals that come closer together are one: a terminal that is closed has the kernel and the shell send one each, and `timeout` sends
-/// to the program and to its group.
-const SAME: Duration = Duration::from_millis(500);
+/// to the program and to its group, within a few milliseconds. Nobody presses Ctrl-C twice in so short a time.
+const SAME: Duration = Duration::from_millis(100);
 
 /// From here on the first signal sets a flag, which this gives, and calls `tell`; the next one, or the first where the flag is set
 /// already, ends the program.
 ///
-/// The signals are Ctrl-C and, on Unix, SIGTERM, and SIGHUP where it is not ignored; on Windows those of a console that is closed.
+/// The signals are Ctrl-C and, on Unix, SIGTERM, and SIGHUP where it is not ignored. Windows ends a program whose console is closed
+/// whatever it does.
 pub fn watch(tell: impl Fn() + Send + 'static) -> Arc<AtomicBool> {
     let is_interrupted = Arc::new(AtomicBool::new(false));
     let flag = is_interrupted.clone();
