@@ -230,8 +230,9 @@ mod tests {
             }
         }
         for (ours, theirs) in other_names::OTHER_COMMANDS {
-            let ours = ours.split([' ', ',']).next().unwrap();
-            assert!(command.find_subcommand(ours).is_some(), "{ours} is no command");
+            for named in ours.split('`').skip(1).step_by(2) {
+                assert!(command.find_subcommand(named).is_some(), "{named} is no command");
+            }
             assert!(theirs.iter().all(|name| command.find_subcommand(name).is_none()), "{theirs:?}");
         }
     }

@@ -15,9 +15,9 @@ pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error
         _ => None,
     };
     let tip = match usage.kind() {
-        ErrorKind::InvalidSubcommand => {
-            word(ContextKind::InvalidSubcommand).and_then(|word| other_names::our_command(&word))
-        }
+        ErrorKind::InvalidSubcommand => word(ContextKind::InvalidSubcommand)
+            .and_then(|word| other_names::our_command(&word))
+            .map(str::to_owned),
         ErrorKind::UnknownArgument => {
             let (flag, similar) = (word(ContextKind::InvalidArg), word(ContextKind::SuggestedArg));
             let tip = flag.as_deref().and_then(|flag| flag_tip(flag, args));
@@ -42,7 +42,7 @@ fn flag_tip(theirs: &str, args: &[OsString]) -> Option<String> {
     let has =
         |command: &clap::Command, flag: &str| command.get_arguments().any(|arg| arg.get_long() == Some(flag));
     let Some(subcommand) = args.iter().skip(1).find_map(|arg| command.find_subcommand(arg)) else {
-        let name = theirs.trim_start_matches('-').replace('-', "_");
+        let name = other_names::name_of(theirs);
         let owner = command.get_subcommands().find(|subcommand| has(subcommand, &name))?.get_name();
         return Some(format!("it is a flag of `{owner}`: {} {owner} --{name}", command.get_name()));
     };
@@ -57,7 +57,7 @@ fn flag_tip(theirs: &str, args: &[OsString]) -> Option<String> {
 
 /// Whether what clap found is what may have been meant: the beginning of it, or up to a third of its characters off.
 fn is_similar(flag: &str, found: &str) -> bool {
-    let [flag, found] = [flag, found].map(|name| name.trim_start_matches('-').replace('-', "_"));
+    let [flag, found] = [flag, found].map(other_names::name_of);
     found.starts_with(&flag) || 3 * edits(&flag, &found) <= flag.len()
 }
 
@@ -96,7 +96,8 @@ mod tests {
             (&["train", "--use_dora", "true"], "tip: adapters are plain LoRA, so leave it out\n"),
             (&["train", "pairs.jsonl"], "tip: --dataset pairs.jsonl\n"),
             (&["--learning-rate", "1"], "tip: it is a flag of `train`: orpo-wgpu train --learning_rate\n"),
-            (&["sft"], "tip: here this is `train`\n"),
+            (&["sft"], "tip: ORPO is what is trained here, and nothing else: `train` does it\n"),
+            (&["serve"], "tip: a checkpoint is a PEFT adapter, which vLLM serves (see the README); "),
             (&["rlhf", "--beta", "1"], "tip: here this is `train`\n"),
             (&["chat"], "tip: here this is `infer`\n"),
             (&["export"], "tip: a checkpoint is a PEFT adapter as it is; "),

@@ -110,71 +110,44 @@ pub const NOT_HERE: &[(&str, &[&str])] = &[
     ("a checkpoint is a PEFT adapter, which PEFT merges (see the README)", &["merge_adapter", "merge_lora"]),
 ];
 
-/// Our command, perhaps with a remark, and what others call it.
+/// What a command of others is here, and what they call it.
 pub const OTHER_COMMANDS: &[(&str, &[&str])] = &[
+    ("here this is `train`", &["fine-tune", "finetune", "fit", "lora", "orpo", "rlhf", "run", "tune"]),
+    ("ORPO is what is trained here, and nothing else: `train` does it", &["cpo", "dpo", "kto", "pt", "sft"]),
+    ("here this is `infer`", &["chat", "cli", "generate", "inference", "predict"]),
     (
-        "train",
-        &[
-            "cpo",
-            "dpo",
-            "fine-tune",
-            "finetune",
-            "fit",
-            "kto",
-            "lora",
-            "orpo",
-            "pt",
-            "rlhf",
-            "run",
-            "sft",
-            "tune",
-        ],
+        "a checkpoint is a PEFT adapter, which vLLM serves (see the README); `infer` answers in the terminal",
+        &["api", "app", "deploy", "serve", "webchat", "webui"],
     ),
+    ("here this is `train`, with --val_dataset", &["eval", "evaluate"]),
+    ("here this is `bench`", &["benchmark"]),
+    ("here this is `plan`", &["estimate", "estimate-memory"]),
+    ("here this is `devices`", &["env", "gpus", "info"]),
     (
-        "infer",
-        &[
-            "api",
-            "app",
-            "chat",
-            "cli",
-            "deploy",
-            "generate",
-            "inference",
-            "predict",
-            "serve",
-            "webchat",
-            "webui",
-        ],
+        "a checkpoint is a PEFT adapter as it is; the README says what serves or merges it",
+        &["export", "fuse", "merge", "merge-lora", "merge_lora", "merge-model"],
     ),
-    ("train, with --val_dataset", &["eval", "evaluate"]),
-    ("bench", &["benchmark"]),
-    ("plan", &["estimate", "estimate-memory"]),
-    ("devices", &["env", "gpus", "info"]),
 ];
 
-/// Commands of others for what a checkpoint needs not.
-const MERGES: [&str; 6] = ["export", "fuse", "merge", "merge-lora", "merge_lora", "merge-model"];
-
 /// What a command of another trainer is here.
-pub fn our_command(theirs: &str) -> Option<String> {
-    if MERGES.contains(&theirs) {
-        return Some(
-            "a checkpoint is a PEFT adapter as it is; the README says what serves or merges it".to_owned(),
-        );
-    }
-    let (ours, _) = OTHER_COMMANDS.iter().find(|(_, names)| names.contains(&theirs))?;
-    Some(format!("here this is `{ours}`"))
+pub fn our_command(theirs: &str) -> Option<&'static str> {
+    OTHER_COMMANDS.iter().find(|(_, names)| names.contains(&theirs)).map(|(ours, _)| *ours)
 }
 
 /// Why a flag or setting of another trainer is none here.
 pub fn not_here(theirs: &str) -> Option<&'static str> {
-    let name = theirs.trim_start_matches('-').replace('-', "_");
+    let name = name_of(theirs);
     NOT_HERE.iter().find(|(_, names)| names.contains(&name.as_str())).map(|(why, _)| *why)
+}
+
+/// The name of a flag or setting, whatever its dashes: `batch_size`.
+pub fn name_of(flag: &str) -> String {
+    flag.trim_start_matches('-').replace('-', "_")
 }
 
 /// What a flag or setting of another trainer is here, whatever its dashes: `--batch_size`.
 pub fn ours(theirs: &str) -> Option<&'static str> {
-    let name = theirs.trim_start_matches('-').replace('-', "_");
+    let name = name_of(theirs);
     OTHER_NAMES.iter().find(|(_, names)| names.contains(&name.as_str())).map(|(ours, _)| *ours)
 }
 
