@@ -282,15 +282,16 @@ impl TrainArgs {
     /// If the file cannot be read or holds something that is not a setting, or settings cannot be run: all of them in one error.
     pub fn resolve(matches: &ArgMatches, config: Option<&Path>, demo: &Map<String, Value>) -> Result<Self> {
         let parsed = Self::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
-        let mut given = config.map(file::read).transpose()?.unwrap_or_default();
+        let (mut given, mut problems, hint) = match config.map(file::read).transpose() {
+            Ok(given) => (given.unwrap_or_default(), Vec::new(), None),
+            Err(Error::Config { problems, hint }) => (Map::new(), problems, hint),
+            Err(other) => return Err(other),
+        };
         let parsed = to_map(&parsed);
         let from_user = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
         // JSON has no other number that is null.
         let not_finite = parsed.iter().filter(|(id, value)| value.is_null() && from_user(id));
-        let problems: Vec<_> = not_finite.map(|(name, _)| format!("--{name} is no finite number")).collect();
-        if !problems.is_empty() {
-            return Err(Error::Config { problems, hint: None });
-        }
+        problems.extend(not_finite.map(|(name, _)| format!("--{name} is no finite number")));
         // Where to start from is one choice: the command line's goes over the file's.
         for (chosen, other) in
             [("resume_from_checkpoint", "adapters"), ("adapters", "resume_from_checkpoint")]
@@ -312,12 +313,13 @@ impl TrainArgs {
             serde_json::from_value(Value::Object(settings)).map_err(|e| Error::config(e.to_string()))?;
         let accumulation = 16usize.div_ceil(args.batch_size.max(1));
         args.gradient_accumulation_steps.get_or_insert(accumulation);
-        args.validate()?;
-        Ok(args)
+        problems.extend(args.problems());
+        if problems.is_empty() { Ok(args) } else { Err(Error::Config { problems, hint }) }
     }
 
-    /// Checks the settings against each other and against what this build does.
-    fn validate(&self) -> Result<()> {
+    /// What is wrong with the settings, against each other and against what this build does. Their numbers are finite: those of the
+    /// flags are looked at before, and a file's as it is read.
+    fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut require = |holds: bool, problem: String| {
             if !holds {
@@ -370,16 +372,10 @@ impl TrainArgs {
         }
         require(self.fp16_growth_interval > 0, "--fp16_growth_interval is 0, expected at least 1".to_owned());
         for (name, value) in not_negative {
-            require(
-                value >= 0.0 && value.is_finite(),
-                format!("--{name} is {value}, expected a finite number of at least 0"),
-            );
+            require(value >= 0.0, format!("--{name} is {value}, expected at least 0"));
         }
         for (name, value) in [("num_train_epochs", self.num_train_epochs), ("lora_alpha", self.lora_alpha)] {
-            require(
-                value > 0.0 && value.is_finite(),
-                format!("--{name} is {value}, expected a finite number above 0"),
-            );
+            require(value > 0.0, format!("--{name} is {value}, expected more than 0"));
         }
         require(
             self.lora_dropout == 0.0,
@@ -408,7 +404,7 @@ impl TrainArgs {
             self.adapters.is_none() || self.resume_from_checkpoint.is_none(),
             "--adapters starts anew and --resume_from_checkpoint goes on: give one of them".to_owned(),
         );
-        if problems.is_empty() { Ok(()) } else { Err(Error::Config { problems, hint: None }) }
+        problems
     }
 
     /// The configuration as `args.json` holds it.
@@ -454,6 +450,26 @@ pub fn train_command() -> clap::Command {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_that_is_wrong_is_told_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("run.toml");
+        std::fs::write(&file, "betta = 1\n").unwrap();
+        let flags = ["train", "--learning_rate", "nan", "--batch_size", "0", "--lora_alpha", "-1"];
+        let matches = train_command().try_get_matches_from(flags).unwrap();
+        let error = TrainArgs::resolve(&matches, Some(&file), &Map::new()).unwrap_err();
+        let message = error.to_string();
+        for says in [
+            "run.toml: `betta` is no setting",
+            "--learning_rate is no finite number",
+            "--batch_size is 0, expected at least 1",
+            "--lora_alpha is -1, expected more than 0",
+        ] {
+            assert!(message.contains(says), "no `{says}` in {message}");
+        }
+        assert_eq!(error.hint(), Some("did you mean `beta`?"));
+    }
 
     #[test]
     fn types_have_pytorch_s_names_as_well() {
