@@ -189,7 +189,7 @@ fn collect(
         match row::parse(value, columns, location.clone()) {
             Ok(row) => dataset.rows.push(row),
             Err(reason) => strict.reject(&mut dataset.skipped, location.clone(), reason).map_err(
-                |error| match advice(&location, columns) {
+                |error| match advice(&[&location], columns) {
                     Some(advice) => error.with_hint(advice),
                     None => error,
                 },
@@ -209,24 +209,28 @@ fn no_usable_rows(path: &Path, skipped: &[Skipped], columns: &BTreeMap<String, S
     };
     let problem = format!("{none}: {}", summarize(skipped));
     let error = Error::file(path, problem);
-    match skipped.iter().take(ADVISED_ROWS).find_map(|row| advice(&row.location, columns)) {
+    let rows: Vec<_> = skipped.iter().take(ADVISED_ROWS).map(|row| &row.location).collect();
+    let mut files = rows.chunk_by(|a, b| a.path == b.path);
+    match files.find_map(|rows| advice(rows, columns)) {
         Some(advice) => error.with_hint(advice),
         None => error,
     }
 }
 
-/// What would make a row usable, which is read once more.
-fn advice(location: &Location, columns: &BTreeMap<String, String>) -> Option<String> {
-    let text = json::read_text(&location.path).ok()?;
-    let lines = (!json::is_array(&text)).then_some(&*location.path);
+/// What would make one of these rows of a file usable, which is read once more, up to the last of them.
+fn advice(rows: &[&Location], columns: &BTreeMap<String, String>) -> Option<String> {
+    let last = rows.last()?;
+    let text = json::read_text(&last.path).ok()?;
+    let lines = (!json::is_array(&text)).then_some(&*last.path);
     let mut found = None;
     let look = |line: usize, value: Value| {
-        if line == location.line {
+        if rows.iter().any(|row| row.line == line) {
             found = row::advice(&value, columns, lines);
         }
-        Ok(())
+        // An error ends the reading, of which nothing else is wanted.
+        if found.is_none() && line < last.line { Ok(()) } else { Err(last.error("seen")) }
     };
-    json::each_value(&text, &location.path, look).ok()?;
+    let _ = json::each_value(&text, &last.path, look);
     found
 }
 
@@ -358,6 +362,18 @@ mod tests {
         let error = parse(&text, Strictness::Strict).unwrap_err();
         assert!(matches!(error, Error::Row { line: 3, .. }), "{error:?}");
         assert_eq!(error.to_string(), skipped[0]);
+    }
+
+    #[test]
+    fn advice_looks_no_further_than_its_row() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.jsonl");
+        let row = r#"{"question": "q", "chosen": "c", "rejected": "r"}"#;
+        std::fs::write(&path, format!("{GOOD}\n{row}\nnot JSON\n")).unwrap();
+        let error = load(&[path.display().to_string()], &none(), Strictness::Strict, 1).unwrap_err();
+        assert!(matches!(error, Error::Row { line: 2, .. }), "{error:?}");
+        let hint = error.hint().unwrap();
+        assert_eq!(hint, r#"--columns '{"question":"prompt"}' reads these rows"#);
     }
 
     #[test]
