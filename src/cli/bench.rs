@@ -326,6 +326,15 @@ impl<B: Kernels> Bench<B> {
         Self { _initial: initial, model, batch, keep, optimizer }
     }
 
+    /// Seconds of a micro-batch that others of its step follow, before which nothing is updated.
+    pub(super) fn timed_micro_batch(&self) -> Result<f64> {
+        let started = Instant::now();
+        let grads = forward_backward(&self.model, &self.batch, BETA, 1.0, self.keep);
+        read(grads.stats)?;
+        wait::<B>(&self.model.device())?;
+        Ok(started.elapsed().as_secs_f64())
+    }
+
     /// Seconds of one whole step.
     pub(super) fn timed_step(&mut self) -> Result<f64> {
         let started = Instant::now();

@@ -143,7 +143,7 @@ impl Work {
         }
     }
 
-    /// Seconds of the typical micro-batch on the CPU, optimizer included.
+    /// Seconds of the typical micro-batch on the CPU, with its share of the optimizer's step.
     fn timed(self, args: &TrainArgs, case: &Case<'_>) -> Result<f64> {
         let shard_bytes = case.choice.shard_bytes();
         let mut model = Llama::<Flex>::random(case.config, self.precision, shard_bytes, &Default::default());
@@ -154,12 +154,20 @@ impl Work {
         lora::attach(&mut model, &LoraConfig { r, lora_alpha: args.lora_alpha, target_modules }, args.seed);
         let mut bench = Bench::new(model, self.typical.0, self.keep);
         let first_s = bench.timed_step()?;
-        if first_s > TIMED_SECONDS {
-            return Ok(first_s);
-        }
-        let mut times = (0..N_TIMED).map(|_| bench.timed_step()).collect::<Result<Vec<_>>>()?;
-        Ok(median(&mut times))
+        let n_timed = if first_s > TIMED_SECONDS { 1 } else { N_TIMED };
+        let micro_batch_s =
+            median(&mut (0..n_timed).map(|_| bench.timed_micro_batch()).collect::<Result<Vec<_>>>()?);
+        let step_s = match n_timed {
+            1 => first_s,
+            n => median(&mut (0..n).map(|_| bench.timed_step()).collect::<Result<Vec<_>>>()?),
+        };
+        Ok(with_share_of_update(micro_batch_s, step_s, args.gradient_accumulation_steps.unwrap_or(1)))
     }
+}
+
+/// Seconds of a micro-batch and its share of the update, which a step of one micro-batch makes after it, and others once.
+fn with_share_of_update(micro_batch_s: f64, step_s: f64, gradient_accumulation_steps: usize) -> f64 {
+    micro_batch_s + (step_s - micro_batch_s).max(0.0) / gradient_accumulation_steps as f64
 }
 
 /// The pairs in the middle by length, as many as a micro-batch has.
@@ -183,6 +191,12 @@ fn tflop(flops: f64) -> String {
 mod tests {
     use super::*;
     use crate::cli::budget::tests::pair;
+
+    #[test]
+    fn an_update_is_shared_by_the_micro_batches_of_its_step() {
+        assert_eq!([1, 4].map(|n| with_share_of_update(1.0, 1.5, n)), [1.5, 1.125]);
+        assert_eq!(with_share_of_update(1.0, 0.9, 4), 1.0, "noise");
+    }
 
     #[test]
     fn pairs_of_middling_length_are_timed() {
