@@ -51,8 +51,7 @@ pub struct Progress<'a> {
 
 impl<'a> Progress<'a> {
     /// A bar of `max_steps`, of which `done` are done; `memory_bytes` is asked once a line of the log where the device does not tell.
-    /// With `profile`, the kernels of the second step are timed, or of the only one. From here on Ctrl-C has a
-    /// run saved.
+    /// With `profile`, the kernels of the second step are timed, or of the only one. From here on Ctrl-C has a run saved.
     pub fn new(
         max_steps: usize,
         done: usize,

@@ -42,9 +42,9 @@ pub fn noted(label: &str, text: &str) -> String {
     if io::stderr().is_terminal() { entry(label, text) } else { format!("{label:LABEL$}{text}") }
 }
 
-/// A text, cut between words for a terminal.
+/// A text for standard output, cut between words where a terminal shows it.
 pub fn paragraph(text: &str) -> String {
-    wrapped(String::new(), text)
+    if io::stdout().is_terminal() { wrapped(String::new(), text) } else { text.to_owned() }
 }
 
 fn wrapped(label: String, text: &str) -> String {
@@ -86,7 +86,7 @@ mod tests {
         assert_eq!(lines[2], format!("         path{}", "/long".repeat(20)));
         assert_eq!(lines.len(), 3);
         assert_eq!(
-            paragraph(&"word ".repeat(20)),
+            wrapped(String::new(), &"word ".repeat(20)),
             format!("{}\n{}", "word ".repeat(16).trim_end(), "word ".repeat(4))
         );
     }
