@@ -19,7 +19,7 @@ use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy};
 use crate::device::{self, DeviceChoice, size};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::lora::{self, LoraConfig};
 use crate::model::llama::{KeepPlan, LINEAR_NAMES};
 use crate::model::presets::{PRESETS, preset};
@@ -194,10 +194,9 @@ fn run_on<B: Kernels>(
         _ => format!("{choice} ({})", choice.describe()),
     };
     say!(
-        "model    {}, {} layer{}, {} weights, random, {precision}, on {place}",
+        "model    {}, {}, {} weights, random, {precision}, on {place}",
         args.model_type,
-        config.num_hidden_layers,
-        if config.num_hidden_layers == 1 { "" } else { "s" },
+        counted(config.num_hidden_layers, "layer"),
         millions(config.n_weights()),
     );
     say!(
