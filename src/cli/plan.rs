@@ -12,7 +12,7 @@ use super::train;
 use super::words::{entry, millions, thousands};
 use super::work::Work;
 use crate::config::TrainArgs;
-use crate::data::dataset::{self, Strictness};
+use crate::data::dataset::{self, Dataset, Strictness};
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
@@ -161,8 +161,11 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
     }
     let strictness = if args.strict { Strictness::Strict } else { Strictness::Lenient };
     let columns = args.columns.clone().unwrap_or_default();
-    let rows = dataset::load(&args.dataset, &columns, strictness, args.seed)?.rows;
+    let Dataset { rows, unused_renames, .. } = dataset::load(&args.dataset, &columns, strictness, args.seed)?;
     let is_split = args.val_dataset.is_empty();
+    if is_split {
+        dataset::check_renames_of(&[&unused_renames])?;
+    }
     let rows = if is_split { dataset::split(rows, args.dataset_test_ratio, shuffle(args)).0 } else { rows };
     Ok(Some(rows.len()))
 }

@@ -39,7 +39,7 @@ impl Data {
         let load = |specs: &[String]| {
             dataset::load(specs, &args.columns.clone().unwrap_or_default(), strictness, args.seed)
         };
-        let Dataset { rows, mut skipped } = match args.dataset.as_slice() {
+        let Dataset { rows, mut skipped, unused_renames } = match args.dataset.as_slice() {
             [] if args.model_id_or_path.is_some() => {
                 return Err(Error::config("--dataset is missing: what is the model to learn from?").with_hint(
                     "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
@@ -50,9 +50,11 @@ impl Data {
         };
         let shuffle = shuffle(args);
         let (train, val) = if args.val_dataset.is_empty() {
+            dataset::check_renames_of(&[&unused_renames])?;
             dataset::split(rows, args.dataset_test_ratio, shuffle)
         } else {
             let val = load(&args.val_dataset)?;
+            dataset::check_renames_of(&[&unused_renames, &val.unused_renames])?;
             skipped.extend(val.skipped);
             (rows, val.rows)
         };

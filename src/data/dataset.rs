@@ -80,6 +80,22 @@ pub struct Dataset {
     pub rows: Vec<Row>,
     /// The rows that were left out, in file order.
     pub skipped: Vec<Skipped>,
+    /// Columns that were to be renamed and that no row has.
+    pub unused_renames: BTreeSet<String>,
+}
+
+/// Holds renames against all data of a run.
+///
+/// # Errors
+/// [`Error::Config`] for those that none of it has a use for.
+pub fn check_renames_of(sets: &[&BTreeSet<String>]) -> Result<()> {
+    let [first, others @ ..] = sets else { return Ok(()) };
+    let unused: Vec<_> = first.iter().filter(|name| others.iter().all(|set| set.contains(*name))).collect();
+    if unused.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = unused.iter().map(|name| format!("`{name}`")).collect();
+    Err(Error::config(format!("--columns renames {}, which no row has", names.join(", "))))
 }
 
 /// What happens to a row that cannot be used.
@@ -120,7 +136,7 @@ pub enum Shuffle {
 ///
 /// # Errors
 /// - [`Error::Config`]: no spec at all, a spec that names nothing (all of them, with hints), a `columns` entry whose
-///   target is not a column of ours or whose source no row has.
+///   target is not a column of ours.
 /// - [`Error::Io`], [`Error::File`]: a file that cannot be read, a data set without a single usable row.
 /// - [`Error::Row`]: text that is not UTF-8 or not JSON; with [`Strictness::Strict`] any row that cannot be used.
 pub fn load(
@@ -147,10 +163,7 @@ pub fn load(
         dataset.rows.append(&mut part.rows);
         dataset.skipped.append(&mut part.skipped);
     }
-    if !unseen.is_empty() {
-        let names: Vec<_> = unseen.iter().map(|name| format!("`{name}`")).collect();
-        return Err(Error::config(format!("--columns renames {}, which no row has", names.join(", "))));
-    }
+    dataset.unused_renames = unseen.into_iter().map(str::to_owned).collect();
     Ok(dataset)
 }
 
@@ -416,7 +429,9 @@ mod tests {
         assert_eq!(sampled.rows.len(), 3);
         assert_eq!(sampled.rows[2].query, "4");
 
-        let error = load(std::slice::from_ref(&set), &columns, Strictness::Lenient, 42).unwrap_err();
+        let alone = load(std::slice::from_ref(&set), &columns, Strictness::Lenient, 42).unwrap();
+        check_renames_of(&[&alone.unused_renames, &dataset.unused_renames]).unwrap();
+        let error = check_renames_of(&[&alone.unused_renames]).unwrap_err();
         assert!(error.to_string().contains("--columns renames `frage`, which no row has"), "{error}");
         assert!(matches!(error, Error::Config { .. }), "{error:?}");
     }
