@@ -204,6 +204,19 @@ pub fn train<B: Kernels>(
         if done.is_multiple_of(settings.logging_steps) || is_last {
             before.get_or_insert(log(&mut window, run, observer)?);
         }
+        let save = |run: &mut RunFolder, observer: &mut dyn Observer| -> Result<()> {
+            let loss_scale = loss_scale.map(|(_, loss_scale)| loss_scale);
+            let position = Position { step: done, plan: &settings.plan, loss_scale };
+            if let Some(warning) = run.save(model, lora_config, &optimizer, position)? {
+                observer.on_warning(&warning);
+            }
+            Ok(())
+        };
+        if is_last {
+            check_moved(step, n_skipped(&loss_scale) - skipped_before, &initial, &lora::parameters(model))?;
+            // Before the evaluation that ends the run, which nothing but the end of the program ends.
+            save(run, observer)?;
+        }
         // An evaluation may take longer than what sends the signal waits, and nothing is saved before its end.
         if is_last || done.is_multiple_of(settings.eval_steps) && !observer.is_interrupted() {
             let paused = Instant::now();
@@ -215,9 +228,6 @@ pub fn train<B: Kernels>(
             }
             window.paused_s += paused.elapsed().as_secs_f64();
         }
-        if is_last {
-            check_moved(step, n_skipped(&loss_scale) - skipped_before, &initial, &lora::parameters(model))?;
-        }
         let is_interrupted = !is_last && observer.is_interrupted();
         if is_interrupted && !window.losses.is_empty() {
             // The line that these steps belong to does not come: a run that goes on does not make them again.
@@ -225,10 +235,8 @@ pub fn train<B: Kernels>(
         }
         if done.is_multiple_of(settings.save_steps) || is_last || is_interrupted {
             let paused = Instant::now();
-            let loss_scale = loss_scale.map(|(_, loss_scale)| loss_scale);
-            let position = Position { step: done, plan: &settings.plan, loss_scale };
-            if let Some(warning) = run.save(model, lora_config, &optimizer, position)? {
-                observer.on_warning(&warning);
+            if !is_last {
+                save(run, observer)?;
             }
             run.plot(is_last)?;
             window.paused_s += paused.elapsed().as_secs_f64();
