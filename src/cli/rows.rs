@@ -45,7 +45,10 @@ impl Data {
                     "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
                 ));
             }
-            _ if is_demo_data(args) => demo::pairs()?,
+            _ if is_demo_data(args) => {
+                let renames = args.columns.iter().flatten().map(|(theirs, _)| theirs.clone());
+                Dataset { unused_renames: renames.collect(), ..demo::pairs()? }
+            }
             specs => load(specs)?,
         };
         let shuffle = shuffle(args);
