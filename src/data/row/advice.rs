@@ -129,9 +129,10 @@ fn dialogues(answers: [&str; 2], lines: Option<&Path>) -> String {
 
 /// Python that turns such texts into messages, line by line.
 const SPLIT: &str = r#"import json, re, sys
+sys.stdin.reconfigure(encoding="utf-8-sig")
 def turns(text): return [{"role": {"Human": "user", "Assistant": "assistant"}[who], "content": said.strip()} for who, said in re.findall(r"(?:^|\n\n)(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", text, re.S)]
 for row in map(json.loads, filter(str.strip, sys.stdin)):
-    for name in (NAMES): row[name] = turns(row[name])
+    for name in (NAMES): row[name] = turns(row[name].strip())
     print(json.dumps(row))"#;
 
 fn is_dialogue(object: &Object, column: &str) -> bool {
