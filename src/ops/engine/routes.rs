@@ -244,15 +244,17 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
     fn launch(scratch: &Scratch<R>, route: Route, zeros: Option<CubeTensor<R>>) -> Option<CubeTensor<R>> {
         let Scratch { operands: [lhs, rhs], adapter, addend, shape, out } = scratch;
         let operands = Pair::new(lhs, rhs, adapter.as_ref());
-        // Without zeros there is only the time to be seen: sums of sums do as well.
+        // A residual, which is `f32`, is kept; gradients are added up in place. Without zeros there is only the time to be seen: sums of
+        // sums do as well.
+        let is_in_place = *out != DType::F32;
         let place = match (zeros, addend) {
             (Some(zeros), _) => zeros,
-            (None, Some(addend)) => addend.clone(),
-            (None, None) => empty(lhs, shape.clone(), *out),
+            (None, Some(addend)) if is_in_place => addend.clone(),
+            (None, _) => empty(lhs, shape.clone(), *out),
         };
         let launched = match addend {
-            Some(_) => route.launch(&operands, Some(&place), None),
-            None => route.launch(&operands, None, Some(&place)),
+            Some(_) if is_in_place => route.launch(&operands, Some(&place), None),
+            addend => route.launch(&operands, addend.as_ref(), Some(&place)),
         };
         launched.ok().map(|()| place)
     }

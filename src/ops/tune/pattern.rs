@@ -2,7 +2,8 @@
 //!
 //! The left operand's lines are turns of the same 17 numbers, the right one's of 19 whose sum is zero: over 17 · 19 entries of the depth a
 //! product comes to nothing, and what is left of the rest is small. So a block of the depth that is missing, or there twice, shows in
-//! any type: entries are multiples of 1/16 below 9, which 16-bit types hold, and their sums are the same in any order.
+//! any type: entries are multiples of 1/16 below 11, which 16-bit types hold, and their sums are the same in any order. Two entries of
+//! the depth have numbers of their own, which make a product large and small again: between them sums in 16 bits lose what they add.
 
 use burn::cubecl::client::ComputeClient;
 use burn::cubecl::server::ServerError;
@@ -16,11 +17,21 @@ use burn_cubecl::tensor::CubeTensor;
 pub(in crate::ops) struct Pattern {
     numbers: &'static [f32],
     step: usize,
+    /// All lines' entries [`PEAKS`].
+    peaks: [f32; 2],
 }
+
+/// Entries of the depth that have the same number in all lines. No product that is checked is less deep.
+const PEAKS: [usize; 2] = [0, 32];
 
 impl Pattern {
     /// The number of a line's entry `k`.
     fn at(self, line: usize, k: usize) -> f32 {
+        PEAKS.iter().position(|&peak| peak == k).map_or_else(|| self.turn(line, k), |i| self.peaks[i])
+    }
+
+    /// The same, but for peaks.
+    fn turn(self, line: usize, k: usize) -> f32 {
         self.numbers[(line * self.step + k) % self.numbers.len()]
     }
 }
@@ -31,6 +42,7 @@ pub(in crate::ops) const LEFT: Pattern = Pattern {
         1.0, 0.25, -0.5, 0.75, 1.0, -0.25, 0.5, -1.0, 0.75, 0.25, -0.75, 1.0, 0.5, 0.25, -0.5, 1.0, 0.75,
     ],
     step: 3,
+    peaks: [2048.0, -2048.0],
 };
 /// The right operand's.
 pub(in crate::ops) const RIGHT: Pattern = Pattern {
@@ -39,6 +51,7 @@ pub(in crate::ops) const RIGHT: Pattern = Pattern {
         0.25, -0.75,
     ],
     step: 2,
+    peaks: [1.0, 1.0],
 };
 
 /// Rows that are looked at, at either end.
@@ -60,15 +73,17 @@ pub(in crate::ops) fn operand<R: CubeRuntime>(
         true => pattern.at(row, first + column),
         false => pattern.at(column, first + row),
     };
-    // Rows repeat after as many as there are numbers.
-    let different = |row: usize| {
+    let row = |row: usize| {
         let row: Vec<f32> = (0..columns).map(|column| at(row, column)).collect();
         TensorData::new(row, [columns]).convert_dtype(dtype)
     };
-    let different: Vec<_> = (0..pattern.numbers.len()).map(different).collect();
+    // Rows repeat after as many as there are numbers, but for peaks, all of which are before these.
+    let n_different = pattern.numbers.len();
+    let different: Vec<_> = (2 * n_different..3 * n_different).map(row).collect();
     let mut bytes = Vec::with_capacity(rows * columns * dtype.size());
-    for row in 0..rows {
-        bytes.extend_from_slice(different[row % different.len()].as_bytes());
+    for i in 0..rows {
+        let peak = (!is_rows && PEAKS.contains(&(first + i))).then(|| row(i));
+        bytes.extend_from_slice(peak.as_ref().unwrap_or(&different[i % n_different]).as_bytes());
     }
     let handle = client.create_from_slice(&bytes);
     CubeTensor::new_contiguous(client.clone(), device.clone(), Shape::from([rows, columns]), handle, dtype)
@@ -112,7 +127,30 @@ pub fn is_product<R: CubeRuntime>(out: &CubeTensor<R>, depth: usize) -> Result<b
 /// The entries of a product over so much depth, of as many rows and columns as there are different ones.
 fn sums(depth: usize) -> Vec<Vec<f32>> {
     let [rows, columns] = [LEFT, RIGHT].map(|pattern| pattern.numbers.len());
-    let sum =
-        |row, column| (0..depth % (rows * columns)).map(|k| LEFT.at(row, k) * RIGHT.at(column, k)).sum();
+    let sum = |row, column| {
+        let turn = |k: usize| LEFT.turn(row, k) * RIGHT.turn(column, k);
+        let peaks = PEAKS.into_iter().filter(|&k| k < depth);
+        let peaks = peaks.map(|k| LEFT.at(row, k) * RIGHT.at(column, k) - turn(k)).sum::<f32>();
+        (0..depth % (rows * columns)).map(turn).sum::<f32>() + peaks
+    };
     (0..rows).map(|row| (0..columns).map(|column| sum(row, column)).collect()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_are_those_of_the_entries_and_fit_16_bits() {
+        for depth in [33, 96, 322, 323, 646, 4104, 5168, 14_336] {
+            let sums = sums(depth);
+            let is_right = |row: usize, column: usize| {
+                let want: f32 = (0..depth).map(|k| LEFT.at(row, k) * RIGHT.at(column, k)).sum();
+                sums[row][column] == want && want.abs() < 11.0
+            };
+            assert!((0..17).all(|row| (0..19).all(|column| is_right(row, column))), "{depth}");
+            let n_zeros = sums.iter().flatten().filter(|sum| **sum == 0.0).count();
+            assert!(n_zeros < 17 * 19 / 8, "{depth}: {n_zeros} entries are nothing");
+        }
+    }
 }
