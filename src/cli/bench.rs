@@ -250,12 +250,13 @@ fn run_on<B: Kernels>(
     profile::start();
     let (profiled, peak) = profile::watch_memory(|| bench.timed_step());
     let entries = profile::finish();
-    profiled?;
+    let profiled_s = profiled?;
     print_memory(config, shape, peak, choice);
     match entries.is_empty() {
         true => say!("\nthe CPU runs no kernels that could be timed one by one"),
         false => {
-            say!("\n{}", profile_table::table(&entries, Step::Timed(step_s), Some(limits)));
+            let step = Step::of(&entries, step_s, profiled_s);
+            say!("\n{}", profile_table::table(&entries, step, Some(limits)));
         }
     }
     if profile_table::exceed(&entries, limits) {

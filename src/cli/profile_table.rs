@@ -27,6 +27,15 @@ pub enum Step {
     Profiled(f64),
 }
 
+impl Step {
+    /// Of which step kernels' shares are told: the timed one, which is as fast as others are, unless they took longer than all of it, as
+    /// happens on a machine with other work.
+    pub fn of(entries: &[Entry], timed_s: f64, profiled_s: f64) -> Self {
+        let kernels_s: f64 = entries.iter().map(|entry| entry.seconds).sum();
+        if kernels_s > timed_s { Self::Profiled(profiled_s) } else { Self::Timed(timed_s) }
+    }
+}
+
 /// Lays the kernels of a step out by time, with the share of the device's limits where they are known.
 pub fn table(entries: &[Entry], step: Step, limits: Option<Limits>) -> Table {
     let (step_s, of_the_step) = match step {
@@ -89,6 +98,16 @@ mod tests {
         {
             let printed = table(std::slice::from_ref(&entry), step, None).to_string();
             assert!(printed.contains(of) && printed.contains(share), "{printed}");
+        }
+    }
+
+    #[test]
+    fn kernels_that_took_longer_than_the_timed_step_are_told_of_their_own() {
+        let entry = Entry { name: "kernel", calls: 1, seconds: 1.5, flops: 1, bytes: 1 };
+        for (timed_s, profiled_s, share) in [(1.0, 2.0, "75 %"), (3.0, 2.0, "50 %")] {
+            let step = Step::of(std::slice::from_ref(&entry), timed_s, profiled_s);
+            let printed = table(std::slice::from_ref(&entry), step, None).to_string();
+            assert!(printed.contains(share), "{printed}");
         }
     }
 
