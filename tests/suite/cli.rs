@@ -663,11 +663,25 @@ fn an_interrupted_run_is_saved_and_can_go_on() {
 /// Starts a long run through a shell, `exec` and its words last, and gives it once it trains, with the lines that it says from there on.
 #[cfg(unix)]
 fn start(workplace: &Workplace, before: &str) -> (std::process::Child, impl Iterator<Item = String>) {
+    use std::os::unix::process::CommandExt;
+
     let command = workplace.train_command(&["--max_steps", "100000", "--logging_steps", "1"]);
     let words: Vec<_> = std::iter::once(command.get_program()).chain(command.get_args()).collect();
     let words: Vec<_> = words.iter().map(|word| format!("'{}'", word.to_string_lossy())).collect();
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("{before} exec {}", words.join(" "))]).current_dir(workplace.0.path());
+    // A shell cannot take back that signals are ignored, as below a `nohup` that these tests were started with.
+    let listen = || {
+        #[expect(unsafe_code, reason = "the standard library has no signals")]
+        // SAFETY: it may be called between fork and exec.
+        unsafe {
+            libc::signal(libc::SIGHUP, libc::SIG_DFL);
+        }
+        Ok(())
+    };
+    #[expect(unsafe_code, reason = "the child has a disposition of its own")]
+    // SAFETY: nothing but the above runs there.
+    let shell = unsafe { shell.pre_exec(listen) };
     let mut child = shell.stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(lines.any(|line| line.starts_with("step 2/100000")), "it trains");
