@@ -31,8 +31,7 @@ pub struct Prompt {
 }
 
 /// Reads a file of prompts: one JSON object a line if its name ends in `.jsonl` or `.json` (with `query`, `prompt` or `question`, and
-/// where they are there `system` and `history`, a list of `[question, answer]`), else one prompt a line. Empty lines are
-/// ignored.
+/// where they are there `system` and `history`, a list of `[question, answer]`), else one prompt a line. Empty lines are ignored.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be read, [`Error::Row`] for the first line that is no prompt, [`Error::File`] if there is none.
