@@ -152,20 +152,30 @@ impl<'a, R: CubeRuntime> Pair<'a, R> {
     }
 }
 
-/// The product of two operands, `addend + lhs · rhs`, in `out` or else in the addend's place.
+/// Where a product `[m, n]` goes, and what it is added to.
+pub(super) enum Place<'a, R: CubeRuntime> {
+    /// Into `out`.
+    New { out: &'a CubeTensor<R>, addend: Option<&'a CubeTensor<R>> },
+    /// Over the tensor that it is added to.
+    Over(&'a CubeTensor<R>),
+}
+
+/// The product of two operands, in its place.
 ///
 /// # Errors
 /// If the routine has no kernel for it on this device.
 pub(super) fn launch<R: CubeRuntime, A: Routine<(), Blueprint = TilingBlueprint>>(
     strategy: A::Strategy,
     Pair { frozen: [lhs, rhs], tails }: &Pair<'_, R>,
-    addend: Option<&CubeTensor<R>>,
-    out: Option<&CubeTensor<R>>,
+    place: &Place<'_, R>,
 ) -> Result<(), MatmulSetupError> {
     let client = &lhs.client;
     let [m, depth] = [0, 1].map(|i| lhs.meta.shape()[i]);
     let n = rhs.meta.shape()[1];
-    let target = out.or(addend).expect("a product has a place");
+    let (target, addend) = match *place {
+        Place::New { out, addend } => (out, addend),
+        Place::Over(addend) => (addend, Some(addend)),
+    };
     let [lhs_type, rhs_type, out_type] = [lhs, rhs, target].map(|tensor| tensor.dtype.into());
     let elements = MatmulGlobalElems { lhs: lhs_type, rhs: rhs_type, out: out_type };
     let mut problem = MatmulProblem::from_shapes_and_strides(
@@ -216,10 +226,10 @@ pub(super) fn launch<R: CubeRuntime, A: Routine<(), Blueprint = TilingBlueprint>
         right_tail.into(),
         addend.map(|addend| view(addend, output)).into(),
     );
-    let out = match out {
-        Some(out) => out.clone().into_tensor_arg(),
+    let out = match *place {
+        Place::New { out, .. } => out.clone().into_tensor_arg(),
         // Behind the operands and their tails.
-        None => target.as_tensor_alias(if tails.is_some() { 4 } else { 2 }),
+        Place::Over(_) => target.as_tensor_alias(if tails.is_some() { 4 } else { 2 }),
     };
     let out = OutputLaunch::new(ViewArg::new_tensor::<GlobalLayout>(out, layout(target, output)));
     launch_kernel::<Extension, R, A>(client, operands, out, (), launch)

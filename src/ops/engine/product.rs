@@ -16,7 +16,7 @@ use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError
 use cubek::matmul::launch::{Strategy, launch_ref};
 use cubek::std::InputBinding;
 
-use super::extended::Pair;
+use super::extended::{Pair, Place};
 use super::routes::{Route, RouteKind, Routes};
 use crate::ops::cube::{bytes, empty, matrix_units, one_thread_each, overwrite, vector_width};
 use crate::ops::profile;
@@ -81,17 +81,20 @@ fn multiply<R: CubeRuntime>(
         profile::kernel(name, 2 * m * n * (depth + rank), moved, &lhs.client, launch);
     };
     if let Some(route) = route(lhs, rhs, &rest) {
+        let is_over = rest.addend.as_ref().is_some_and(CubeTensor::can_mut);
         let out = match &rest.addend {
-            Some(addend) if addend.can_mut() => None,
-            _ => Some(empty(lhs, Shape::from([m, n]), rest.dtype)),
+            Some(addend) if is_over => addend.clone(),
+            _ => empty(lhs, Shape::from([m, n]), rest.dtype),
         };
+        let place = match is_over {
+            true => Place::Over(&out),
+            false => Place::New { out: &out, addend: rest.addend.as_ref() },
+        };
+        let operands = Pair::new(lhs, rhs, rest.adapter.as_ref());
         // Matrix units have no tile for some shapes.
         let mut is_made = false;
-        let operands = Pair::new(lhs, rhs, rest.adapter.as_ref());
-        profiled(rest.dtype, rest.rank(), &mut || {
-            is_made = route.launch(&operands, rest.addend.as_ref(), out.as_ref()).is_ok();
-        });
-        if let (true, Some(out)) = (is_made, out.or(rest.addend.clone())) {
+        profiled(rest.dtype, rest.rank(), &mut || is_made = route.launch(&operands, &place).is_ok());
+        if is_made {
             return out;
         }
     }

@@ -19,7 +19,7 @@ use cubek::matmul::routines::ordered_double_buffering::{
 use cubek::matmul::routines::simple::{SimpleAlgorithm, SimpleArgs};
 use serde::{Deserialize, Serialize};
 
-use super::extended::{Pair, is_turned, launch};
+use super::extended::{Pair, Place, is_turned, launch};
 use super::product::{Adapter, Rest, has_matrices, turned};
 use crate::ops::cube::empty;
 use crate::ops::tune::{self, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
@@ -117,15 +117,14 @@ impl Route {
         ]
     };
 
-    /// Launches `addend + lhs · rhs` into `out`, or else into the addend's place.
+    /// Launches the product of two operands.
     ///
     /// # Errors
     /// If the routine has no kernel for it on this device.
     pub(super) fn launch<R: CubeRuntime>(
         self,
         operands: &Pair<'_, R>,
-        addend: Option<&CubeTensor<R>>,
-        out: Option<&CubeTensor<R>>,
+        place: &Place<'_, R>,
     ) -> Result<(), MatmulSetupError> {
         let (Self::Simple { instruction, .. }
         | Self::DoubleBuffered { instruction, .. }
@@ -137,11 +136,11 @@ impl Route {
         match self {
             Self::Simple { multi_rows, .. } => {
                 let args = SimpleArgs { multi_rows, tile_matmul };
-                launch::<R, SimpleAlgorithm>(args, operands, addend, out)
+                launch::<R, SimpleAlgorithm>(args, operands, place)
             }
             Self::DoubleBuffered { specialized, .. } => {
                 let args = DoubleBufferingArgs { specialized, tile_matmul };
-                launch::<R, CyclicDoubleBufferingAlgorithm>(args, operands, addend, out)
+                launch::<R, CyclicDoubleBufferingAlgorithm>(args, operands, place)
             }
             Self::Ordered { .. } => {
                 let args = OrderedSelectionArgs {
@@ -150,7 +149,7 @@ impl Route {
                     rows_per_plane: Some(2),
                     tile_matmul,
                 };
-                launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, addend, out)
+                launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, place)
             }
         }
     }
@@ -252,11 +251,11 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
             (None, Some(addend)) if is_in_place => addend.clone(),
             (None, _) => empty(lhs, shape.clone(), *out),
         };
-        let launched = match addend {
-            Some(_) if is_in_place => route.launch(&operands, Some(&place), None),
-            addend => route.launch(&operands, addend.as_ref(), Some(&place)),
+        let at = match addend {
+            Some(_) if is_in_place => Place::Over(&place),
+            addend => Place::New { out: &place, addend: addend.as_ref() },
         };
-        launched.ok().map(|()| place)
+        route.launch(&operands, &at).ok().map(|()| place)
     }
 
     fn zeros(scratch: &Scratch<R>) -> CubeTensor<R> {
