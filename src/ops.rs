@@ -20,6 +20,8 @@ pub mod swiglu;
 pub mod token_logps;
 
 mod cube;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod engine;
 mod gpu;
 pub mod kernel;

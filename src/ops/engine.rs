@@ -1,19 +1,21 @@
 //! What a runtime of CubeCL brings of its own: the products of [`lora_linear`](super::lora_linear) and the odds-ratio loss. All
 //! other kernels have one source for every runtime.
 //!
-//! The default bodies serve every runtime, and CUDA takes them as they are: cubek's matrix products with sums in `f32`. On tensor cores,
-//! where both operands are 16-bit, the adapter rides in the product, which adds to what its output joins and writes that once
-//! (`extended.rs`); of the routines, the one that [`tune`](super::tune) found the fastest. In registers, elsewhere, one pass behind
-//! the product does the rest.
+//! The default bodies serve every runtime: cubek's matrix products with sums in `f32`. On tensor cores, where both operands are 16-bit,
+//! the adapter rides in the product, which adds to what its output joins and writes that once (`extended.rs`); of the routines, the one
+//! that [`tune`](super::tune) found the fastest. In registers, elsewhere, one pass behind the product does the rest.
 //!
-//! wgpu has shaders for them instead (`wgpu.rs`).
+//! CUDA takes them as they are, with a product of its own where a GPU has warpgroups that multiply (`cuda.rs`); wgpu has shaders for
+//! them instead (`wgpu.rs`).
 
 mod extended;
 mod odds;
 mod product;
 mod rank;
 mod routes;
+mod warpgroup;
 
+use burn::cubecl::client::ComputeClient;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
@@ -24,8 +26,11 @@ use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::PairSpan;
 use rank::Side;
 
+#[cfg(feature = "cuda")]
+pub(super) use extended::is_turned;
 pub(super) use product::{Adapter, Rest, Rounding, product, turned};
 pub use routes::{Instruction, Route, RouteKind, Routes};
+pub use warpgroup::{TILE_COLUMNS, TILE_ROWS, WarpgroupProduct};
 
 /// A backend whose float tensors are those of a runtime.
 pub trait Floating<R: CubeRuntime>: Backend<FloatTensorPrimitive = CubeTensor<R>> {}
@@ -102,10 +107,20 @@ pub trait Engine: CubeRuntime {
     ) -> Tensor<B, 1> {
         tensor(odds::launch_backward(input(stats), pairs, beta, grad_scale))
     }
-}
 
-#[cfg(feature = "cuda")]
-impl Engine for burn::cubecl::cuda::CudaRuntime {}
+    /// How many processors the device has, where their warpgroups multiply by [`warpgroup_product`](Self::warpgroup_product).
+    fn warpgroup_processors(_client: &ComputeClient<Self>) -> Option<usize> {
+        None
+    }
+
+    /// Launches a product in tiles of so many columns, of [`TILE_COLUMNS`].
+    ///
+    /// # Errors
+    /// If the device cannot.
+    fn warpgroup_product(_columns: u32, _product: &WarpgroupProduct<'_, Self>) -> Result<(), &'static str> {
+        Err("there are no warpgroups")
+    }
+}
 
 /// `x Aᵀ`
 fn rank_r<R: Engine, B: Floating<R>>(x: &CubeTensor<R>, lora: &Lora<B>) -> CubeTensor<R> {

@@ -15,6 +15,8 @@
 
 mod render;
 mod tile;
+#[cfg(feature = "cuda")]
+pub(super) mod warpgroup;
 
 pub use tile::{Cut, DirectTile, Element, Elements, Layout, MatrixTile, Quads, Tile};
 

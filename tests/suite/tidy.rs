@@ -84,12 +84,13 @@ fn modules_import_only_what_they_may() {
 #[test]
 fn every_shader_has_its_op_and_its_test() {
     let (ops, tests) = (stems("src/ops", "rs"), stems("tests/suite/gpu", "rs"));
-    let shaders = stems("shaders", "wgsl");
-    assert!(shaders.len() >= 3, "{shaders:?}");
+    let mut shaders = stems("shaders", "wgsl");
+    shaders.extend(stems("shaders", "cu"));
+    assert!(shaders.len() >= 4, "{shaders:?}");
     for shader in shaders {
         let named = |names: &BTreeSet<String>| names.iter().any(|name| shader.starts_with(name.as_str()));
-        assert!(named(&ops), "shaders/{shader}.wgsl has no op of its name");
-        assert!(named(&tests), "shaders/{shader}.wgsl has no test of its op's name");
+        assert!(named(&ops), "shaders/{shader} has no op of its name");
+        assert!(named(&tests), "shaders/{shader} has no test of its op's name");
     }
 }
 
@@ -97,7 +98,7 @@ fn every_shader_has_its_op_and_its_test() {
 fn only_the_launch_knows_how_shaders_are_launched() {
     for (path, text) in rust_files(&root().join("src")) {
         let (file, has) = (path.display(), |word| text.contains(word));
-        let is_launch = path.ends_with("ops/kernel.rs");
+        let is_launch = path.ends_with("ops/kernel.rs") || path.ends_with("ops/kernel/warpgroup.rs");
         assert!(!has("KernelArguments") || is_launch, "{file} launches shaders itself");
         assert!(!has("launch_unchecked") || path.starts_with("ops"), "{file} launches kernels itself");
     }

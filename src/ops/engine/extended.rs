@@ -132,14 +132,14 @@ impl MatmulArgs for Extension {
 }
 
 /// Whether a matrix's columns lie along its memory.
-pub(super) fn is_turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> bool {
+pub(in crate::ops) fn is_turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> bool {
     matrix.meta.strides()[0] < matrix.meta.strides()[1]
 }
 
 /// Two 16-bit operands, `[m, depth]` and `[depth, n]`, and the tails with which they go on.
 pub(super) struct Pair<'a, R: CubeRuntime> {
-    frozen: [&'a CubeTensor<R>; 2],
-    tails: Option<[CubeTensor<R>; 2]>,
+    pub(super) frozen: [&'a CubeTensor<R>; 2],
+    pub(super) tails: Option<[CubeTensor<R>; 2]>,
 }
 
 impl<'a, R: CubeRuntime> Pair<'a, R> {

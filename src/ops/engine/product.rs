@@ -16,11 +16,12 @@ use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError
 use cubek::matmul::launch::{Strategy, launch_ref};
 use cubek::std::InputBinding;
 
+use super::Engine;
 use super::extended::{Pair, Place};
 use super::routes::{Route, RouteKind, Routes};
 use crate::ops::cube::{bytes, empty, matrix_units, one_thread_each, overwrite, vector_width};
 use crate::ops::profile;
-use crate::ops::tune::{self, Verdict};
+use crate::ops::tune::{self, Tunable, Verdict};
 
 /// What a left operand in `f32` may become for a right one that tensor cores take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +40,7 @@ pub(in crate::ops) fn turned<R: CubeRuntime>(matrix: &CubeTensor<R>) -> CubeTens
 }
 
 /// `addend + lhs · rhs + adapter`: `[m, depth] · [depth, n] -> [m, n]`.
-pub(in crate::ops) fn product<R: CubeRuntime>(
+pub(in crate::ops) fn product<R: Engine>(
     name: &'static str,
     lhs: &CubeTensor<R>,
     rhs: &CubeTensor<R>,
@@ -67,7 +68,7 @@ pub(super) fn has_matrices<R: CubeRuntime>(client: &ComputeClient<R>, dtype: DTy
     dtype != DType::F32 && !matrix_units(client, dtype).is_empty()
 }
 
-fn multiply<R: CubeRuntime>(
+fn multiply<R: Engine>(
     name: &'static str,
     lhs: &CubeTensor<R>,
     rhs: &CubeTensor<R>,
@@ -93,7 +94,7 @@ fn multiply<R: CubeRuntime>(
         let operands = Pair::new(lhs, rhs, rest.adapter.as_ref());
         // Matrix units have no tile for some shapes.
         let mut is_made = false;
-        profiled(rest.dtype, rest.rank(), &mut || is_made = route.launch(&operands, &place).is_ok());
+        profiled(rest.dtype, rest.rank(), &mut || is_made = route.launch(&operands, &place));
         if is_made {
             return out;
         }
@@ -110,12 +111,12 @@ fn multiply<R: CubeRuntime>(
 }
 
 /// The route to take; none where registers have to make the product.
-fn route<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) -> Option<Route> {
-    if lhs.dtype != rhs.dtype || !has_matrices(&rhs.client, rhs.dtype) {
+fn route<R: Engine>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) -> Option<Route> {
+    if lhs.dtype != rhs.dtype {
         return None;
     }
     let kind = RouteKind::of(lhs, rhs, rest);
-    let rule = Route::ALL[0];
+    let rule = *Routes::<R>::candidates(&rhs.client, kind).first()?;
     let is_rule_right = || tune::comes_out_right::<Routes<R>>(&lhs.device, kind.sample(), rule);
     match tune::verdict::<Routes<R>>(&lhs.device, kind) {
         Verdict::Fastest(route) => Some(route),

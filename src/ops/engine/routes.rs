@@ -1,4 +1,4 @@
-//! Of the products on matrix units that cubek makes: by which of its routines.
+//! Of the products on matrix units: by which of cubek's routines, or on warpgroups.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -11,7 +11,6 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::zeros_client;
 use burn_cubecl::tensor::CubeTensor;
 use cubek::matmul::components::tile::TileMatmulKind;
-use cubek::matmul::definition::MatmulSetupError;
 use cubek::matmul::routines::double_buffering::{CyclicDoubleBufferingAlgorithm, DoubleBufferingArgs};
 use cubek::matmul::routines::ordered_double_buffering::{
     OrderedDoubleBufferingAlgorithm, OrderedSelectionArgs,
@@ -21,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::extended::{Pair, Place, is_turned, launch};
 use super::product::{Adapter, Rest, has_matrices, turned};
+use super::{Engine, warpgroup};
 use crate::ops::cube::empty;
 use crate::ops::tune::{self, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
 
@@ -75,7 +75,16 @@ pub enum Instruction {
     Mma,
 }
 
-/// One of cubek's routines.
+impl Instruction {
+    fn tile(self) -> TileMatmulKind {
+        match self {
+            Self::Cmma => TileMatmulKind::Cmma,
+            Self::Mma => TileMatmulKind::Mma,
+        }
+    }
+}
+
+/// One of cubek's routines, or warpgroups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Route {
     /// A stage at a time.
@@ -97,11 +106,16 @@ pub enum Route {
         /// What multiplies.
         instruction: Instruction,
     },
+    /// `lora_linear_warpgroup.cu`, where the device has warpgroups that multiply.
+    Warpgroups {
+        /// Of a tile.
+        columns: u32,
+    },
 }
 
 impl Route {
-    /// Every route, the one that is taken unless timed first.
-    pub const ALL: [Self; 10] = {
+    /// cubek's, the one that is taken unless timed first.
+    pub const CUBEK: [Self; 10] = {
         use Instruction::{Cmma, Mma};
         [
             Self::Simple { instruction: Cmma, multi_rows: true },
@@ -117,40 +131,28 @@ impl Route {
         ]
     };
 
-    /// Launches the product of two operands.
-    ///
-    /// # Errors
-    /// If the routine has no kernel for it on this device.
-    pub(super) fn launch<R: CubeRuntime>(
-        self,
-        operands: &Pair<'_, R>,
-        place: &Place<'_, R>,
-    ) -> Result<(), MatmulSetupError> {
-        let (Self::Simple { instruction, .. }
-        | Self::DoubleBuffered { instruction, .. }
-        | Self::Ordered { instruction }) = self;
-        let tile_matmul = match instruction {
-            Instruction::Cmma => TileMatmulKind::Cmma,
-            Instruction::Mma => TileMatmulKind::Mma,
-        };
+    /// Launches the product of two operands; `false` where there is no kernel for it on this device.
+    #[must_use]
+    pub(super) fn launch<R: Engine>(self, operands: &Pair<'_, R>, place: &Place<'_, R>) -> bool {
         match self {
-            Self::Simple { multi_rows, .. } => {
-                let args = SimpleArgs { multi_rows, tile_matmul };
-                launch::<R, SimpleAlgorithm>(args, operands, place)
+            Self::Simple { multi_rows, instruction } => {
+                let args = SimpleArgs { multi_rows, tile_matmul: instruction.tile() };
+                launch::<R, SimpleAlgorithm>(args, operands, place).is_ok()
             }
-            Self::DoubleBuffered { specialized, .. } => {
-                let args = DoubleBufferingArgs { specialized, tile_matmul };
-                launch::<R, CyclicDoubleBufferingAlgorithm>(args, operands, place)
+            Self::DoubleBuffered { specialized, instruction } => {
+                let args = DoubleBufferingArgs { specialized, tile_matmul: instruction.tile() };
+                launch::<R, CyclicDoubleBufferingAlgorithm>(args, operands, place).is_ok()
             }
-            Self::Ordered { .. } => {
+            Self::Ordered { instruction } => {
                 let args = OrderedSelectionArgs {
                     partition_k: Some(2),
                     row_count: Some(8),
                     rows_per_plane: Some(2),
-                    tile_matmul,
+                    tile_matmul: instruction.tile(),
                 };
-                launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, place)
+                launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, place).is_ok()
             }
+            Self::Warpgroups { columns } => warpgroup::launch(columns, operands, place).is_ok(),
         }
     }
 }
@@ -164,7 +166,7 @@ impl<R> fmt::Debug for Routes<R> {
     }
 }
 
-impl<R: CubeRuntime> Tunable for Routes<R> {
+impl<R: Engine> Tunable for Routes<R> {
     type Runtime = R;
     type Kind = RouteKind;
     type Choice = Route;
@@ -212,7 +214,16 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
     }
 
     fn candidates(client: &ComputeClient<R>, kind: RouteKind) -> Vec<Route> {
-        if has_matrices(client, kind.dtype) { Route::ALL.to_vec() } else { Vec::new() }
+        if !has_matrices(client, kind.dtype) {
+            return Vec::new();
+        }
+        // Where there are warpgroups cubek's routines are not worth their compilation: on an H100 the fastest of them makes a product at
+        // 200 TFLOP/s, and these at 400 to 775.
+        let on_warpgroups: Vec<_> = warpgroup::columns(client, kind)
+            .into_iter()
+            .map(|columns| Route::Warpgroups { columns })
+            .collect();
+        if on_warpgroups.is_empty() { Route::CUBEK.to_vec() } else { on_warpgroups }
     }
 
     fn depth(kind: RouteKind) -> usize {
@@ -255,7 +266,7 @@ impl<R: CubeRuntime> Tunable for Routes<R> {
             Some(_) if is_in_place => Place::Over(&place),
             addend => Place::New { out: &place, addend: addend.as_ref() },
         };
-        route.launch(&operands, &at).ok().map(|()| place)
+        route.launch(&operands, &at).then_some(place)
     }
 
     fn zeros(scratch: &Scratch<R>) -> CubeTensor<R> {

@@ -1,10 +1,10 @@
-//! What tuning times and installs for the products of an engine that has cubek's routines.
+//! What tuning times and installs for the products of an engine that has cubek's routines or warpgroups.
 
 use std::time::Duration;
 
 use burn::cubecl::Runtime;
 use burn::tensor::DType;
-use orpo_wgpu::ops::engine::{Route, RouteKind, Routes};
+use orpo_wgpu::ops::engine::{RouteKind, Routes};
 use orpo_wgpu::ops::tune::{self, LinearKind, Timing, Timings, Tunable, Verdict};
 
 use super::lora_linear::{Case, F16, Input, compare};
@@ -37,7 +37,7 @@ fn a_product_is_right_whichever_route_makes_it() {
         assert_eq!(tune::install::<Engine>(&device, &timings), kinds.len(), "{choice:?}");
     };
     let mut n_right = 0;
-    for route in Route::ALL {
+    for route in Engine::candidates(&client, kinds[0]) {
         let is_right = kinds.iter().all(|&kind| {
             let scratch = Engine::scratch(&client, &device, kind);
             tune::is_right::<Engine>(&scratch, kind, route).unwrap_or(false)
@@ -66,7 +66,8 @@ fn tuning_finds_a_route() {
     let kind = kinds([256, 512, 768, 8])[0];
     let mut timings: Timings<Engine> = Vec::new();
     tune::tune::<Engine>(&device, &[kind], Duration::from_secs(5), |timing| timings.push(timing));
-    assert_eq!((timings[0].kind, timings[0].choice), (kind, Route::ALL[0]));
+    let first = Engine::candidates(&GpuRuntime::client(&device), kind)[0];
+    assert_eq!((timings[0].kind, timings[0].choice), (kind, first));
     assert!(timings[0].ms.is_some_and(|ms| ms > 0.0), "{timings:?}");
     assert!(matches!(tune::verdict::<Engine>(&device, kind), Verdict::Fastest(_)));
     let text = serde_json::to_string(&timings).unwrap();
