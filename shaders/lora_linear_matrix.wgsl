@@ -3,7 +3,7 @@
 // SIZE x SIZE x SIZE, f16 in, f32 sums.
 //
 // One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands
-// in workgroup memory as f16, in lines as they lie in their buffers. The block is cut into PATCH_M x PATCH_N patches, a
+// in workgroup memory as f16, in lines as they lie in their buffers; a thread reads its quads of them a step ahead. The block is cut into PATCH_M x PATCH_N patches, a
 // subgroup's each, as SIZE x SIZE fragments. How many lanes a subgroup has is the driver's choice: where there are fewer
 // subgroups than patches, the block is walked again for the rest, and where there are more, some make the same. The
 // prologue's operands are f32 and rounded to f16 when staged; sums are f32, and go out through workgroup memory, since a
@@ -26,12 +26,13 @@ const FRAGMENT = SIZE * SIZE;
 // In quads. Two more than needed keep lines 16 bytes aligned and out of each other's banks.
 const LHS_PITCH = BLOCK_K / 4u + 2u;
 #if rhs_rows
-const RHS_PITCH = BLOCK_K / 4u + 2u;
+const RHS_QUADS = BLOCK_K / 4u;
 const RHS_LINES = BLOCK_N;
 #else
-const RHS_PITCH = BLOCK_N / 4u + 2u;
+const RHS_QUADS = BLOCK_N / 4u;
 const RHS_LINES = BLOCK_K;
 #endif
+const RHS_PITCH = RHS_QUADS + 2u;
 
 alias Lhs = coop_mat{{ size }}x{{ size }}<f16, A>;
 alias Rhs = coop_mat{{ size }}x{{ size }}<f16, B>;
@@ -42,28 +43,20 @@ var<workgroup> rhs_tile: array<vec4<f16>, RHS_LINES * RHS_PITCH>;
 var<workgroup> fragments: array<f32, PATCHES * FRAGMENT>;
 
 #for part in main prologue
-// Stages one step of both operands of the {{ part }} product, the left one times `scale`.
-fn stage_{{ part }}(thread: u32, first_m: u32, first_n: u32, first_k: u32, depth: u32, scale: f32) {
-    for (var item = thread; item < BLOCK_M * BLOCK_K / 4u; item += WORKGROUP_SIZE) {
-        let quad = item % (BLOCK_K / 4u);
-        let line = item / (BLOCK_K / 4u);
-        let values = {{ part }}_lhs_quad(first_m + line, first_k + quad * 4u, params.m, depth);
-        lhs_tile[line * LHS_PITCH + quad] = vec4<f16>(scale * values);
-    }
+// A thread's quad of a step of the {{ part }} product's left operand, times `scale`, and of its right one.
+fn {{ part }}_lhs_item(item: u32, first_m: u32, first_k: u32, depth: u32, scale: f32) -> vec4<f16> {
+    let quad = item % (BLOCK_K / 4u);
+    let line = item / (BLOCK_K / 4u);
+    return vec4<f16>(scale * {{ part }}_lhs_quad(first_m + line, first_k + quad * 4u, params.m, depth));
+}
+
+fn {{ part }}_rhs_item(item: u32, first_n: u32, first_k: u32, depth: u32) -> vec4<f16> {
+    let quad = item % RHS_QUADS;
+    let line = item / RHS_QUADS;
 #if rhs_rows
-    for (var item = thread; item < BLOCK_N * BLOCK_K / 4u; item += WORKGROUP_SIZE) {
-        let quad = item % (BLOCK_K / 4u);
-        let line = item / (BLOCK_K / 4u);
-        let values = {{ part }}_rhs_quad(first_n + line, first_k + quad * 4u, params.n, depth);
-        rhs_tile[line * RHS_PITCH + quad] = vec4<f16>(values);
-    }
+    return vec4<f16>({{ part }}_rhs_quad(first_n + line, first_k + quad * 4u, params.n, depth));
 #else
-    for (var item = thread; item < BLOCK_N * BLOCK_K / 4u; item += WORKGROUP_SIZE) {
-        let quad = item % (BLOCK_N / 4u);
-        let line = item / (BLOCK_N / 4u);
-        let values = {{ part }}_rhs_quad(first_k + line, first_n + quad * 4u, depth, params.n);
-        rhs_tile[line * RHS_PITCH + quad] = vec4<f16>(values);
-    }
+    return vec4<f16>({{ part }}_rhs_quad(first_k + line, first_n + quad * 4u, depth, params.n));
 #endif
 }
 
@@ -126,9 +119,33 @@ fn main(
 #endfor
 #endfor
 #for part in prologue main
+#for i in {{ lhs_items }}
+        var {{ part }}_lhs_{{ i }} =
+            {{ part }}_lhs_item(thread + {{ i }}u * WORKGROUP_SIZE, first_m, first_{{ part }}, {{ part }}_depth, {{ part }}_scale);
+#endfor
+#for i in {{ rhs_items }}
+        var {{ part }}_rhs_{{ i }} =
+            {{ part }}_rhs_item(thread + {{ i }}u * WORKGROUP_SIZE, first_n, first_{{ part }}, {{ part }}_depth);
+#endfor
         for (var k = first_{{ part }}; k < last_{{ part }}; k += BLOCK_K) {
-            stage_{{ part }}(thread, first_m, first_n, k, {{ part }}_depth, {{ part }}_scale);
             workgroupBarrier();
+#for i in {{ lhs_items }}
+            let lhs_at_{{ i }} = thread + {{ i }}u * WORKGROUP_SIZE;
+            lhs_tile[lhs_at_{{ i }} / (BLOCK_K / 4u) * LHS_PITCH + lhs_at_{{ i }} % (BLOCK_K / 4u)] = {{ part }}_lhs_{{ i }};
+#endfor
+#for i in {{ rhs_items }}
+            let rhs_at_{{ i }} = thread + {{ i }}u * WORKGROUP_SIZE;
+            rhs_tile[rhs_at_{{ i }} / RHS_QUADS * RHS_PITCH + rhs_at_{{ i }} % RHS_QUADS] = {{ part }}_rhs_{{ i }};
+#endfor
+            workgroupBarrier();
+            // The next step's are on their way while this one's are multiplied; of none after the last they are zeros.
+            let next = k + BLOCK_K;
+#for i in {{ lhs_items }}
+            {{ part }}_lhs_{{ i }} = {{ part }}_lhs_item(lhs_at_{{ i }}, first_m, next, {{ part }}_depth, {{ part }}_scale);
+#endfor
+#for i in {{ rhs_items }}
+            {{ part }}_rhs_{{ i }} = {{ part }}_rhs_item(rhs_at_{{ i }}, first_n, next, {{ part }}_depth);
+#endfor
             for (var step = 0u; step < BLOCK_K; step += SIZE) {
 #for i in {{ fragments_m }}
                 let lhs_{{ i }} =
@@ -147,7 +164,6 @@ fn main(
 #endfor
 #endfor
             }
-            workgroupBarrier();
         }
 #endfor
         let slot = (owned - first_patch) * FRAGMENT;

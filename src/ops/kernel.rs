@@ -199,6 +199,8 @@ impl Shader {
                             ("size", tile.size.to_string()),
                             ("patch_m", tile.patch_m.to_string()),
                             ("patch_n", tile.patch_n.to_string()),
+                            ("lhs_items", list(tile.items()[0])),
+                            ("rhs_items", list(tile.items()[1])),
                             ("fragments_m", list(tile.patch_m / tile.size)),
                             ("fragments_n", list(tile.patch_n / tile.size)),
                         ]);

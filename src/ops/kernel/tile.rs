@@ -226,11 +226,18 @@ impl MatrixTile {
     /// Numbers of lanes that variants are compiled for: software adapters, most devices, and AMD's.
     pub const LANES: [u32; 3] = [8, 32, 64];
 
-    /// Every cut for one matrix size and one number of lanes: within the 16 KiB that every device has, and at most 16 matrices of
-    /// sums a subgroup.
+    /// Every cut for one matrix size and one number of lanes: at most 16 matrices of sums a subgroup, and as many threads as every
+    /// device has. The last four are within the 16 KiB of workgroup memory that every device has.
     pub fn all(size: u32, lanes: u32) -> impl DoubleEndedIterator<Item = Self> {
-        let cuts =
-            [(128, 128, 16, 64, 64), (128, 64, 16, 64, 32), (64, 64, 32, 32, 32), (32, 32, 32, 16, 16)];
+        let cuts = [
+            (128, 256, 32, 64, 64),
+            (128, 128, 32, 64, 64),
+            (128, 128, 32, 64, 32),
+            (128, 128, 16, 64, 64),
+            (128, 64, 16, 64, 32),
+            (64, 64, 32, 32, 32),
+            (32, 32, 32, 16, 16),
+        ];
         let tiles = cuts.into_iter().map(move |(block_m, block_n, block_k, patch_m, patch_n)| Self {
             size,
             block_m,
@@ -240,7 +247,20 @@ impl MatrixTile {
             patch_n,
             lanes,
         });
-        tiles.filter(move |tile| tile.patch_m * tile.patch_n <= 16 * size * size)
+        tiles.filter(move |tile| tile.patch_m * tile.patch_n <= 16 * size * size && tile.threads() <= 256)
+    }
+
+    /// Quads of the left and of the right operand that a thread stages in a step.
+    pub(super) fn items(self) -> [u32; 2] {
+        [self.block_m, self.block_n].map(|lines| lines * self.block_k / 4 / self.threads())
+    }
+
+    /// Bytes of workgroup memory: both operands in `f16`, in lines of two quads more than they have, and one matrix of sums a patch.
+    pub fn shared_bytes(self) -> u32 {
+        let lines = |n: u32, length: u32| 8 * n * (length / 4 + 2);
+        let rhs = lines(self.block_n, self.block_k).max(lines(self.block_k, self.block_n));
+        let patches = self.threads() / self.lanes;
+        lines(self.block_m, self.block_k) + rhs + 4 * patches * self.size * self.size
     }
 
     /// Threads of a workgroup.

@@ -10,7 +10,7 @@ use crate::ops::kernel::{
 };
 
 /// Cuts of each kind that are worth timing.
-const MOST_CUTS: usize = 3;
+const MOST_CUTS: usize = 4;
 
 /// What a product is cut for.
 #[derive(Clone, Copy)]
@@ -20,10 +20,12 @@ pub(in crate::ops) struct Device {
     pub(super) busy: u32,
     /// The size of its matrices of `f16` with `f32` sums, and the lanes of a subgroup.
     matrices: Option<[u32; 2]>,
+    /// Bytes of workgroup memory.
+    shared_bytes: u32,
 }
 
-const GPU: Device = Device { is_software: false, busy: 128, matrices: None };
-const SOFTWARE: Device = Device { is_software: true, busy: 4, matrices: None };
+const GPU: Device = Device { is_software: false, busy: 128, matrices: None, shared_bytes: 16 << 10 };
+const SOFTWARE: Device = Device { is_software: true, busy: 4, matrices: None, shared_bytes: 16 << 10 };
 
 impl Device {
     pub(in crate::ops) fn of(client: &ComputeClient<WgpuRuntime>) -> Self {
@@ -35,7 +37,9 @@ impl Device {
             .into_iter()
             .find(|size| !cfg!(target_os = "macos") && units.contains(&[*size; 3]));
         let lanes = MatrixTile::LANES.into_iter().find(|&lanes| most_lanes <= lanes);
-        Self { matrices: size.map(|size| [size, lanes.unwrap_or(MatrixTile::LANES[2])]), ..device }
+        let matrices = size.map(|size| [size, lanes.unwrap_or(MatrixTile::LANES[2])]);
+        let shared_bytes = client.properties().hardware.max_shared_memory_size as u32;
+        Self { matrices, shared_bytes, ..device }
     }
 
     /// Whether it multiplies matrices of `f16` with `f32` sums.
@@ -76,6 +80,7 @@ impl Device {
         let fits = is_f16 && layout != Layout::ColumnsColumns;
         let matrices = self.matrices.filter(|_| fits).into_iter();
         let matrices = matrices.flat_map(|[size, lanes]| MatrixTile::all(size, lanes));
+        let matrices = matrices.filter(|tile| tile.shared_bytes() <= self.shared_bytes);
         let mut matrices: Vec<_> = matrices.map(Cut::Matrices).collect();
         let mut tiles = self.tiles();
         for cuts in [&mut matrices, &mut tiles] {
