@@ -1,7 +1,8 @@
 // out = addend + left · right, on the matrix units of NVIDIA's compute capability 9.0.
 //
 // `left` is [m, depth], `right` [depth, n]; each goes on with a tail, so that the depth is that of both. A workgroup is persistent: it
-// takes one output tile of TILE_M x TILE_N after the other. Its first warpgroup only has the copy engine fill a ring of stages, each
+// takes one output tile of TILE_M x TILE_N after the other; where these are few, a part of the depth's stages each, whose sums are
+// `splits` outputs behind one another. Its first warpgroup only has the copy engine fill a ring of stages, each
 // TILE_K of the depth; the other two multiply half of the tile's rows each, straight from the stages (`wgmma`), and sum in f32.
 //
 // Set by `warpgroup.rs`: TILE_N, STAGES; BF16 or else f16; RIGHT_ALONG_DEPTH, whether the right operand's columns lie along its
@@ -46,7 +47,7 @@ struct alignas(64) TensorMap {
 };
 
 struct Extents {
-    u64 m, n, depth_stages, tail_stages;
+    u64 m, n, depth_stages, tail_stages, splits;
 };
 
 // The phase of a ring of stages: which is next, and the parity of the turn.
@@ -165,16 +166,18 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MULTIPLIERS), 1) lora_li
     const u32 m = extents.m, n = extents.n, depth_stages = extents.depth_stages;
     const u32 n_stages = depth_stages + (u32)extents.tail_stages;
     // Tiles below each other are made at a time: they share the right operand, which is the larger one.
-    const u32 tiles_m = (m + TILE_M - 1) / TILE_M, tiles = tiles_m * ((n + TILE_N - 1) / TILE_N);
+    const u32 tiles_m = (m + TILE_M - 1) / TILE_M, tiles_of_split = tiles_m * ((n + TILE_N - 1) / TILE_N);
+    const u32 tiles = tiles_of_split * (u32)extents.splits, split_stages = (n_stages + (u32)extents.splits - 1) / (u32)extents.splits;
     const u32 warpgroup = threadIdx.x / 128;
     Ring ring;
 
     if (warpgroup == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 0) {
             for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-                const u32 row = tile % tiles_m * TILE_M, column = tile / tiles_m * TILE_N;
-                for (u32 i = 0; i < n_stages; i++, ring.advance()) {
+                const u32 split = tile / tiles_of_split, first = split * split_stages;
+                const u32 row = tile % tiles_of_split % tiles_m * TILE_M, column = tile % tiles_of_split / tiles_m * TILE_N;
+                for (u32 i = first; i < min(first + split_stages, n_stages); i++, ring.advance()) {
                     barrier_wait(emptied + 8 * ring.stage, ring.parity ^ 1);
                     const u32 barrier = filled + 8 * ring.stage;
                     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
@@ -201,12 +204,13 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MULTIPLIERS), 1) lora_li
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         const u32 part = warpgroup - 1, thread = threadIdx.x % 128;
         float sums[SUMS];
         for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            const u32 split = tile / tiles_of_split, first = split * split_stages;
             u32 before = 0;
-            for (u32 i = 0; i < n_stages; i++, ring.advance()) {
+            for (u32 i = first; i < min(first + split_stages, n_stages); i++, ring.advance()) {
                 barrier_wait(filled + 8 * ring.stage, ring.parity);
                 const u32 of_left = stages + ring.stage * STAGE_BYTES + part * (LEFT_BYTES / MULTIPLIERS);
                 const u32 of_right = stages + ring.stage * STAGE_BYTES + LEFT_BYTES;
@@ -218,12 +222,12 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MULTIPLIERS), 1) lora_li
 #else
                     const u64 right_at = descriptor(of_right + k * 16 * ROW_BYTES, BOX_N * ROW_BYTES, 8 * ROW_BYTES);
 #endif
-                    multiply(sums, descriptor(of_left + k * 32, 16, 8 * ROW_BYTES), right_at, i | k);
+                    multiply(sums, descriptor(of_left + k * 32, 16, 8 * ROW_BYTES), right_at, (i - first) | k);
                 }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 // What was begun a stage before is done: that one may be filled again.
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (i > 0 && thread == 0) {
+                if (i > first && thread == 0) {
                     barrier_arrive(emptied + 8 * before);
                 }
                 before = ring.stage;
@@ -232,15 +236,15 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MULTIPLIERS), 1) lora_li
             if (thread == 0) {
                 barrier_arrive(emptied + 8 * before);
             }
-            const u32 row = tile % tiles_m * TILE_M + part * 64 + thread / 32 * 16 + thread % 32 / 4;
-            const u32 column = tile / tiles_m * TILE_N + thread % 4 * 2;
+            const u32 row = tile % tiles_of_split % tiles_m * TILE_M + part * 64 + thread / 32 * 16 + thread % 32 / 4;
+            const u32 column = tile % tiles_of_split / tiles_m * TILE_N + thread % 4 * 2;
 #pragma unroll
             for (u32 i = 0; i < SUMS / 4; i++) {
                 if (column + 8 * i < n) {
 #pragma unroll
                     for (u32 half = 0; half < 2; half++) {
                         if (row + 8 * half < m) {
-                            const u64 at = (u64)(row + 8 * half) * n + column + 8 * i;
+                            const u64 at = ((u64)split * m + row + 8 * half) * n + column + 8 * i;
                             write_pair(out, addend, at, sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]);
                         }
                     }

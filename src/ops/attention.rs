@@ -16,6 +16,7 @@ pub mod launch;
 mod lines;
 mod mask;
 mod matrices;
+mod mma;
 mod reference;
 mod registers;
 mod tile;
@@ -27,6 +28,7 @@ use burn::tensor::{DType, Tensor};
 use super::Kernels;
 
 pub use mask::{AttentionMask, Visible};
+pub use mma::{MmaLaunch, MmaPass, OWNED as MMA_OWNED};
 pub use reference::attention_reference;
 pub(super) use reference::{attention_backward_reference, attention_forward_reference};
 pub use tile::{Tile, Units};

@@ -1,11 +1,12 @@
-//! The engine of CUDA: cubek's, and where there are warpgroups their product.
+//! The engine of CUDA: cubek's products and, where a GPU has the instructions for it, products and attention of its own.
 
 use burn::cubecl::client::ComputeClient;
 use burn::cubecl::cuda::CudaRuntime;
 use burn::cubecl::features::Tma;
 
+use super::attention::{MmaLaunch, MmaPass};
 use super::engine::{Engine, WarpgroupProduct};
-use super::kernel::warpgroup;
+use super::kernel::cuda::{mma, warpgroup};
 
 impl Engine for CudaRuntime {
     /// Compute capability 9.0 has the copy engine and these instructions; from 10.0 on, which copies more, there are others instead.
@@ -20,5 +21,14 @@ impl Engine for CudaRuntime {
         let processors = Self::warpgroup_processors(&product.out.client).ok_or("there are no warpgroups")?;
         warpgroup::launch(columns, processors, product);
         Ok(())
+    }
+
+    /// From compute capability 8.0 on.
+    fn has_mma(client: &ComputeClient<Self>) -> bool {
+        client.properties().features.copy_async
+    }
+
+    fn attention_mma(pass: MmaPass, launch: &MmaLaunch<'_, Self>) {
+        mma::launch(pass, launch);
     }
 }

@@ -21,6 +21,7 @@ use burn::tensor::{DType, Tensor};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
+use super::attention::{MmaLaunch, MmaPass};
 use super::gpu::{input, operand, tensor};
 use super::lora_linear::{Lora, LoraGrads};
 use super::orpo_loss::PairSpan;
@@ -30,7 +31,7 @@ use rank::Side;
 pub(super) use extended::is_turned;
 pub(super) use product::{Adapter, Rest, Rounding, product, turned};
 pub use routes::{Instruction, Route, RouteKind, Routes};
-pub use warpgroup::{TILE_COLUMNS, TILE_ROWS, WarpgroupProduct};
+pub use warpgroup::{TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct};
 
 /// A backend whose float tensors are those of a runtime.
 pub trait Floating<R: CubeRuntime>: Backend<FloatTensorPrimitive = CubeTensor<R>> {}
@@ -106,6 +107,19 @@ pub trait Engine: CubeRuntime {
         grad_scale: f32,
     ) -> Tensor<B, 1> {
         tensor(odds::launch_backward(input(stats), pairs, beta, grad_scale))
+    }
+
+    /// Whether the device's warps multiply as [`attention_mma`](Self::attention_mma) has them.
+    fn has_mma(_client: &ComputeClient<Self>) -> bool {
+        false
+    }
+
+    /// Launches one of attention's kernels for such devices.
+    ///
+    /// # Panics
+    /// On others.
+    fn attention_mma(pass: MmaPass, _launch: &MmaLaunch<'_, Self>) {
+        unreachable!("{pass:?} on a device without `mma`");
     }
 
     /// How many processors the device has, where their warpgroups multiply by [`warpgroup_product`](Self::warpgroup_product).

@@ -13,10 +13,10 @@
 //! No branch of a source depends on its parameters alone: Mesa's software adapter would compile the shader anew for each launch, with
 //! the values of its parameters.
 
+#[cfg(feature = "cuda")]
+pub(super) mod cuda;
 mod render;
 mod tile;
-#[cfg(feature = "cuda")]
-pub(super) mod warpgroup;
 
 pub use tile::{Cut, DirectTile, Element, Elements, Layout, MatrixTile, Quads, Tile};
 

@@ -204,7 +204,8 @@ pub fn install<E: Tunable>(device: &DeviceOf<E>, timings: &[Timing<E::Kind, E::C
 }
 
 /// Times every way of every kind of product, the largest first, lets the device's products follow them and hands each timing to
-/// `keep`. Kinds that are tiny are left out, and so is what was timed before or what the budget has no time for: that comes next time.
+/// `keep`. Kinds that are tiny or made in one way alone are left out, and so is what was timed before or what the budget has no time for:
+/// that comes next time.
 ///
 /// # Panics
 /// If the device failed before, or does not survive one of the ways.
@@ -222,8 +223,9 @@ pub fn tune<E: Tunable>(
     kinds.sort_by(|&a, &b| E::flops(b).total_cmp(&E::flops(a)));
     for kind in kinds {
         let mut candidates = E::candidates(&client, kind);
+        let has_choice = candidates.len() > 1;
         candidates.retain(|&choice| known::<E>(device, kind, choice).is_none());
-        if candidates.is_empty() || is_over() {
+        if !has_choice || candidates.is_empty() || is_over() {
             continue;
         }
         let scratch = E::scratch(&client, device, kind);

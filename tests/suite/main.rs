@@ -30,7 +30,7 @@ mod gpu {
     mod rms_norm;
     mod rope;
     mod swiglu;
-    mod tensors;
+    pub(crate) mod tensors;
     mod token_logps;
     mod tune;
 }

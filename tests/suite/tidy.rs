@@ -98,7 +98,7 @@ fn every_shader_has_its_op_and_its_test() {
 fn only_the_launch_knows_how_shaders_are_launched() {
     for (path, text) in rust_files(&root().join("src")) {
         let (file, has) = (path.display(), |word| text.contains(word));
-        let is_launch = path.ends_with("ops/kernel.rs") || path.ends_with("ops/kernel/warpgroup.rs");
+        let is_launch = path.ends_with("ops/kernel.rs") || path.ends_with("ops/kernel/cuda.rs");
         assert!(!has("KernelArguments") || is_launch, "{file} launches shaders itself");
         assert!(!has("launch_unchecked") || path.starts_with("ops"), "{file} launches kernels itself");
     }

@@ -11,9 +11,11 @@ use burn_cubecl::tensor::CubeTensor;
 use super::backward;
 use super::forward;
 use super::matrices::shared_bytes;
+use super::mma;
 use super::tile::{Form, Tile, Units};
 use super::trial::{Pass, is_right};
 use crate::ops::cube::{bytes, empty, is_software, matrix_units, one_thread_each};
+use crate::ops::engine::Engine;
 use crate::ops::profile;
 
 /// A mask's table on the device, and how many keys it has.
@@ -27,12 +29,12 @@ pub struct Mask<R: CubeRuntime> {
 
 /// The sizes of one call.
 #[derive(Clone, Copy)]
-struct Sizes {
-    n_queries: usize,
-    n_keys: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+pub(super) struct Sizes {
+    pub(super) n_queries: usize,
+    pub(super) n_keys: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
 }
 
 impl Sizes {
@@ -41,19 +43,19 @@ impl Sizes {
         Self { n_queries: q[0], n_keys: k[0], heads: q[1], kv_heads: k[1], head_dim: q[2] }
     }
 
-    fn scale(&self) -> f32 {
+    pub(super) fn scale(&self) -> f32 {
         super::scale(self.head_dim) as f32
     }
 
     /// As many heads a tile as there is a power of two of in the group, up to the table's strips.
-    fn form(&self, lines: usize) -> Form {
+    pub(super) fn form(&self, lines: usize) -> Form {
         let group = self.heads / self.kv_heads;
         Form { quads: self.head_dim / 4, heads: (1 << group.trailing_zeros()).min(8).min(lines) }
     }
 }
 
 /// Computes `(out, lse)`, cut by this tile; `head_dim` is a multiple of four.
-pub fn attention_forward<R: CubeRuntime>(
+pub fn attention_forward<R: Engine>(
     [q, k, v]: [CubeTensor<R>; 3],
     mask: &Mask<R>,
     tile: Tile,
@@ -67,6 +69,10 @@ pub fn attention_forward<R: CubeRuntime>(
     let (client, dtype) = (q.client.clone(), q.dtype.into());
     let flops = 4 * mask.n_visible * sizes.heads * sizes.head_dim;
     profile::kernel("attention forward", flops, bytes(&[&q, &k, &v, &out, &lse]), &q.client.clone(), || {
+        if tile.units == Units::Mma {
+            mma::forward(&sizes, mask, [&q, &k, &v], &out, &lse);
+            return;
+        }
         #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
         // SAFETY: lines are held against their number, quads against the line's, and every loop counts up to a bound.
         unsafe {
@@ -95,7 +101,7 @@ pub fn attention_forward<R: CubeRuntime>(
 }
 
 /// Computes `[dq, dk, dv]`, cut by this tile; `head_dim` is a multiple of four.
-pub fn attention_backward<R: CubeRuntime>(
+pub fn attention_backward<R: Engine>(
     dout: CubeTensor<R>,
     [q, k, v]: [CubeTensor<R>; 3],
     [out, lse]: [CubeTensor<R>; 2],
@@ -131,6 +137,10 @@ pub fn attention_backward<R: CubeRuntime>(
                 form.quads,
                 dtype,
             );
+            if tile.units == Units::Mma {
+                mma::backward(&sizes, mask, [&dout, &q, &k, &v, &stats], [&dq, &dk, &dv]);
+                return;
+            }
             let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
             backward::backward_queries::launch_unchecked::<R>(
                 &client,
@@ -193,7 +203,7 @@ impl Tile {
     ];
 
     /// The tile for queries and keys like these.
-    pub fn of<R: CubeRuntime>(q: &CubeTensor<R>, k: &CubeTensor<R>, pass: Pass) -> Self {
+    pub fn of<R: Engine>(q: &CubeTensor<R>, k: &CubeTensor<R>, pass: Pass) -> Self {
         let Sizes { heads, kv_heads, head_dim, .. } = Sizes::of(q, k);
         let is_right =
             |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
@@ -207,11 +217,28 @@ impl Tile {
         }
     }
 
+    /// The tile of `attention_mma.cu`, where it takes tensors of this type and heads of this width.
+    fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
+        let is_taken = tensor.dtype != DType::F32 && mma::HEAD_DIMS.contains(&head_dim);
+        let may_multiply =
+            !matrix_units(&tensor.client, tensor.dtype).is_empty() && R::has_mma(&tensor.client);
+        (is_taken && may_multiply).then_some(Self {
+            threads_m: 16,
+            threads_n: 8,
+            lines: mma::OWNED / 16,
+            columns: 8,
+            units: Units::Mma,
+        })
+    }
+
     /// The tile for the device's matrix units, if it has any for tensors of this type and heads of this width.
     ///
     /// Planes have to be of one size: the kernel is told of it, and nothing else holds the device to it.
-    pub fn on_matrices<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
+    pub fn on_matrices<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
         const LINES: usize = 4;
+        if let Some(tile) = Self::mma(tensor, head_dim) {
+            return Some(tile);
+        }
         let units = matrix_units(&tensor.client, tensor.dtype);
         let hardware = &tensor.client.properties().hardware;
         let plane = hardware.plane_size_max as usize;

@@ -21,6 +21,8 @@ pub enum Units {
         /// Rows, columns and depth of one of their matrices.
         side: usize,
     },
+    /// `attention_mma.cu`, whose kernels stand for themselves.
+    Mma,
 }
 
 /// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four.
@@ -100,6 +102,7 @@ impl<F: Float> Room<F> {
         match comptime!(tile.units) {
             Units::Registers { stage } => Room::new_Registers(RegisterRoom::new(stage, form, tile)),
             Units::Matrices { side } => Room::new_Matrices(MatrixRoom::<F>::new(n_owned, side, form, tile)),
+            Units::Mma => unreachable!(),
         }
     }
 

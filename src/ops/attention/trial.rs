@@ -14,6 +14,7 @@ use super::launch::{Mask, attention_backward, attention_forward};
 use super::mask::Visible;
 use super::tile::Tile;
 use crate::ops::cube::settle;
+use crate::ops::engine::Engine;
 use crate::ops::notes;
 
 /// The part of a line's largest entry by which its entries may be off. Rounding weights, `dS` and results to `bf16` takes at most a
@@ -41,7 +42,7 @@ type Key = (TypeId, DeviceId, DType, [usize; 3], Tile, Pass);
 ///
 /// # Panics
 /// If the device failed before.
-pub fn is_right<R: CubeRuntime>(
+pub fn is_right<R: Engine>(
     device: &R::Device,
     dtype: DType,
     shape: [usize; 3],
@@ -73,7 +74,7 @@ struct Sequence<R: CubeRuntime> {
     mask: Mask<R>,
 }
 
-impl<R: CubeRuntime> Sequence<R> {
+impl<R: Engine> Sequence<R> {
     fn new(device: &R::Device, dtype: DType, [heads, kv_heads, head_dim]: [usize; 3], tile: Tile) -> Self {
         let step = tile.block_n();
         let (prefix_end, rejected) = (step + 8, 2 * step);

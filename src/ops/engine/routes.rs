@@ -107,10 +107,7 @@ pub enum Route {
         instruction: Instruction,
     },
     /// `lora_linear_warpgroup.cu`, where the device has warpgroups that multiply.
-    Warpgroups {
-        /// Of a tile.
-        columns: u32,
-    },
+    Warpgroups,
 }
 
 impl Route {
@@ -152,7 +149,7 @@ impl Route {
                 };
                 launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, place).is_ok()
             }
-            Self::Warpgroups { columns } => warpgroup::launch(columns, operands, place).is_ok(),
+            Self::Warpgroups => warpgroup::launch(operands, place).is_ok(),
         }
     }
 }
@@ -217,13 +214,9 @@ impl<R: Engine> Tunable for Routes<R> {
         if !has_matrices(client, kind.dtype) {
             return Vec::new();
         }
-        // Where there are warpgroups cubek's routines are not worth their compilation: on an H100 the fastest of them makes a product at
-        // 200 TFLOP/s, and these at 400 to 775.
-        let on_warpgroups: Vec<_> = warpgroup::columns(client, kind)
-            .into_iter()
-            .map(|columns| Route::Warpgroups { columns })
-            .collect();
-        if on_warpgroups.is_empty() { Route::CUBEK.to_vec() } else { on_warpgroups }
+        // Where there are warpgroups cubek's routines are not worth their compilation: on an H100 the fastest of them made a product at
+        // 200 TFLOP/s, and these do at 400 to 775.
+        if warpgroup::takes(client, kind) { vec![Route::Warpgroups] } else { Route::CUBEK.to_vec() }
     }
 
     fn depth(kind: RouteKind) -> usize {

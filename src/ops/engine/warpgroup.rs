@@ -7,11 +7,13 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::Engine;
 use super::extended::{Pair, Place, is_turned};
+use super::product::has_matrices;
 use super::routes::RouteKind;
-use crate::ops::tune::typical_rows;
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 128;
+/// Entries of the depth in a stage.
+pub const TILE_DEPTH: usize = 64;
 /// Columns of the tiles that there are.
 pub const TILE_COLUMNS: [u32; 3] = [256, 192, 128];
 /// What the columns of a tile cost that is not there: what it takes to begin one and to write it out.
@@ -28,33 +30,34 @@ pub struct WarpgroupProduct<'a, R: CubeRuntime> {
     pub right: &'a CubeTensor<R>,
     /// `[m, tail]` and `[tail, n]`, which lie as the operands do.
     pub tails: Option<&'a [CubeTensor<R>; 2]>,
-    /// `[m, n]`; may be the addend.
+    /// `[m, n]`; may be the addend. Of more than one split `[splits · m, n]`.
     pub out: &'a CubeTensor<R>,
     /// `[m, n]`, of the output's type.
     pub addend: Option<&'a CubeTensor<R>>,
+    /// Parts of the depth that are summed each on its own. None may be without a stage.
+    pub splits: usize,
 }
 
-/// Columns of the tiles in which a device may make this kind of product, the likely fastest first.
-pub(super) fn columns<R: Engine>(client: &ComputeClient<R>, kind: RouteKind) -> Vec<u32> {
-    let RouteKind { m, n, depth, dtype, out, .. } = kind;
-    let fits = n.is_multiple_of(ROW_ENTRIES) && depth.is_multiple_of(ROW_ENTRIES);
-    match R::warpgroup_processors(client) {
-        Some(processors) if fits && [DType::F32, dtype].contains(&out) => {
-            by_rounds(typical_rows(m), n, processors)
-        }
-        _ => Vec::new(),
-    }
+/// Whether the device has warpgroups that multiply this type, and may use them.
+pub(super) fn are_there<R: Engine>(client: &ComputeClient<R>, dtype: DType) -> bool {
+    R::warpgroup_processors(client).is_some() && has_matrices(client, dtype)
 }
 
-/// All processors make a tile each, and then the next: fewer rounds of smaller tiles are faster.
-fn by_rounds(m: usize, n: usize, processors: usize) -> Vec<u32> {
-    let mut columns = TILE_COLUMNS.to_vec();
-    columns.sort_by_key(|&columns| {
-        let columns = columns as usize;
-        let tiles = m.div_ceil(TILE_ROWS) * n.div_ceil(columns);
-        tiles.div_ceil(processors) * (columns + COLUMNS_BESIDE)
-    });
-    columns
+/// Whether a device makes this kind of product.
+pub(super) fn takes<R: Engine>(client: &ComputeClient<R>, kind: RouteKind) -> bool {
+    let RouteKind { n, depth, dtype, out, .. } = kind;
+    let has_rows = n.is_multiple_of(ROW_ENTRIES) && depth.is_multiple_of(ROW_ENTRIES);
+    are_there(client, dtype) && has_rows && [DType::F32, dtype].contains(&out)
+}
+
+/// Columns of the tiles in which a product `[m, n]` is fastest. All processors make a tile each, and then the next: fewer rounds, or
+/// as many of smaller tiles, take less time.
+fn columns(m: usize, n: usize, processors: usize) -> u32 {
+    let time = |columns: u32| {
+        let tiles = m.div_ceil(TILE_ROWS) * n.div_ceil(columns as usize);
+        tiles.div_ceil(processors) * (columns as usize + COLUMNS_BESIDE)
+    };
+    TILE_COLUMNS.into_iter().min_by_key(|&columns| time(columns)).unwrap_or(TILE_COLUMNS[0])
 }
 
 /// Launches the product.
@@ -62,7 +65,6 @@ fn by_rounds(m: usize, n: usize, processors: usize) -> Vec<u32> {
 /// # Errors
 /// If the copy engine cannot read an operand as it lies, or the device has no warpgroups.
 pub(super) fn launch<R: Engine>(
-    columns: u32,
     Pair { frozen: [left, right], tails }: &Pair<'_, R>,
     place: &Place<'_, R>,
 ) -> Result<(), &'static str> {
@@ -83,11 +85,24 @@ pub(super) fn launch<R: Engine>(
     if [Some(out), addend].into_iter().flatten().any(|tensor| !tensor.is_contiguous()) {
         return Err("an output with gaps");
     }
-    R::warpgroup_product(columns, &WarpgroupProduct { left, right, tails, out, addend })
+    let [m, n] = [left.meta.shape()[0], right.meta.shape()[1]];
+    let processors = R::warpgroup_processors(&out.client).ok_or("there are no warpgroups")?;
+    R::warpgroup_product(
+        columns(m, n, processors),
+        &WarpgroupProduct { left, right, tails, out, addend, splits: 1 },
+    )
+}
+
+/// In how many parts of the depth a product keeps the device busy whose tiles of these columns are few.
+pub(super) fn splits<R: Engine>(client: &ComputeClient<R>, [m, n, depth]: [usize; 3], columns: u32) -> usize {
+    let processors = R::warpgroup_processors(client).unwrap_or(1);
+    let (tiles, stages) = (m.div_ceil(TILE_ROWS) * n.div_ceil(columns as usize), depth.div_ceil(TILE_DEPTH));
+    let splits = (processors / tiles).clamp(1, stages);
+    stages.div_ceil(stages.div_ceil(splits))
 }
 
 /// Whether the copy engine can read a matrix: rows or columns without gaps in them, each beginning at a multiple of 16 bytes.
-fn has_rows<R: CubeRuntime>(matrix: &CubeTensor<R>) -> bool {
+pub(super) fn has_rows<R: CubeRuntime>(matrix: &CubeTensor<R>) -> bool {
     let [long, short] = [0, 1].map(|i| matrix.meta.strides()[if is_turned(matrix) { 1 - i } else { i }]);
     let begin = matrix.handle.offset_start.unwrap_or(0);
     short == 1 && long.is_multiple_of(ROW_ENTRIES) && begin.is_multiple_of(16)
@@ -104,10 +119,24 @@ mod tests {
             (1536, 4096, 192),  // 581, against 500 of 256 columns and 564 of 128
             (1536, 1024, 128),  // 415, against 262 and 318
             (1536, 14336, 192), // 681, against 625 and 549
+            (1537, 4096, 256),  // 496, against 412 and 363
             (6144, 4096, 256),  // 695, against 631 and 524
             (6144, 14336, 256), // 696, against 641 and 522
         ] {
-            assert_eq!(by_rounds(m, n, 132)[0], fastest, "{m} x {n}");
+            assert_eq!(columns(m, n, 132), fastest, "{m} x {n}");
+        }
+    }
+
+    #[test]
+    fn no_split_is_without_a_stage() {
+        for stages in 1..300usize {
+            for most in 1..140usize {
+                let stages_of_split = stages.div_ceil(most.clamp(1, stages));
+                let splits = stages.div_ceil(stages_of_split);
+                // As the kernel has it.
+                assert_eq!(stages.div_ceil(splits), stages_of_split, "{stages} stages in {splits} splits");
+                assert!((splits - 1) * stages_of_split < stages, "{stages} stages in {splits} splits");
+            }
         }
     }
 }

@@ -316,6 +316,7 @@ fn on_matrices() {
             Case::new(4, 1, 128, pairs(&[[20, 33, 40]])),
             // The largest score leaves what weights are relative to behind, again and again.
             Case { size: 60.0, ..Case::new(4, 1, 32, pairs(&[[40, 50, 60]])) },
+            Case { size: 60.0, ..Case::new(8, 2, 64, pairs(&[[40, 50, 60]])) },
         ] {
             let tile = Tile::on_matrices(&like, case.head_dim);
             let hardware = &like.client.properties().hardware;

@@ -1,0 +1,477 @@
+// Attention on the matrix units of NVIDIA GPUs from compute capability 8.0 on, as FlashAttention-2 (arXiv:2307.08691) cuts it: scores
+// and sums stay in registers, in the layout in which `mma` leaves and takes them.
+//
+// A workgroup of four warps owns 64 lines, 16 a warp, and walks over the others: queries over keys forward and for dQ, keys over
+// queries for dK and dV. So every sum has one owner and one order. Lines of queries are those of HEADS query heads that share a key
+// head, token by token; the mask's table is that of `mask.rs`. Walked lines are copied a step ahead.
+//
+// Set by `mma.rs`: HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16 or else f16; one of FORWARD, QUERIES and KEYS.
+//
+// Layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type". A thread has rows `lane / 4` and 8 below it, of
+// each 8 columns those of `lane % 4 * 2` and the next.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#define WARPS 4
+#define THREADS (WARPS * 32)
+#define OWNED (WARPS * 16)
+#if FORWARD
+#define WALKED 64
+#else
+#define WALKED 32
+#endif
+// Of a line: bytes, pieces of 16 bytes, and products along it.
+#define LINE_BYTES (HEAD_DIM * 2)
+#define PIECES (HEAD_DIM / 8)
+#define DEPTH_STEPS (HEAD_DIM / 16)
+#define STRIP 8
+#define MASKED -1e30f
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
+
+#if BF16
+#define TYPE "bf16"
+#else
+#define TYPE "f16"
+#endif
+
+// first, prefix_end, own_start, end.
+typedef uint4 Visible;
+
+struct Sizes {
+    u32 n_queries, n_keys, n_seen, heads, kv_heads;
+    float scale;
+};
+
+// Rows and 8 columns each of `mma`'s result.
+template <int N> struct Sums {
+    float at[N][4];
+
+    __device__ void clear() {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) at[n][i] = 0.0f;
+        }
+    }
+};
+
+__device__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
+
+__device__ void load_matrices(u32 (&to)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+
+__device__ void load_turned(u32 (&to)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+}
+
+__device__ void multiply(float (&sums)[4], const u32 (&left)[4], u32 right_0, u32 right_1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1));
+}
+
+__device__ u32 pair(float first, float second) {
+    u32 both;
+    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+
+// Where a piece of a staged line lies: neighbours of a column are in banks of their own.
+__device__ u32 piece(u32 line, u32 i) { return line * LINE_BYTES + ((i ^ (line & 7)) << 4); }
+
+// Lines of one tensor: of `per_token` heads from one on, token by token.
+struct Lines {
+    const u16 *first;
+    u32 token, per_token, n_lines;
+
+    __device__ u32 start(u32 line) const { return line / per_token * token + line % per_token * HEAD_DIM; }
+};
+
+// Begins to copy lines; those past the end are the last one.
+template <int N> __device__ void copy(u32 to, const Lines &lines, u32 first) {
+#pragma unroll
+    for (u32 item = threadIdx.x; item < N * PIECES; item += THREADS) {
+        const u32 line = item / PIECES, i = item % PIECES;
+        const u16 *from = lines.first + lines.start(min(first + line, lines.n_lines - 1)) + i * 8;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + piece(line, i)), "l"(from) : "memory");
+    }
+}
+
+__device__ void copied() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING> __device__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// The part of a left operand of 16 lines from `line` on and 16 entries.
+__device__ void load_left(u32 (&to)[4], u32 lines, u32 line, u32 step) {
+    const u32 lane = threadIdx.x % 32;
+    load_matrices(to, lines + piece(line + lane % 16, 2 * step + lane / 16));
+}
+
+// Of 16 lines from `line` on, as columns of a right operand: entries along the depth.
+__device__ void load_right(u32 (&to)[4], u32 lines, u32 line, u32 step) {
+    const u32 lane = threadIdx.x % 32;
+    load_matrices(to, lines + piece(line + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+}
+
+// Of 16 lines from `line` on, as the depth of a right operand: 16 of their entries as columns.
+__device__ void load_right_turned(u32 (&to)[4], u32 lines, u32 line, u32 step) {
+    const u32 lane = threadIdx.x % 32;
+    load_turned(to, lines + piece(line + lane % 16, 2 * step + lane / 16));
+}
+
+// products[16, WALKED] = owned · walkedᵀ, of the warp's 16 owned lines.
+__device__ void products(Sums<WALKED / 8> &sums, u32 owned, u32 owned_line, u32 walked) {
+    sums.clear();
+#pragma unroll
+    for (u32 step = 0; step < DEPTH_STEPS; step++) {
+        u32 left[4];
+        load_left(left, owned, owned_line, step);
+#pragma unroll
+        for (u32 n = 0; n < WALKED / 16; n++) {
+            u32 right[4];
+            load_right(right, walked, 16 * n, step);
+            multiply(sums.at[2 * n], left, right[0], right[1]);
+            multiply(sums.at[2 * n + 1], left, right[2], right[3]);
+        }
+    }
+}
+
+// sums[16, HEAD_DIM] += weights[16, WALKED] · walked
+__device__ void accumulate(Sums<HEAD_DIM / 8> &sums, const Sums<WALKED / 8> &weights, u32 walked) {
+#pragma unroll
+    for (u32 k = 0; k < WALKED / 16; k++) {
+        const float(&a)[4] = weights.at[2 * k], (&b)[4] = weights.at[2 * k + 1];
+        const u32 left[4] = {pair(a[0], a[1]), pair(a[2], a[3]), pair(b[0], b[1]), pair(b[2], b[3])};
+#pragma unroll
+        for (u32 n = 0; n < DEPTH_STEPS; n++) {
+            u32 right[4];
+            load_right_turned(right, walked, 16 * k, n);
+            multiply(sums.at[2 * n], left, right[0], right[1]);
+            multiply(sums.at[2 * n + 1], left, right[2], right[3]);
+        }
+    }
+}
+
+// The keys that any and that all of some neighbouring queries see; `bounds.rs`.
+struct Bounds {
+    Visible any, all;
+
+    __device__ Bounds(const Visible *mask, u32 n_queries, u32 first, u32 last) {
+        const Visible *strips = mask + n_queries;
+        any = strips[first / STRIP * 2], all = strips[first / STRIP * 2 + 1];
+        for (u32 i = first / STRIP + 1; i <= last / STRIP; i++) {
+            const Visible more = strips[2 * i], less = strips[2 * i + 1];
+            any = {min(any.x, more.x), max(any.y, more.y), min(any.z, more.z), max(any.w, more.w)};
+            all = {max(all.x, less.x), min(all.y, less.y), max(all.z, less.z), min(all.w, less.w)};
+        }
+    }
+
+    // The first key from `key` on that any of the queries may see.
+    __device__ u32 next(u32 key) const { return key >= any.y && key < any.z ? any.z : key; }
+
+    __device__ bool any_sees(u32 first, u32 end) const {
+        return !(end <= any.x || first >= any.w || (first >= any.y && end <= any.z));
+    }
+
+    __device__ bool all_see(u32 first, u32 end) const {
+        return (first >= all.x && end <= all.y) || (first >= all.z && end <= all.w);
+    }
+};
+
+__device__ bool sees(const Visible &visible, u32 key) {
+    return (key >= visible.x && key < visible.y) || (key >= visible.z && key < visible.w);
+}
+
+// Writes the warp's 16 lines, each times its factor.
+__device__ void store(const Sums<HEAD_DIM / 8> &sums, const float (&factors)[2], u16 *out, const Lines &lines, u32 first) {
+    const u32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        const u32 line = first + lane / 4 + 8 * half;
+        if (line < lines.n_lines) {
+            u16 *to = out + lines.start(line) + lane % 4 * 2;
+#pragma unroll
+            for (u32 n = 0; n < HEAD_DIM / 8; n++) {
+                *(u32 *)(to + 8 * n) = pair(sums.at[n][2 * half] * factors[half], sums.at[n][2 * half + 1] * factors[half]);
+            }
+        }
+    }
+}
+
+__device__ float largest_of_row(float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+__device__ float sum_of_row(float value) {
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+#if FORWARD
+extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
+    const u16 *q, const u16 *k, const u16 *v, const Visible *mask, u16 *out, float *lse,
+    const __grid_constant__ Sizes sizes) {
+    extern __shared__ __align__(1024) char memory[];
+    const u32 owned = shared_address(memory), walked = owned + OWNED * LINE_BYTES;
+    const u32 head = blockIdx.y * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
+    const Lines queries = {q + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
+    const Lines keys = {k + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    const Lines values = {v + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    // Later queries see more keys; the longest walks start first.
+    const u32 first = (gridDim.x - 1 - blockIdx.x) * OWNED, last = min(first + OWNED, queries.n_lines) - 1;
+    const Bounds bounds(mask, sizes.n_queries, first / HEADS, last / HEADS);
+    const u32 lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
+    const float scale = sizes.scale * LOG2_E;
+
+    Visible visible[2];
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        visible[half] = mask[min(first + own + lane / 4 + 8 * half, queries.n_lines - 1) / HEADS];
+    }
+    Sums<HEAD_DIM / 8> sums;
+    sums.clear();
+    float maxima[2] = {MASKED, MASKED}, totals[2] = {0.0f, 0.0f};
+
+    u32 key = bounds.any.x, turn = 0;
+    copy<OWNED>(owned, queries, first);
+    copy<WALKED>(walked, keys, key);
+    copied();
+    copy<WALKED>(walked + 2 * WALKED * LINE_BYTES, values, key);
+    copied();
+    while (key < bounds.any.w) {
+        // Two rooms for keys and two for values, in turns: those of the next step are copied while these are multiplied.
+        const u32 k_room = walked + turn * WALKED * LINE_BYTES, v_room = k_room + 2 * WALKED * LINE_BYTES;
+        const u32 next = bounds.next(key + WALKED);
+        wait_for_copies<1>();
+        __syncthreads();
+        if (next < bounds.any.w) copy<WALKED>(walked + (turn ^ 1) * WALKED * LINE_BYTES, keys, next);
+        copied();
+        Sums<WALKED / 8> scores;
+        products(scores, owned, own, k_room);
+        const bool is_masked = !bounds.all_see(key, key + WALKED);
+        float factors[2];
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            float largest = maxima[half];
+#pragma unroll
+            for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+                for (u32 c = 0; c < 2; c++) {
+                    float &score = scores.at[n][2 * half + c];
+                    score *= scale;
+                    if (is_masked && !sees(visible[half], key + 8 * n + lane % 4 * 2 + c)) score = MASKED;
+                    largest = fmaxf(largest, score);
+                }
+            }
+            largest = largest_of_row(largest);
+            factors[half] = exp2f(maxima[half] - largest);
+            maxima[half] = largest;
+            float total = 0.0f;
+#pragma unroll
+            for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+                for (u32 c = 0; c < 2; c++) {
+                    float &score = scores.at[n][2 * half + c];
+                    score = exp2f(score - largest);
+                    total += score;
+                }
+            }
+            totals[half] = totals[half] * factors[half] + total;
+#pragma unroll
+            for (u32 n = 0; n < HEAD_DIM / 8; n++) {
+                sums.at[n][2 * half] *= factors[half];
+                sums.at[n][2 * half + 1] *= factors[half];
+            }
+        }
+        wait_for_copies<1>();
+        __syncthreads();
+        if (next < bounds.any.w) copy<WALKED>(walked + (2 + (turn ^ 1)) * WALKED * LINE_BYTES, values, next);
+        copied();
+        accumulate(sums, scores, v_room);
+        key = next;
+        turn ^= 1;
+    }
+
+    float factors[2];
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        const float total = sum_of_row(totals[half]);
+        factors[half] = 1.0f / total;
+        const u32 line = first + own + lane / 4 + 8 * half;
+        if (lane % 4 == 0 && line < queries.n_lines) {
+            lse[line / HEADS * sizes.heads + head + line % HEADS] = maxima[half] * LN_2 + logf(total);
+        }
+    }
+    store(sums, factors, out + head * HEAD_DIM, queries, first + own);
+}
+#endif
+
+#if QUERIES
+// `stats` has (lse, D) of every query's head.
+extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
+    const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, u16 *dq,
+    const __grid_constant__ Sizes sizes) {
+    extern __shared__ __align__(1024) char memory[];
+    const u32 owned_q = shared_address(memory), owned_dout = owned_q + OWNED * LINE_BYTES;
+    const u32 walked = owned_dout + OWNED * LINE_BYTES;
+    const u32 head = blockIdx.y * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
+    const Lines queries = {q + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
+    const Lines douts = {dout + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
+    const Lines keys = {k + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    const Lines values = {v + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    const u32 first = (gridDim.x - 1 - blockIdx.x) * OWNED, last = min(first + OWNED, queries.n_lines) - 1;
+    const Bounds bounds(mask, sizes.n_queries, first / HEADS, last / HEADS);
+    const u32 lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
+    const float scale = sizes.scale * LOG2_E;
+
+    Visible visible[2];
+    float2 own_stats[2];
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        const u32 line = min(first + own + lane / 4 + 8 * half, queries.n_lines - 1);
+        visible[half] = mask[line / HEADS];
+        own_stats[half] = stats[line / HEADS * sizes.heads + head + line % HEADS];
+    }
+    Sums<HEAD_DIM / 8> sums;
+    sums.clear();
+
+    u32 key = bounds.any.x, turn = 0;
+    copy<OWNED>(owned_q, queries, first);
+    copy<OWNED>(owned_dout, douts, first);
+    copy<WALKED>(walked, keys, key);
+    copy<WALKED>(walked + 2 * WALKED * LINE_BYTES, values, key);
+    copied();
+    while (key < bounds.any.w) {
+        const u32 k_room = walked + turn * WALKED * LINE_BYTES, v_room = k_room + 2 * WALKED * LINE_BYTES;
+        const u32 next = bounds.next(key + WALKED);
+        wait_for_copies<0>();
+        __syncthreads();
+        if (next < bounds.any.w) {
+            copy<WALKED>(walked + (turn ^ 1) * WALKED * LINE_BYTES, keys, next);
+            copy<WALKED>(walked + (2 + (turn ^ 1)) * WALKED * LINE_BYTES, values, next);
+        }
+        copied();
+        Sums<WALKED / 8> scores, dweights;
+        products(scores, owned_q, own, k_room);
+        products(dweights, owned_dout, own, v_room);
+        const bool is_masked = !bounds.all_see(key, key + WALKED);
+#pragma unroll
+        for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                const u32 half = i / 2;
+                const float weight = exp2f(scores.at[n][i] * scale - own_stats[half].x * LOG2_E);
+                const bool is_seen = !is_masked || sees(visible[half], key + 8 * n + lane % 4 * 2 + i % 2);
+                scores.at[n][i] = is_seen ? weight * (dweights.at[n][i] - own_stats[half].y) : 0.0f;
+            }
+        }
+        accumulate(sums, scores, k_room);
+        key = next;
+        turn ^= 1;
+    }
+    const float factors[2] = {sizes.scale, sizes.scale};
+    store(sums, factors, dq + head * HEAD_DIM, queries, first + own);
+}
+#endif
+
+#if KEYS
+extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
+    const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, u16 *dk, u16 *dv,
+    const __grid_constant__ Sizes sizes) {
+    extern __shared__ __align__(1024) char memory[];
+    const u32 owned_k = shared_address(memory), owned_v = owned_k + OWNED * LINE_BYTES;
+    const u32 walked = owned_v + OWNED * LINE_BYTES;
+    const u32 kv_head = blockIdx.y, group = sizes.heads / sizes.kv_heads;
+    const Lines keys = {k + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    const Lines values = {v + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    const u32 first = blockIdx.x * OWNED, end = first + OWNED;
+    const u32 lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
+    const float scale = sizes.scale * LOG2_E;
+
+    // The queries that see one of the keys.
+    const Visible *strips = mask + sizes.n_queries + (sizes.n_queries + STRIP - 1) / STRIP * 2;
+    u32 start_query = sizes.n_queries, end_query = 0;
+    for (u32 i = first / STRIP; i < min(end / STRIP, (sizes.n_seen + STRIP - 1) / STRIP); i++) {
+        start_query = min(start_query, strips[i].x);
+        end_query = max(end_query, strips[i].y);
+    }
+
+    Sums<HEAD_DIM / 8> k_sums, v_sums;
+    k_sums.clear();
+    v_sums.clear();
+    copy<OWNED>(owned_k, keys, first);
+    copy<OWNED>(owned_v, values, first);
+    copied();
+    for (u32 part = 0; part < group / HEADS; part++) {
+        const u32 head = kv_head * group + part * HEADS;
+        const Lines queries = {q + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
+        const Lines douts = {dout + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
+        const u32 step = WALKED / HEADS;
+        const auto next_of = [&](u32 query) {
+            while (query < end_query) {
+                const Bounds bounds(mask, sizes.n_queries, query, min(query + step, sizes.n_queries) - 1);
+                if (bounds.any_sees(first, end)) break;
+                query += step;
+            }
+            return query;
+        };
+        const auto copy_lines = [&](u32 query, u32 turn) {
+            copy<WALKED>(walked + turn * WALKED * LINE_BYTES, queries, query * HEADS);
+            copy<WALKED>(walked + (2 + turn) * WALKED * LINE_BYTES, douts, query * HEADS);
+        };
+        u32 query = next_of(start_query / step * step), turn = 0;
+        __syncthreads();
+        if (query < end_query) copy_lines(query, 0);
+        copied();
+        while (query < end_query) {
+            const u32 q_room = walked + turn * WALKED * LINE_BYTES, dout_room = q_room + 2 * WALKED * LINE_BYTES;
+            const u32 next = next_of(query + step);
+            wait_for_copies<0>();
+            __syncthreads();
+            if (next < end_query) copy_lines(next, turn ^ 1);
+            copied();
+            Sums<WALKED / 8> weights, dweights;
+            products(weights, owned_k, own, q_room);
+            products(dweights, owned_v, own, dout_room);
+            const Bounds bounds(mask, sizes.n_queries, query, min(query + step, sizes.n_queries) - 1);
+            const bool is_masked = !bounds.all_see(first, end) || query + step > sizes.n_queries;
+#pragma unroll
+            for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+                for (u32 c = 0; c < 2; c++) {
+                    const u32 line = query * HEADS + 8 * n + lane % 4 * 2 + c;
+                    const bool is_line = line < queries.n_lines;
+                    const u32 token = min(line, queries.n_lines - 1) / HEADS;
+                    const float2 of_line = stats[token * sizes.heads + head + line % HEADS];
+                    Visible visible;
+                    if (is_masked) visible = mask[token];
+#pragma unroll
+                    for (u32 half = 0; half < 2; half++) {
+                        float &weight = weights.at[n][2 * half + c], &dweight = dweights.at[n][2 * half + c];
+                        weight = exp2f(weight * scale - of_line.x * LOG2_E);
+                        if (is_masked && !(is_line && sees(visible, first + own + lane / 4 + 8 * half))) weight = 0.0f;
+                        dweight = weight * (dweight - of_line.y);
+                    }
+                }
+            }
+            accumulate(v_sums, weights, dout_room);
+            accumulate(k_sums, dweights, q_room);
+            query = next;
+            turn ^= 1;
+        }
+    }
+    wait_for_copies<0>();
+    const float ones[2] = {1.0f, 1.0f}, scales[2] = {sizes.scale, sizes.scale};
+    store(v_sums, ones, dv + kv_head * HEAD_DIM, values, first + own);
+    store(k_sums, scales, dk + kv_head * HEAD_DIM, keys, first + own);
+}
+#endif

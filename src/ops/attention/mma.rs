@@ -1,0 +1,83 @@
+//! Which kernels of `attention_mma.cu` are launched how often, on which buffers.
+
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::launch::{Mask, Sizes};
+use crate::ops::engine::Engine;
+
+/// Lines that a workgroup owns.
+pub const OWNED: usize = 64;
+/// Widths of heads that the kernels take.
+pub(super) const HEAD_DIMS: [usize; 2] = [64, 128];
+
+/// Which of the kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MmaPass {
+    /// The output and the log-sum-exp.
+    Forward,
+    /// The gradient by the queries.
+    Queries,
+    /// Those by the keys and the values.
+    Keys,
+}
+
+/// What one of them is launched on.
+#[derive(Debug)]
+pub struct MmaLaunch<'a, R: CubeRuntime> {
+    /// Along the owned lines, and the heads.
+    pub workgroups: [usize; 2],
+    /// In the order of the kernel's arguments.
+    pub buffers: &'a [&'a CubeTensor<R>],
+    /// Query heads that share a tile.
+    pub heads_of_tile: usize,
+    /// Entries of a line.
+    pub head_dim: usize,
+    /// Queries, keys, one past the last key that is seen, heads and key heads.
+    pub sizes: [usize; 5],
+    /// Of scores.
+    pub scale: f32,
+}
+
+fn launch<R: Engine>(pass: MmaPass, sizes: &Sizes, mask: &Mask<R>, buffers: &[&CubeTensor<R>]) {
+    let Sizes { n_queries, n_keys, heads, kv_heads, head_dim } = *sizes;
+    let heads_of_tile = sizes.form(OWNED).heads;
+    let workgroups = match pass {
+        MmaPass::Keys => [n_keys.div_ceil(OWNED), kv_heads],
+        MmaPass::Forward | MmaPass::Queries => {
+            [(n_queries * heads_of_tile).div_ceil(OWNED), heads / heads_of_tile]
+        }
+    };
+    R::attention_mma(
+        pass,
+        &MmaLaunch {
+            workgroups,
+            buffers,
+            heads_of_tile,
+            head_dim,
+            sizes: [n_queries, n_keys, mask.n_seen, heads, kv_heads],
+            scale: sizes.scale(),
+        },
+    );
+}
+
+pub(super) fn forward<R: Engine>(
+    sizes: &Sizes,
+    mask: &Mask<R>,
+    [q, k, v]: [&CubeTensor<R>; 3],
+    out: &CubeTensor<R>,
+    lse: &CubeTensor<R>,
+) {
+    launch(MmaPass::Forward, sizes, mask, &[q, k, v, &mask.table, out, lse]);
+}
+
+/// `stats` are those of `row_stats`.
+pub(super) fn backward<R: Engine>(
+    sizes: &Sizes,
+    mask: &Mask<R>,
+    [dout, q, k, v, stats]: [&CubeTensor<R>; 5],
+    [dq, dk, dv]: [&CubeTensor<R>; 3],
+) {
+    launch(MmaPass::Queries, sizes, mask, &[dout, q, k, v, stats, &mask.table, dq]);
+    launch(MmaPass::Keys, sizes, mask, &[dout, q, k, v, stats, &mask.table, dk, dv]);
+}
