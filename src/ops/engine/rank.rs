@@ -3,14 +3,19 @@
 //! Tiles of a general product are as wide as high: of such an output they leave a GPU a handful of workgroups, each with all of the
 //! depth before it. Here the large matrix, which is what takes time to read, is spread over all of them, and read once for every
 //! [`RANKS`] columns. All sums are `f32`, in one order.
+//!
+//! Where warpgroups multiply they make these products: the small matrix, which is `f32`, is then as many of the large one's numbers as
+//! its own digits take, and its lines are still a fraction of a tile.
 
 use burn::cubecl;
 use burn::cubecl::prelude::*;
 use burn::tensor::{DType, Shape};
-use burn_cubecl::CubeRuntime;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
+use super::Engine;
+use super::product::turned;
+use super::warpgroup::{self, WarpgroupProduct};
 use crate::ops::cube::{bytes, empty, lane_sum, one_thread_each, vector_width};
 use crate::ops::profile;
 
@@ -24,11 +29,12 @@ const ROW_THREADS: usize = 128;
 const LANES: usize = 32;
 /// Threads there that take turns with the rows.
 const TURNS: usize = 8;
-/// Rows of which it makes one partial sum for every [`RANKS`] columns, so that the sums stay a sixteenth of the matrix.
-const SLAB: usize = 256;
+/// Rows of which it makes one partial sum for every [`RANKS`] columns, so that the sums stay an eighth of the matrix, and of a narrow one
+/// there are still several workgroups for each processor of a large GPU.
+const SLAB: usize = 128;
 
 /// `factor · x · rightᵀ`: `[m, depth] · [r, depth]ᵀ -> [m, r]`; `right` is `f32`.
-pub(super) fn rows<R: CubeRuntime>(
+pub(super) fn rows<R: Engine>(
     name: &'static str,
     x: &CubeTensor<R>,
     right: &CubeTensor<R>,
@@ -41,6 +47,12 @@ pub(super) fn rows<R: CubeRuntime>(
     let out = empty(&x, Shape::from([m, rank]), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
     let width = vector_width(depth);
+    if on_warpgroups(&x) && rank.is_multiple_of(2) {
+        profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
+            multiply_by_parts(&x, &right, &out, factor);
+        });
+        return out;
+    }
     // Neighbours read the same rows.
     let cubes = CubeCount::Static(rank.div_ceil(RANKS) as u32, m.div_ceil(ROWS) as u32, 1);
     profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
@@ -139,7 +151,7 @@ pub(super) enum Side {
 }
 
 /// `factor · xᵀ · left`: `[m, n]ᵀ · [m, r]`, as `[n, r]` or `[r, n]`; `left` is `f32`.
-pub(super) fn columns<R: CubeRuntime>(
+pub(super) fn columns<R: Engine>(
     name: &'static str,
     x: &CubeTensor<R>,
     left: &CubeTensor<R>,
@@ -152,8 +164,9 @@ pub(super) fn columns<R: CubeRuntime>(
     assert_eq!(left.meta.shape()[0], m, "{name}: depth of the operands");
     let width = vector_width(n);
     let slab = SLAB * rank.div_ceil(RANKS);
-    let slabs = m.div_ceil(slab);
-    let sums = empty(&x, Shape::from([slabs, rank, n]), DType::F32);
+    let in_parts = on_warpgroups(&x);
+    let slabs = if in_parts { PARTS } else { m.div_ceil(slab) };
+    let sums = empty(&x, Shape::from([slabs * rank, n]), DType::F32);
     let shape = if side == Side::Rows { [rank, n] } else { [n, rank] };
     let out = empty(&x, Shape::from(shape), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
@@ -164,20 +177,24 @@ pub(super) fn columns<R: CubeRuntime>(
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: columns and ranks are held against their numbers, and rows are counted.
         unsafe {
-            columns_kernel::launch_unchecked::<R>(
-                &client,
-                cubes,
-                CubeDim::new_1d((LANES * TURNS) as u32),
-                width,
-                x.into_array_arg(),
-                left.into_array_arg(),
-                sums.clone().into_array_arg(),
-                m,
-                slab,
-                n / width,
-                rank,
-                dtype.into(),
-            );
+            if in_parts {
+                multiply_parts(&left, &x, &sums);
+            } else {
+                columns_kernel::launch_unchecked::<R>(
+                    &client,
+                    cubes,
+                    CubeDim::new_1d((LANES * TURNS) as u32),
+                    width,
+                    x.into_array_arg(),
+                    left.into_array_arg(),
+                    sums.clone().into_array_arg(),
+                    m,
+                    slab,
+                    n / width,
+                    rank,
+                    dtype.into(),
+                );
+            }
             sum_kernel::launch_unchecked::<R>(
                 &client,
                 sum_cubes,
@@ -196,7 +213,133 @@ pub(super) fn columns<R: CubeRuntime>(
     out
 }
 
-/// Sums of a slab's rows each, `[slabs, r, n]`.
+/// Numbers of `bf16`, of 8 bits, that one of `f32`, of 24, is the sum of. Of `f16`, whose smallest number is not small beside a
+/// gradient, there may be none.
+const PARTS: usize = 3;
+/// Entries of which a row of parts is a multiple, as the copy engine wants it.
+const ROW_ENTRIES: usize = 8;
+/// Columns of a tile: the narrowest, as there are few tiles.
+const TILE: u32 = warpgroup::TILE_COLUMNS[2];
+
+/// Whether warpgroups multiply parts with this matrix, which is contiguous.
+fn on_warpgroups<R: Engine>(x: &CubeTensor<R>) -> bool {
+    x.dtype == DType::BF16 && warpgroup::has_rows(x) && warpgroup::are_there::<R>(&x.client, x.dtype)
+}
+
+/// The parts that add up to a factor's entries, `[PARTS · r, length]`: a factor is `[length, r]`, or `[r, length]` if `is_turned`.
+fn parts<R: Engine>(factor: &CubeTensor<R>, is_turned: bool, dtype: DType) -> CubeTensor<R> {
+    let [length, rank] = [0, 1].map(|i| factor.meta.shape()[if is_turned { 1 - i } else { i }]);
+    let pitch = length.next_multiple_of(ROW_ENTRIES);
+    let steps = if is_turned { [1, length] } else { [rank, 1] };
+    let mut parts = empty(factor, Shape::from([PARTS * rank, pitch]), dtype);
+    let (cubes, cube) = one_thread_each(&factor.client, rank * length);
+    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+    // SAFETY: ranks and entries are held against their numbers.
+    unsafe {
+        parts_kernel::launch_unchecked::<R>(
+            &factor.client,
+            cubes,
+            cube,
+            factor.clone().into_array_arg(),
+            parts.clone().into_array_arg(),
+            length,
+            pitch,
+            rank,
+            steps[0],
+            steps[1],
+            dtype.into(),
+        );
+    }
+    parts.meta.shape_mut()[1] = length;
+    parts
+}
+
+#[cube(launch_unchecked)]
+fn parts_kernel<F: Float>(
+    factor: &Array<f32>,
+    parts: &mut Array<F>,
+    length: usize,
+    pitch: usize,
+    rank: usize,
+    step: usize,
+    rank_step: usize,
+    #[define(F)] _dtype: StorageType,
+) {
+    if ABSOLUTE_POS < rank * length {
+        let k = ABSOLUTE_POS / length;
+        let at = ABSOLUTE_POS % length;
+        let mut rest = factor[at * step + k * rank_step];
+        #[unroll]
+        for part in 0..PARTS {
+            // Rounded in its bits: some compilers take a conversion there and back for nothing.
+            let number = f32::reinterpret((u32::reinterpret(rest) + 0x8000u32) & 0xffff_0000u32);
+            parts[(part * rank + k) * pitch + at] = F::cast_from(number);
+            rest -= number;
+        }
+    }
+}
+
+/// `[PARTS · r, n]`: `leftᵀ · x`, with each of the parts that add up to an entry of `left`.
+fn multiply_parts<R: Engine>(left: &CubeTensor<R>, x: &CubeTensor<R>, sums: &CubeTensor<R>) {
+    let parts = parts(left, false, x.dtype);
+    let product =
+        WarpgroupProduct { left: &parts, right: x, tails: None, out: sums, addend: None, splits: 1 };
+    R::warpgroup_product(TILE, &product).expect("there are warpgroups");
+}
+
+/// `factor · x · rightᵀ`, with each of the parts that add up to an entry of `right`, in parts of the depth.
+fn multiply_by_parts<R: Engine>(x: &CubeTensor<R>, right: &CubeTensor<R>, out: &CubeTensor<R>, factor: f32) {
+    let [m, depth] = [0, 1].map(|i| x.meta.shape()[i]);
+    let rank = right.meta.shape()[0];
+    let columns = turned(&parts(right, true, x.dtype));
+    let splits = warpgroup::splits(&x.client, [m, PARTS * rank, depth], TILE);
+    let sums = empty(x, Shape::from([splits * m, PARTS * rank]), DType::F32);
+    let product =
+        WarpgroupProduct { left: x, right: &columns, tails: None, out: &sums, addend: None, splits };
+    R::warpgroup_product(TILE, &product).expect("there are warpgroups");
+    let (cubes, cube) = one_thread_each(&x.client, m * rank);
+    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+    // SAFETY: entries are held against their number.
+    unsafe {
+        sum_parts_kernel::launch_unchecked::<R>(
+            &x.client,
+            cubes,
+            cube,
+            sums.into_array_arg(),
+            out.clone().into_array_arg(),
+            splits,
+            m,
+            rank,
+            factor,
+        );
+    }
+}
+
+/// `[splits, m, PARTS · r] -> [m, r]`
+#[cube(launch_unchecked)]
+fn sum_parts_kernel(
+    sums: &Array<f32>,
+    out: &mut Array<f32>,
+    splits: usize,
+    m: usize,
+    rank: usize,
+    factor: f32,
+) {
+    if ABSOLUTE_POS < m * rank {
+        let row = ABSOLUTE_POS / rank;
+        let k = ABSOLUTE_POS % rank;
+        let mut sum = 0.0f32;
+        for split in 0..splits {
+            #[unroll]
+            for part in 0..PARTS {
+                sum += sums[((split * m + row) * PARTS + part) * rank + k];
+            }
+        }
+        out[ABSOLUTE_POS] = sum * factor;
+    }
+}
+
+/// Sums of a slab's rows each, `[slabs · r, n]`.
 #[cube(launch_unchecked)]
 fn columns_kernel<F: Float, N: Size>(
     x: &Array<Vector<F, N>>,
