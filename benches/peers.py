@@ -158,8 +158,10 @@ def watch(command: list[str], on_card: bool, limit_s: float) -> tuple[str | None
             peak_bytes = (max(used) - min(used)) << 20
         log.seek(0)
         said = log.read()
-        failure = f"took more than {limit_s:.0f} s" if too_long else failure_of(process.returncode, said)
-        return failure, peak_bytes, said
+        if too_long:
+            print(said, file=sys.stderr)
+            return f"took more than {limit_s:.0f} s", peak_bytes, said
+        return failure_of(process.returncode, said), peak_bytes, said
 
 
 def backward_of(log: str) -> str:

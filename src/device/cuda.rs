@@ -81,7 +81,7 @@ mod found {
 
     const DRIVER: &str = "install NVIDIA's driver; on Debian `apt-get install nvidia-driver`, on Ubuntu \
                           `ubuntu-drivers install`; --device wgpu and cpu need none";
-    const TOOLKIT: &str = "install CUDA 12, of which its NVRTC and header files are used; where it is not in /usr/local/cuda, \
+    const TOOLKIT: &str = "install CUDA 12 or 13, of which its NVRTC and header files are used; where it is not in /usr/local/cuda, \
                            CUDA_PATH names its folder and LD_LIBRARY_PATH that of NVRTC";
 
     /// Of CUDA's parts for the runtime and, for tensor cores, for its compiler.
@@ -129,7 +129,7 @@ mod found {
         };
         if !has_nvrtc {
             return missing(
-                "there is no NVRTC of CUDA 12 (libnvrtc), which compiles the kernels".to_owned(),
+                "there is no NVRTC of CUDA 12 or 13 (libnvrtc), which compiles the kernels".to_owned(),
                 TOOLKIT,
             );
         }
