@@ -1,11 +1,12 @@
 // Attention on the matrix units of NVIDIA GPUs from compute capability 8.0 on, as FlashAttention-2 (arXiv:2307.08691) cuts it: scores
 // and sums stay in registers, in the layout in which `mma` leaves and takes them.
 //
-// A workgroup of four warps owns 64 lines, 16 a warp, and walks over the others: queries over keys forward and for dQ, keys over
+// A workgroup owns OWNED lines, 16 a warp, and walks over WALKED others at a time: queries over keys forward and for dQ, keys over
 // queries for dK and dV. So every sum has one owner and one order. Lines of queries are those of HEADS query heads that share a key
 // head, token by token; the mask's table is that of `mask.rs`. Walked lines are copied a step ahead.
 //
-// Set by `mma.rs`: HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16 or else f16; one of FORWARD, QUERIES and KEYS.
+// Set by `kernel/cuda/mma.rs`: OWNED and WALKED, multiples of 16; HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16 or
+// else f16; one of FORWARD, QUERIES and KEYS.
 //
 // Layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type". A thread has rows `lane / 4` and 8 below it, of
 // each 8 columns those of `lane % 4 * 2` and the next.
@@ -13,14 +14,7 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 
-#define WARPS 4
-#define THREADS (WARPS * 32)
-#define OWNED (WARPS * 16)
-#if FORWARD
-#define WALKED 64
-#else
-#define WALKED 32
-#endif
+#define THREADS (OWNED / 16 * 32)
 // Of a line: bytes, pieces of 16 bytes, and products along it.
 #define LINE_BYTES (HEAD_DIM * 2)
 #define PIECES (HEAD_DIM / 8)

@@ -3,11 +3,11 @@
 // SIZE x SIZE x SIZE, f16 in, f32 sums.
 //
 // One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands
-// in workgroup memory as f16, in lines as they lie in their buffers; a thread reads its quads of them a step ahead. The block is cut into PATCH_M x PATCH_N patches, a
-// subgroup's each, as SIZE x SIZE fragments. How many lanes a subgroup has is the driver's choice: where there are fewer
-// subgroups than patches, the block is walked again for the rest, and where there are more, some make the same. The
-// prologue's operands are f32 and rounded to f16 when staged; sums are f32, and go out through workgroup memory, since a
-// fragment's entries cannot be seen otherwise.
+// in workgroup memory as f16, in lines as they lie in their buffers; a thread reads its quads of them a step ahead. The
+// block is cut into PATCH_M x PATCH_N patches, a subgroup's each, as SIZE x SIZE fragments. How many lanes a subgroup has
+// is the driver's choice: where there are fewer subgroups than patches, the block is walked again for the rest, and where
+// there are more, some make the same. The prologue's operands are f32 and rounded to f16 when staged; sums are f32, and
+// go out through workgroup memory, since a fragment's entries cannot be seen otherwise.
 
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -138,7 +138,7 @@ fn main(
             rhs_tile[rhs_at_{{ i }} / RHS_QUADS * RHS_PITCH + rhs_at_{{ i }} % RHS_QUADS] = {{ part }}_rhs_{{ i }};
 #endfor
             workgroupBarrier();
-            // The next step's are on their way while this one's are multiplied; of none after the last they are zeros.
+            // The next step's are on their way while this one's are multiplied; those after the last are not used.
             let next = k + BLOCK_K;
 #for i in {{ lhs_items }}
             {{ part }}_lhs_{{ i }} = {{ part }}_lhs_item(lhs_at_{{ i }}, first_m, next, {{ part }}_depth, {{ part }}_scale);

@@ -5,10 +5,11 @@
 // `splits` outputs behind one another. Its first warpgroup only has the copy engine fill a ring of stages, each
 // TILE_K of the depth; the other two multiply half of the tile's rows each, straight from the stages (`wgmma`), and sum in f32.
 //
-// Set by `warpgroup.rs`: TILE_N, STAGES; BF16 or else f16; RIGHT_ALONG_DEPTH, whether the right operand's columns lie along its
+// Set by `kernel/cuda/warpgroup.rs`: TILE_M, TILE_N and TILE_K, BOX_N, STAGES; BF16 or else f16; RIGHT_ALONG_DEPTH, whether the right operand's columns lie along its
 // memory; HAS_TAIL, HAS_ADDEND; OUT_F32 or else the operands' type; SUM_REGISTERS and what else names wgmma's operands.
 //
-// CubeCL passes with each tensor map the memory that it is of, which is read by the map alone.
+// CubeCL passes with each tensor map the memory that it is of, and the operands come once more behind the output and the addend: what
+// is read of them is read by the maps alone.
 //
 // Layouts: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions", with the 128-byte swizzle, which the copy engine writes.
 
@@ -16,14 +17,10 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 
-#define TILE_M 128
-#define TILE_K 64
-#define ROW_BYTES 128
+#define ROW_BYTES (TILE_K * 2)
 #define LEFT_BYTES (TILE_M * ROW_BYTES)
 #define RIGHT_BYTES (TILE_N * ROW_BYTES)
 #define STAGE_BYTES (LEFT_BYTES + RIGHT_BYTES)
-// What the copy engine brings at once of a right operand that lies along its rows.
-#define BOX_N 64
 #define MULTIPLIERS 2
 #define SUMS (TILE_N / 2)
 
@@ -146,6 +143,12 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MULTIPLIERS), 1) lora_li
 #if HAS_ADDEND
     const Out *addend,
 #endif
+    const void *,
+    const void *,
+#if HAS_TAIL
+    const void *,
+    const void *,
+#endif
     const __grid_constant__ Extents extents) {
 #if !HAS_ADDEND
     const Out *addend = nullptr;
@@ -233,6 +236,9 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MULTIPLIERS), 1) lora_li
                 before = ring.stage;
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            // No compiler may read them before.
+#pragma unroll
+            for (u32 i = 0; i < SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
             if (thread == 0) {
                 barrier_arrive(emptied + 8 * before);
             }

@@ -19,8 +19,7 @@ impl Engine for CudaRuntime {
 
     fn warpgroup_product(columns: u32, product: &WarpgroupProduct<'_, Self>) -> Result<(), &'static str> {
         let processors = Self::warpgroup_processors(&product.out.client).ok_or("there are no warpgroups")?;
-        warpgroup::launch(columns, processors, product);
-        Ok(())
+        warpgroup::launch(columns, processors, product)
     }
 
     /// From compute capability 8.0 on.

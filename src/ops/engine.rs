@@ -1,12 +1,12 @@
-//! What a runtime of CubeCL brings of its own: the products of [`lora_linear`](super::lora_linear) and the odds-ratio loss. All
-//! other kernels have one source for every runtime.
+//! What a runtime of CubeCL brings of its own: the products of [`lora_linear`](super::lora_linear), the odds-ratio loss and, where it
+//! has instructions for that, attention. All other kernels have one source for every runtime.
 //!
 //! The default bodies serve every runtime: cubek's matrix products with sums in `f32`. On tensor cores, where both operands are 16-bit,
 //! the adapter rides in the product, which adds to what its output joins and writes that once (`extended.rs`); of the routines, the one
 //! that [`tune`](super::tune) found the fastest. In registers, elsewhere, one pass behind the product does the rest.
 //!
-//! CUDA takes them as they are, with a product of its own where a GPU has warpgroups that multiply (`cuda.rs`); wgpu has shaders for
-//! them instead (`wgpu.rs`).
+//! CUDA takes them as they are, with a product and attention of its own on the GPUs that have `wgmma` and `mma` (`cuda.rs`); wgpu has
+//! shaders for the products and the loss instead (`wgpu.rs`).
 
 mod extended;
 mod odds;
@@ -31,6 +31,8 @@ use rank::Side;
 pub(super) use extended::is_turned;
 pub(super) use product::{Adapter, Rest, Rounding, product, turned};
 pub use routes::{Instruction, Route, RouteKind, Routes};
+#[cfg(feature = "cuda")]
+pub(super) use warpgroup::ROW_ENTRIES;
 pub use warpgroup::{TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct};
 
 /// A backend whose float tensors are those of a runtime.

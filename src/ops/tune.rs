@@ -124,7 +124,7 @@ pub enum Verdict<C> {
 }
 
 /// Raised with every change of what is timed or held to be right: older timings say something else.
-pub const METHOD: u32 = 4;
+pub const METHOD: u32 = 5;
 /// Products of fewer operations are not timed: there is nothing to win.
 pub const LEAST_FLOPS: f64 = 1e8;
 const WARM_UPS: usize = 2;
@@ -204,8 +204,7 @@ pub fn install<E: Tunable>(device: &DeviceOf<E>, timings: &[Timing<E::Kind, E::C
 }
 
 /// Times every way of every kind of product, the largest first, lets the device's products follow them and hands each timing to
-/// `keep`. Kinds that are tiny or made in one way alone are left out, and so is what was timed before or what the budget has no time for:
-/// that comes next time.
+/// `keep`. Kinds that are tiny are left out, and so is what was timed before or what the budget has no time for: that comes next time.
 ///
 /// # Panics
 /// If the device failed before, or does not survive one of the ways.
@@ -223,9 +222,8 @@ pub fn tune<E: Tunable>(
     kinds.sort_by(|&a, &b| E::flops(b).total_cmp(&E::flops(a)));
     for kind in kinds {
         let mut candidates = E::candidates(&client, kind);
-        let has_choice = candidates.len() > 1;
         candidates.retain(|&choice| known::<E>(device, kind, choice).is_none());
-        if !has_choice || candidates.is_empty() || is_over() {
+        if candidates.is_empty() || is_over() {
             continue;
         }
         let scratch = E::scratch(&client, device, kind);

@@ -19,6 +19,8 @@ mod gpu {
 
         /// Whether matrix units take an adapter rounded to the weight's type.
         pub(super) const ROUNDS_ADAPTERS: bool = true;
+        /// What burn's products of `f32` may be off by.
+        pub(super) const BURNS_ERROR: f32 = 1e-4;
     }
     mod adamw;
     mod attention;
@@ -63,6 +65,8 @@ mod cuda {
         pub(crate) use crate::support::{cuda as adapter, stored_types_on_cuda as stored_types};
 
         pub(super) const ROUNDS_ADAPTERS: bool = false;
+        /// It multiplies them as TF32, with 10 bits.
+        pub(super) const BURNS_ERROR: f32 = 2e-3;
     }
     mod adamw;
     mod attention;

@@ -209,7 +209,8 @@ impl Tile {
             |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
         match head_dim {
             _ if !is_software(&q.client) => {
-                Self::on_matrices(q, head_dim).filter(is_right).unwrap_or(Self::GPU)
+                let on_matrices = [Self::mma(q, head_dim), Self::on_matrices(q, head_dim)];
+                on_matrices.into_iter().flatten().find(is_right).unwrap_or(Self::GPU)
             }
             0..=64 => Self::SOFTWARE[0],
             65..=128 => Self::SOFTWARE[1],
@@ -218,7 +219,7 @@ impl Tile {
     }
 
     /// The tile of `attention_mma.cu`, where it takes tensors of this type and heads of this width.
-    fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
+    pub fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
         let is_taken = tensor.dtype != DType::F32 && mma::HEAD_DIMS.contains(&head_dim);
         let may_multiply =
             !matrix_units(&tensor.client, tensor.dtype).is_empty() && R::has_mma(&tensor.client);
@@ -236,9 +237,6 @@ impl Tile {
     /// Planes have to be of one size: the kernel is told of it, and nothing else holds the device to it.
     pub fn on_matrices<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
         const LINES: usize = 4;
-        if let Some(tile) = Self::mma(tensor, head_dim) {
-            return Some(tile);
-        }
         let units = matrix_units(&tensor.client, tensor.dtype);
         let hardware = &tensor.client.properties().hardware;
         let plane = hardware.plane_size_max as usize;

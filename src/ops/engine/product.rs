@@ -5,6 +5,8 @@
 //! the same 16-bit type, the adapter and what the product is added to included (`extended.rs`); registers elsewhere, which take
 //! operands of two types and make them `f32` first, and leave the rest to a pass behind them.
 
+use std::sync::Once;
+
 use burn::cubecl;
 use burn::cubecl::prelude::*;
 use burn::tensor::{DType, Shape};
@@ -16,12 +18,12 @@ use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError
 use cubek::matmul::launch::{Strategy, launch_ref};
 use cubek::std::InputBinding;
 
-use super::Engine;
 use super::extended::{Pair, Place};
 use super::routes::{Route, RouteKind, Routes};
+use super::{Engine, warpgroup};
 use crate::ops::cube::{bytes, empty, matrix_units, one_thread_each, overwrite, vector_width};
-use crate::ops::profile;
-use crate::ops::tune::{self, Tunable, Verdict};
+use crate::ops::tune::{self, Verdict};
+use crate::ops::{notes, profile};
 
 /// What a left operand in `f32` may become for a right one that tensor cores take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,15 +114,23 @@ fn multiply<R: Engine>(
 
 /// The route to take; none where registers have to make the product.
 fn route<R: Engine>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) -> Option<Route> {
-    if lhs.dtype != rhs.dtype {
+    if lhs.dtype != rhs.dtype || !has_matrices(&rhs.client, rhs.dtype) {
         return None;
     }
     let kind = RouteKind::of(lhs, rhs, rest);
-    let rule = *Routes::<R>::candidates(&rhs.client, kind).first()?;
-    let is_rule_right = || tune::comes_out_right::<Routes<R>>(&lhs.device, kind.sample(), rule);
+    let is_right = |route| tune::comes_out_right::<Routes<R>>(&lhs.device, kind.sample(), route);
+    if let Some(columns) = warpgroup::columns(&rhs.client, kind, lhs.meta.shape()[0]) {
+        let route = Route::Warpgroups { columns };
+        if is_right(route) {
+            return Some(route);
+        }
+        static NOTED: Once = Once::new();
+        NOTED.call_once(|| notes::note("the GPU's warpgroups get a product wrong, so slower units make it"));
+    }
+    let rule = Route::CUBEK[0];
     match tune::verdict::<Routes<R>>(&lhs.device, kind) {
         Verdict::Fastest(route) => Some(route),
-        Verdict::Untried if is_rule_right() => Some(rule),
+        Verdict::Untried if is_right(rule) => Some(rule),
         Verdict::Untried | Verdict::NoneRight => None,
     }
 }

@@ -15,9 +15,11 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::Engine;
 use super::product::turned;
-use super::warpgroup::{self, WarpgroupProduct};
+use super::routes::{Route, RouteKind, Routes};
+use super::warpgroup::{self, ROW_ENTRIES, WarpgroupProduct};
 use crate::ops::cube::{bytes, empty, lane_sum, one_thread_each, vector_width};
 use crate::ops::profile;
+use crate::ops::tune;
 
 /// Columns of the output that a workgroup makes.
 const RANKS: usize = 8;
@@ -40,19 +42,18 @@ pub(super) fn rows<R: Engine>(
     right: &CubeTensor<R>,
     factor: f32,
 ) -> CubeTensor<R> {
-    let [x, right] = [x, right].map(|tensor| into_contiguous(tensor.clone()));
+    let x = into_contiguous(x.clone());
     let [m, depth] = [0, 1].map(|i| x.meta.shape()[i]);
     let rank = right.meta.shape()[0];
     assert_eq!(right.meta.shape()[1], depth, "{name}: depth of the operands");
+    // Of an odd rank the sums would have rows of an odd length.
+    if rank.is_multiple_of(2) && on_warpgroups(&x, true) {
+        return rows_in_parts(name, &x, right, factor);
+    }
+    let right = into_contiguous(right.clone());
     let out = empty(&x, Shape::from([m, rank]), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
     let width = vector_width(depth);
-    if on_warpgroups(&x) && rank.is_multiple_of(2) {
-        profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
-            multiply_by_parts(&x, &right, &out, factor);
-        });
-        return out;
-    }
     // Neighbours read the same rows.
     let cubes = CubeCount::Static(rank.div_ceil(RANKS) as u32, m.div_ceil(ROWS) as u32, 1);
     profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
@@ -164,8 +165,9 @@ pub(super) fn columns<R: Engine>(
     assert_eq!(left.meta.shape()[0], m, "{name}: depth of the operands");
     let width = vector_width(n);
     let slab = SLAB * rank.div_ceil(RANKS);
-    let in_parts = on_warpgroups(&x);
-    let slabs = if in_parts { PARTS } else { m.div_ceil(slab) };
+    let parts = on_warpgroups(&x, false).then(|| empty_parts(&x, rank, m));
+    let splits = warpgroup::splits(&x.client, [PARTS * rank, n, m], TILE);
+    let slabs = if parts.is_some() { PARTS * splits } else { m.div_ceil(slab) };
     let sums = empty(&x, Shape::from([slabs * rank, n]), DType::F32);
     let shape = if side == Side::Rows { [rank, n] } else { [n, rank] };
     let out = empty(&x, Shape::from(shape), DType::F32);
@@ -174,12 +176,14 @@ pub(super) fn columns<R: Engine>(
         CubeCount::Static((n / width).div_ceil(LANES) as u32, rank.div_ceil(RANKS) as u32, slabs as u32);
     let (sum_cubes, sum_cube) = one_thread_each(&client, rank * n / width);
     profile::kernel(name, 2 * m * n * rank, bytes(&[&x, &left, &out]), &client, || {
+        if let Some(parts) = &parts {
+            split(&left, 1, parts);
+            multiply(parts, &x, &sums, splits);
+        }
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: columns and ranks are held against their numbers, and rows are counted.
         unsafe {
-            if in_parts {
-                multiply_parts(&left, &x, &sums);
-            } else {
+            if parts.is_none() {
                 columns_kernel::launch_unchecked::<R>(
                     &client,
                     cubes,
@@ -216,25 +220,46 @@ pub(super) fn columns<R: Engine>(
 /// Numbers of `bf16`, of 8 bits, that one of `f32`, of 24, is the sum of. Of `f16`, whose smallest number is not small beside a
 /// gradient, there may be none.
 const PARTS: usize = 3;
-/// Entries of which a row of parts is a multiple, as the copy engine wants it.
-const ROW_ENTRIES: usize = 8;
-/// Columns of a tile: the narrowest, as there are few tiles.
-const TILE: u32 = warpgroup::TILE_COLUMNS[2];
+/// Columns of a tile: the fewest, as there are few tiles.
+const TILE: u32 = 128;
 
-/// Whether warpgroups multiply parts with this matrix, which is contiguous.
-fn on_warpgroups<R: Engine>(x: &CubeTensor<R>) -> bool {
-    x.dtype == DType::BF16 && warpgroup::has_rows(x) && warpgroup::are_there::<R>(&x.client, x.dtype)
+/// Whether warpgroups multiply a factor's parts with this matrix, which is contiguous, as the left operand or the right one.
+fn on_warpgroups<R: Engine>(x: &CubeTensor<R>, is_left: bool) -> bool {
+    let [m, n] = [0, 1].map(|i| x.meta.shape()[i]);
+    if x.dtype != DType::BF16
+        || !n.is_multiple_of(ROW_ENTRIES)
+        || !warpgroup::are_there::<R>(&x.client, x.dtype)
+    {
+        return false;
+    }
+    let kind = RouteKind {
+        m,
+        n: TILE as usize,
+        depth: TILE as usize,
+        rank: 0,
+        is_turned: is_left,
+        dtype: x.dtype,
+        out: DType::F32,
+        has_addend: false,
+    };
+    tune::comes_out_right::<Routes<R>>(&x.device, kind.sample(), Route::Warpgroups { columns: TILE })
 }
 
-/// The parts that add up to a factor's entries, `[PARTS · r, length]`: a factor is `[length, r]`, or `[r, length]` if `is_turned`.
-fn parts<R: Engine>(factor: &CubeTensor<R>, is_turned: bool, dtype: DType) -> CubeTensor<R> {
-    let [length, rank] = [0, 1].map(|i| factor.meta.shape()[if is_turned { 1 - i } else { i }]);
+/// Room for the parts of a factor of so many entries a column, `[PARTS · r, length]`, in the type of `like`.
+fn empty_parts<R: Engine>(like: &CubeTensor<R>, rank: usize, length: usize) -> CubeTensor<R> {
     let pitch = length.next_multiple_of(ROW_ENTRIES);
-    let steps = if is_turned { [1, length] } else { [rank, 1] };
-    let mut parts = empty(factor, Shape::from([PARTS * rank, pitch]), dtype);
+    let mut parts = empty(like, Shape::from([PARTS * rank, pitch]), like.dtype);
+    parts.meta.shape_mut()[1] = length;
+    parts
+}
+
+/// Fills in the parts that add up to the entries of a factor, whose columns run along this axis.
+fn split<R: Engine>(factor: &CubeTensor<R>, rank_axis: usize, parts: &CubeTensor<R>) {
+    let ([rank, length], strides) =
+        ([rank_axis, 1 - rank_axis].map(|axis| factor.meta.shape()[axis]), factor.meta.strides());
     let (cubes, cube) = one_thread_each(&factor.client, rank * length);
     #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: ranks and entries are held against their numbers.
+    // SAFETY: ranks and entries are held against their numbers, and steps are the factor's own.
     unsafe {
         parts_kernel::launch_unchecked::<R>(
             &factor.client,
@@ -243,15 +268,13 @@ fn parts<R: Engine>(factor: &CubeTensor<R>, is_turned: bool, dtype: DType) -> Cu
             factor.clone().into_array_arg(),
             parts.clone().into_array_arg(),
             length,
-            pitch,
+            parts.meta.strides()[0],
             rank,
-            steps[0],
-            steps[1],
-            dtype.into(),
+            strides[1 - rank_axis],
+            strides[rank_axis],
+            parts.dtype.into(),
         );
     }
-    parts.meta.shape_mut()[1] = length;
-    parts
 }
 
 #[cube(launch_unchecked)]
@@ -271,48 +294,58 @@ fn parts_kernel<F: Float>(
         let mut rest = factor[at * step + k * rank_step];
         #[unroll]
         for part in 0..PARTS {
-            // Rounded in its bits: some compilers take a conversion there and back for nothing.
-            let number = f32::reinterpret((u32::reinterpret(rest) + 0x8000u32) & 0xffff_0000u32);
+            // Rounded in its bits: some compilers take a conversion there and back for nothing. The last is what is left, so that what
+            // is no number stays none.
+            let bits = u32::reinterpret(rest) + 0x8000u32;
+            let rounded = f32::reinterpret(bits & 0xffff_0000u32);
+            let number = if comptime!(part + 1 < PARTS) { rounded } else { rest };
             parts[(part * rank + k) * pitch + at] = F::cast_from(number);
             rest -= number;
         }
     }
 }
 
-/// `[PARTS · r, n]`: `leftᵀ · x`, with each of the parts that add up to an entry of `left`.
-fn multiply_parts<R: Engine>(left: &CubeTensor<R>, x: &CubeTensor<R>, sums: &CubeTensor<R>) {
-    let parts = parts(left, false, x.dtype);
-    let product =
-        WarpgroupProduct { left: &parts, right: x, tails: None, out: sums, addend: None, splits: 1 };
-    R::warpgroup_product(TILE, &product).expect("there are warpgroups");
+/// `left · right` in parts of the depth, each a matrix of `sums`.
+fn multiply<R: Engine>(left: &CubeTensor<R>, right: &CubeTensor<R>, sums: &CubeTensor<R>, splits: usize) {
+    let product = WarpgroupProduct { left, right, tails: None, out: sums, addend: None, splits };
+    if let Err(problem) = R::warpgroup_product(TILE, &product) {
+        unreachable!("{problem}, in a product with an adapter's parts");
+    }
 }
 
-/// `factor · x · rightᵀ`, with each of the parts that add up to an entry of `right`, in parts of the depth.
-fn multiply_by_parts<R: Engine>(x: &CubeTensor<R>, right: &CubeTensor<R>, out: &CubeTensor<R>, factor: f32) {
-    let [m, depth] = [0, 1].map(|i| x.meta.shape()[i]);
-    let rank = right.meta.shape()[0];
-    let columns = turned(&parts(right, true, x.dtype));
+/// [`rows`] by the parts of `right`, whose products with `x` are sums over parts of the depth.
+fn rows_in_parts<R: Engine>(
+    name: &'static str,
+    x: &CubeTensor<R>,
+    right: &CubeTensor<R>,
+    factor: f32,
+) -> CubeTensor<R> {
+    let ([m, depth], rank) = ([0, 1].map(|i| x.meta.shape()[i]), right.meta.shape()[0]);
+    let parts = empty_parts(x, rank, depth);
     let splits = warpgroup::splits(&x.client, [m, PARTS * rank, depth], TILE);
     let sums = empty(x, Shape::from([splits * m, PARTS * rank]), DType::F32);
-    let product =
-        WarpgroupProduct { left: x, right: &columns, tails: None, out: &sums, addend: None, splits };
-    R::warpgroup_product(TILE, &product).expect("there are warpgroups");
+    let out = empty(x, Shape::from([m, rank]), DType::F32);
     let (cubes, cube) = one_thread_each(&x.client, m * rank);
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: entries are held against their number.
-    unsafe {
-        sum_parts_kernel::launch_unchecked::<R>(
-            &x.client,
-            cubes,
-            cube,
-            sums.into_array_arg(),
-            out.clone().into_array_arg(),
-            splits,
-            m,
-            rank,
-            factor,
-        );
-    }
+    profile::kernel(name, 2 * m * depth * rank, bytes(&[x, right, &out]), &x.client, || {
+        split(right, 0, &parts);
+        multiply(x, &turned(&parts), &sums, splits);
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: entries are held against their number.
+        unsafe {
+            sum_parts_kernel::launch_unchecked::<R>(
+                &x.client,
+                cubes,
+                cube,
+                sums.into_array_arg(),
+                out.clone().into_array_arg(),
+                splits,
+                m,
+                rank,
+                factor,
+            );
+        }
+    });
+    out
 }
 
 /// `[splits, m, PARTS · r] -> [m, r]`

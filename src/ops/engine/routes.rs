@@ -107,7 +107,10 @@ pub enum Route {
         instruction: Instruction,
     },
     /// `lora_linear_warpgroup.cu`, where the device has warpgroups that multiply.
-    Warpgroups,
+    Warpgroups {
+        /// Of a tile.
+        columns: u32,
+    },
 }
 
 impl Route {
@@ -149,7 +152,7 @@ impl Route {
                 };
                 launch::<R, OrderedDoubleBufferingAlgorithm>(args, operands, place).is_ok()
             }
-            Self::Warpgroups => warpgroup::launch(operands, place).is_ok(),
+            Self::Warpgroups { columns } => warpgroup::launch(columns, operands, place).is_ok(),
         }
     }
 }
@@ -211,12 +214,10 @@ impl<R: Engine> Tunable for Routes<R> {
     }
 
     fn candidates(client: &ComputeClient<R>, kind: RouteKind) -> Vec<Route> {
-        if !has_matrices(client, kind.dtype) {
-            return Vec::new();
-        }
-        // Where there are warpgroups cubek's routines are not worth their compilation: on an H100 the fastest of them made a product at
-        // 200 TFLOP/s, and these do at 400 to 775.
-        if warpgroup::takes(client, kind) { vec![Route::Warpgroups] } else { Route::CUBEK.to_vec() }
+        // Where there are warpgroups cubek's routines are not worth their compilation: of Llama-3-8B's products on an H100 the fastest of
+        // them made 200 TFLOP/s.
+        let is_own = warpgroup::columns(client, kind, kind.m).is_some();
+        if is_own || !has_matrices(client, kind.dtype) { Vec::new() } else { Route::CUBEK.to_vec() }
     }
 
     fn depth(kind: RouteKind) -> usize {

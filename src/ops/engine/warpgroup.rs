@@ -1,4 +1,5 @@
-//! Products on whole warpgroups, as NVIDIA's compute capability 9.0 makes them: which can be made so, and in tiles of how many columns.
+//! Products on whole warpgroups, as NVIDIA's compute capability 9.0 makes them: which can be made so, in tiles of how many columns, and in
+//! how many parts of the depth.
 
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::DType;
@@ -6,7 +7,7 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::Engine;
-use super::extended::{Pair, Place, is_turned};
+use super::extended::{Pair, Place};
 use super::product::has_matrices;
 use super::routes::RouteKind;
 
@@ -19,7 +20,7 @@ pub const TILE_COLUMNS: [u32; 3] = [256, 192, 128];
 /// What the columns of a tile cost that is not there: what it takes to begin one and to write it out.
 const COLUMNS_BESIDE: usize = 16;
 /// A row of an operand is a multiple of so many entries: the copy engine takes 16 bytes at a time.
-const ROW_ENTRIES: usize = 8;
+pub(in crate::ops) const ROW_ENTRIES: usize = 8;
 
 /// `out = addend + left · right`, each of the operands with what it goes on with.
 #[derive(Debug)]
@@ -43,16 +44,18 @@ pub(super) fn are_there<R: Engine>(client: &ComputeClient<R>, dtype: DType) -> b
     R::warpgroup_processors(client).is_some() && has_matrices(client, dtype)
 }
 
-/// Whether a device makes this kind of product.
-pub(super) fn takes<R: Engine>(client: &ComputeClient<R>, kind: RouteKind) -> bool {
+/// Columns of the tiles in which a device makes this kind of product of `m` rows; none where it has to be made otherwise.
+pub(super) fn columns<R: Engine>(client: &ComputeClient<R>, kind: RouteKind, m: usize) -> Option<u32> {
     let RouteKind { n, depth, dtype, out, .. } = kind;
     let has_rows = n.is_multiple_of(ROW_ENTRIES) && depth.is_multiple_of(ROW_ENTRIES);
-    are_there(client, dtype) && has_rows && [DType::F32, dtype].contains(&out)
+    let is_taken = are_there(client, dtype) && has_rows && [DType::F32, dtype].contains(&out);
+    let processors = R::warpgroup_processors(client)?;
+    is_taken.then(|| fastest_columns(m, n, processors))
 }
 
-/// Columns of the tiles in which a product `[m, n]` is fastest. All processors make a tile each, and then the next: fewer rounds, or
-/// as many of smaller tiles, take less time.
-fn columns(m: usize, n: usize, processors: usize) -> u32 {
+/// Of the tiles' columns those with which a product `[m, n]` is fastest. All processors make a tile each, and then the next: fewer
+/// rounds, or as many of smaller tiles, take less time.
+fn fastest_columns(m: usize, n: usize, processors: usize) -> u32 {
     let time = |columns: u32| {
         let tiles = m.div_ceil(TILE_ROWS) * n.div_ceil(columns as usize);
         tiles.div_ceil(processors) * (columns as usize + COLUMNS_BESIDE)
@@ -60,11 +63,12 @@ fn columns(m: usize, n: usize, processors: usize) -> u32 {
     TILE_COLUMNS.into_iter().min_by_key(|&columns| time(columns)).unwrap_or(TILE_COLUMNS[0])
 }
 
-/// Launches the product.
+/// Launches the product in tiles of so many columns.
 ///
 /// # Errors
-/// If the copy engine cannot read an operand as it lies, or the device has no warpgroups.
+/// If the device cannot, or the operands do not lie as it reads them.
 pub(super) fn launch<R: Engine>(
+    columns: u32,
     Pair { frozen: [left, right], tails }: &Pair<'_, R>,
     place: &Place<'_, R>,
 ) -> Result<(), &'static str> {
@@ -73,39 +77,18 @@ pub(super) fn launch<R: Engine>(
         Place::Over(addend) => (addend, Some(addend)),
     };
     let tails = tails.as_ref();
-    let [left_tail, right_tail] = [0, 1].map(|i| tails.map(|tails| &tails[i]));
-    let lies_along_depth =
-        |right: &CubeTensor<R>| is_turned(right) == is_turned(tails.map_or(right, |tails| &tails[1]));
-    let lefts_lie =
-        [Some(*left), left_tail].into_iter().flatten().all(|left| !is_turned(left) && has_rows(left));
-    let rights_lie = [Some(*right), right_tail].into_iter().flatten().all(has_rows);
-    if !lefts_lie || !rights_lie || !lies_along_depth(right) {
-        return Err("an operand does not lie as the copy engine reads");
-    }
-    if [Some(out), addend].into_iter().flatten().any(|tensor| !tensor.is_contiguous()) {
-        return Err("an output with gaps");
-    }
-    let [m, n] = [left.meta.shape()[0], right.meta.shape()[1]];
-    let processors = R::warpgroup_processors(&out.client).ok_or("there are no warpgroups")?;
-    R::warpgroup_product(
-        columns(m, n, processors),
-        &WarpgroupProduct { left, right, tails, out, addend, splits: 1 },
-    )
+    R::warpgroup_product(columns, &WarpgroupProduct { left, right, tails, out, addend, splits: 1 })
 }
 
 /// In how many parts of the depth a product keeps the device busy whose tiles of these columns are few.
 pub(super) fn splits<R: Engine>(client: &ComputeClient<R>, [m, n, depth]: [usize; 3], columns: u32) -> usize {
-    let processors = R::warpgroup_processors(client).unwrap_or(1);
-    let (tiles, stages) = (m.div_ceil(TILE_ROWS) * n.div_ceil(columns as usize), depth.div_ceil(TILE_DEPTH));
-    let splits = (processors / tiles).clamp(1, stages);
-    stages.div_ceil(stages.div_ceil(splits))
+    let tiles = m.div_ceil(TILE_ROWS) * n.div_ceil(columns as usize);
+    splits_of(R::warpgroup_processors(client).unwrap_or(1), tiles, depth.div_ceil(TILE_DEPTH))
 }
 
-/// Whether the copy engine can read a matrix: rows or columns without gaps in them, each beginning at a multiple of 16 bytes.
-pub(super) fn has_rows<R: CubeRuntime>(matrix: &CubeTensor<R>) -> bool {
-    let [long, short] = [0, 1].map(|i| matrix.meta.strides()[if is_turned(matrix) { 1 - i } else { i }]);
-    let begin = matrix.handle.offset_start.unwrap_or(0);
-    short == 1 && long.is_multiple_of(ROW_ENTRIES) && begin.is_multiple_of(16)
+fn splits_of(processors: usize, tiles: usize, stages: usize) -> usize {
+    let splits = (processors / tiles).clamp(1, stages);
+    stages.div_ceil(stages.div_ceil(splits))
 }
 
 #[cfg(test)]
@@ -123,19 +106,19 @@ mod tests {
             (6144, 4096, 256),  // 695, against 631 and 524
             (6144, 14336, 256), // 696, against 641 and 522
         ] {
-            assert_eq!(columns(m, n, 132), fastest, "{m} x {n}");
+            assert_eq!(fastest_columns(m, n, 132), fastest, "{m} x {n}");
         }
     }
 
     #[test]
     fn no_split_is_without_a_stage() {
         for stages in 1..300usize {
-            for most in 1..140usize {
-                let stages_of_split = stages.div_ceil(most.clamp(1, stages));
-                let splits = stages.div_ceil(stages_of_split);
+            for tiles in 1..140 {
+                let splits = splits_of(132, tiles, stages);
                 // As the kernel has it.
-                assert_eq!(stages.div_ceil(splits), stages_of_split, "{stages} stages in {splits} splits");
+                let stages_of_split = stages.div_ceil(splits);
                 assert!((splits - 1) * stages_of_split < stages, "{stages} stages in {splits} splits");
+                assert!(splits * tiles <= 132.max(tiles), "{tiles} tiles in {splits} splits");
             }
         }
     }

@@ -90,8 +90,6 @@ impl<V: Variant> KernelMetadata for Task<V> {
 }
 
 /// Launches a variant. Its arguments are the maps, what these are of, the buffers and the numbers.
-///
-/// What is read by a map is not waited for where another thread has made it: CubeCL keeps only buffers in order between threads.
 fn launch<V: Variant>(
     variant: V,
     workgroups: [usize; 2],

@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use burn::cubecl::Runtime;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
+use burn_cubecl::kernel::into_contiguous;
 use burn_flex::Flex;
 use orpo_wgpu::ops::engine::{Engine as _, RouteKind, Routes, TILE_COLUMNS, WarpgroupProduct};
 use orpo_wgpu::ops::tune::{self, LinearKind, Timing, Timings, Tunable, Verdict};
 
 use super::lora_linear::{Case, F16, Input, compare};
-use super::on::{Gpu, GpuRuntime, adapter};
+use super::on::{Gpu, GpuDevice, GpuRuntime, adapter, stored_types};
 use crate::gpu::product::matrix_sizes;
 use crate::gpu::tensors::{random, values};
 use crate::support::{Numbers, assert_close, has_matrices, left_out};
@@ -30,8 +31,10 @@ fn a_product_is_right_whichever_route_makes_it() {
         return;
     }
     let client = GpuRuntime::client(&device);
-    // Of stages that routines load in pairs there is one left over: of 16 entries forward, of 32 backward.
-    let shape = [70, 80, 96, 8];
+    // Of stages that routines load in pairs there is one left over: of 16 entries forward, of 32 backward. Where warpgroups would make
+    // the product, cubek's routines are for rows that these do not take.
+    let has_choice = |shape| Engine::candidates(&client, kinds(shape)[0]).len() > 1;
+    let shape = if has_choice([70, 80, 96, 8]) { [70, 80, 96, 8] } else { [70, 84, 100, 8] };
     let case = Case { shape, has_adapter: true, has_residual: false, input: Input::AddTo, types: F16 };
     let kinds = kinds(shape);
     let install = |choice, ms| {
@@ -53,8 +56,7 @@ fn a_product_is_right_whichever_route_makes_it() {
         }
         install(route, None);
     }
-    let n_routes = Engine::candidates(&client, kinds[0]).len();
-    assert!(n_right >= n_routes.min(3), "{n_right} of {n_routes} routes are right");
+    assert!(n_right >= 3, "{n_right} routes are right");
     assert_eq!(tune::verdict::<Engine>(&device, kinds[0]), Verdict::NoneRight);
     compare(case, &device);
 }
@@ -66,7 +68,7 @@ fn tuning_finds_a_route() {
     if !has_matrices(&matrix_sizes::<GpuRuntime>(&device)) {
         return;
     }
-    // Of what warpgroups make there is one way; they take no rows of a multiple of four.
+    // What warpgroups make is not timed; they take no rows of a multiple of four.
     let candidates = |kind| Engine::candidates(&GpuRuntime::client(&device), kind);
     let kind = [[256, 512, 768, 8], [256, 516, 772, 8]].map(|shape| kinds(shape)[0]);
     let kind = kind.into_iter().find(|&kind| candidates(kind).len() > 1).expect("there are several ways");
@@ -81,7 +83,7 @@ fn tuning_finds_a_route() {
     assert_eq!((back[0].kind, back[0].choice), (timings[0].kind, timings[0].choice));
 }
 
-/// Warpgroups' tiles of every width, on operands that lie either way, in one sum and in parts of the depth.
+/// Warpgroups' tiles of every width, with all that their kernel is compiled for.
 #[test]
 fn every_tile_of_warpgroups_multiplies() {
     let Some(device) = adapter() else { return };
@@ -89,26 +91,92 @@ fn every_tile_of_warpgroups_multiplies() {
         left_out("the device has no warpgroups that multiply");
         return;
     }
-    let [m, n, depth] = [300, 520, 328];
-    let mut numbers = Numbers::new(21);
-    let left = random::<Gpu, 2>(&mut numbers, [m, depth], 1.0, DType::F16, &device);
-    for columns in TILE_COLUMNS {
-        for (is_turned, splits) in [(false, 1), (true, 1), (false, 3), (true, 3)] {
-            let shape = if is_turned { [n, depth] } else { [depth, n] };
-            let right = random::<Gpu, 2>(&mut numbers, shape, 1.0, DType::F16, &device);
-            let right = if is_turned { right.transpose() } else { right };
-            let want = on_cpu(&left).matmul(on_cpu(&right));
-            // What is not written shows.
-            let out = Tensor::<Gpu, 2>::full([splits * m, n], f32::NAN, &device);
-            let [lhs, rhs, sums] = [&left, &right, &out].map(|t| t.clone().into_primitive().tensor());
-            let product =
-                WarpgroupProduct { left: &lhs, right: &rhs, tails: None, out: &sums, addend: None, splits };
-            GpuRuntime::warpgroup_product(columns, &product).expect("there are warpgroups");
-            let got = out.reshape([splits, m, n]).sum_dim(0).reshape([m, n]);
-            let what = format!("{columns} columns, right operand turned: {is_turned}, {splits} splits");
-            assert_close(&values(got), &values(want), 1e-4, 1e-4, &what);
+    for (dtype, error) in stored_types() {
+        if dtype == DType::F32 {
+            continue;
+        }
+        for is_turned in [false, true] {
+            for columns in TILE_COLUMNS {
+                for form in [
+                    Form {
+                        extents: [300, 520],
+                        has_tail: false,
+                        has_addend: false,
+                        out: DType::F32,
+                        splits: 1,
+                    },
+                    Form {
+                        extents: [300, 520],
+                        has_tail: false,
+                        has_addend: false,
+                        out: DType::F32,
+                        splits: 3,
+                    },
+                    Form { extents: [3, 136], has_tail: true, has_addend: false, out: dtype, splits: 1 },
+                    Form {
+                        extents: [300, 520],
+                        has_tail: true,
+                        has_addend: true,
+                        out: DType::F32,
+                        splits: 1,
+                    },
+                    // More tiles than a GPU has processors, so that some make several.
+                    Form { extents: [1100, 4360], has_tail: true, has_addend: true, out: dtype, splits: 1 },
+                ] {
+                    let error = if form.out == DType::F32 { 1e-4 } else { error };
+                    multiply(form, [dtype, form.out], is_turned, columns, error, &device);
+                }
+            }
         }
     }
+}
+
+/// A product on warpgroups: `[m, n]`, and what belongs to it.
+#[derive(Debug, Clone, Copy)]
+struct Form {
+    extents: [usize; 2],
+    has_tail: bool,
+    has_addend: bool,
+    out: DType,
+    splits: usize,
+}
+
+fn multiply(form: Form, dtypes: [DType; 2], is_turned: bool, columns: u32, error: f32, device: &GpuDevice) {
+    let (Form { extents: [m, n], has_tail, has_addend, splits, .. }, [dtype, out_dtype]) = (form, dtypes);
+    let [depth, tail] = [328, 64];
+    let mut numbers = Numbers::new(21);
+    let mut tensor = |shape, dtype| random::<Gpu, 2>(&mut numbers, shape, 1.0, dtype, device);
+    let mut operands = |depth| {
+        let left = tensor([m, depth], dtype);
+        let right = if is_turned { tensor([n, depth], dtype).transpose() } else { tensor([depth, n], dtype) };
+        [left, right]
+    };
+    let (frozen, tails) = (operands(depth), operands(tail));
+    let mut want = on_cpu(&frozen[0]).matmul(on_cpu(&frozen[1]));
+    if has_tail {
+        want = want + on_cpu(&tails[0]).matmul(on_cpu(&tails[1]));
+    }
+    // Over the addend, or over what shows where nothing is written.
+    let mut out = Tensor::<Gpu, 2>::full([splits * m, n], f32::NAN, device).cast(out_dtype);
+    if has_addend {
+        out = tensor([m, n], out_dtype);
+        want = want + on_cpu(&out);
+    }
+    let out = into_contiguous(out.into_primitive().tensor());
+    let [frozen, tails] = [frozen, tails].map(|pair| pair.map(|operand| operand.into_primitive().tensor()));
+    let product = WarpgroupProduct {
+        left: &frozen[0],
+        right: &frozen[1],
+        tails: has_tail.then_some(&tails),
+        out: &out,
+        addend: has_addend.then_some(&out),
+        splits,
+    };
+    let what = format!("{form:?}, {dtype:?}, right operand turned: {is_turned}, {columns} columns");
+    GpuRuntime::warpgroup_product(columns, &product).expect(&what);
+    let got = Tensor::<Gpu, 2>::from_primitive(TensorPrimitive::Float(out)).cast(DType::F32);
+    let got = got.reshape([splits, m, n]).sum_dim(0).reshape([m, n]);
+    assert_close(&values(got), &values(want), 10.0 * error, error, &what);
 }
 
 fn on_cpu(tensor: &Tensor<Gpu, 2>) -> Tensor<Flex, 2> {

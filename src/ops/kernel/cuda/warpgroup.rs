@@ -9,7 +9,9 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
 use super::{Variant, flag};
-use crate::ops::engine::{TILE_DEPTH, TILE_ROWS, WarpgroupProduct, is_turned, turned};
+use crate::ops::engine::{
+    ROW_ENTRIES, TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct, is_turned, turned,
+};
 
 /// Columns of a right operand that lies along its rows that are copied at once.
 const BOX_COLUMNS: usize = 64;
@@ -55,6 +57,9 @@ impl Variant for Product {
         let list = |item: &dyn Fn(usize) -> String| (0..sums).map(item).collect::<Vec<_>>().join(", ");
         let registers = list(&|i| format!("%{i}"));
         vec![
+            ("TILE_M", TILE_ROWS.to_string()),
+            ("TILE_K", TILE_DEPTH.to_string()),
+            ("BOX_N", BOX_COLUMNS.to_string()),
             ("TILE_N", self.columns.to_string()),
             ("TILE_N_TEXT", format!("\"{}\"", self.columns)),
             ("STAGES", self.stages().to_string()),
@@ -79,14 +84,50 @@ impl Variant for Product {
 
 /// Launches a product in tiles of so many columns, on a device of so many processors.
 ///
-/// Operands and output have to lie as the caller in `engine/warpgroup.rs` has made sure of.
-pub(in crate::ops) fn launch(columns: u32, processors: usize, product: &WarpgroupProduct<'_, CudaRuntime>) {
+/// # Errors
+/// If there is no such tile, the copy engine cannot read an operand as it lies, or the output is not to be written so.
+pub(in crate::ops) fn launch(
+    columns: u32,
+    processors: usize,
+    product: &WarpgroupProduct<'_, CudaRuntime>,
+) -> Result<(), &'static str> {
     let WarpgroupProduct { left, right, tails, out, addend, splits } = *product;
-    let ([m, depth], [_, n]) = ([0, 1].map(|i| left.meta.shape()[i]), [0, 1].map(|i| right.meta.shape()[i]));
+    let ([m, depth], [right_depth, n]) =
+        ([0, 1].map(|i| left.meta.shape()[i]), [0, 1].map(|i| right.meta.shape()[i]));
+    let [left_tail, right_tail] = [0, 1].map(|i| tails.map(|tails| &tails[i]));
+    let lefts = [Some(left), left_tail].into_iter().flatten();
+    let rights = [Some(right), right_tail].into_iter().flatten();
+    let dtype = right.dtype;
+    let is_same = |tensor: &CubeTensor<CudaRuntime>| tensor.dtype == dtype;
+    let is_written = |tensor: &CubeTensor<CudaRuntime>| {
+        tensor.is_contiguous() && tensor.meta.shape()[..] == [splits * m, n]
+    };
+    for (is_met, problem) in [
+        (TILE_COLUMNS.contains(&columns), "there are no tiles of so many columns"),
+        (depth == right_depth, "operands of different depths"),
+        ([DType::F16, DType::BF16].contains(&dtype), "operands that warpgroups do not multiply"),
+        (lefts.clone().chain(rights.clone()).all(is_same), "operands of different types"),
+        (lefts.clone().all(|left| !is_turned(left) && has_rows(left)), "a left operand that lies otherwise"),
+        (
+            rights.clone().all(|r| is_turned(r) == is_turned(right) && has_rows(r)),
+            "a right operand that lies otherwise",
+        ),
+        (n.is_multiple_of(2) && is_written(out), "an output with gaps, or of an odd number of columns"),
+        (out.dtype == DType::F32 || is_same(out), "an output of another type"),
+        (
+            addend.is_none_or(|addend| is_written(addend) && addend.dtype == out.dtype),
+            "an addend unlike the output",
+        ),
+        (splits == 1 || addend.is_none() && tails.is_none(), "parts of the depth of more than a product"),
+    ] {
+        if !is_met {
+            return Err(problem);
+        }
+    }
     let columns = columns as usize;
     let variant = Product {
         columns,
-        is_bf16: right.dtype == DType::BF16,
+        is_bf16: dtype == DType::BF16,
         is_right_along_depth: is_turned(right),
         has_tail: tails.is_some(),
         has_addend: addend.is_some(),
@@ -99,12 +140,21 @@ pub(in crate::ops) fn launch(columns: u32, processors: usize, product: &Warpgrou
     };
     let mut maps = vec![left_map(left), right_map(right)];
     maps.extend(tails.iter().flat_map(|[left, right]| [left_map(left), right_map(right)]));
-    let buffers: Vec<_> = [Some(out), addend].into_iter().flatten().collect();
+    // The operands come once more, unread: by buffers alone a launch is put behind what other threads have launched on them.
+    let buffers: Vec<_> = [Some(out), addend].into_iter().flatten().chain(lefts).chain(rights).collect();
     let tail = tails.map_or(0, |[left, _]| left.meta.shape()[1]);
     let extents = [m, n, depth.div_ceil(TILE_DEPTH), tail.div_ceil(TILE_DEPTH), splits];
     let tiles = m.div_ceil(TILE_ROWS) * n.div_ceil(columns) * splits;
     let extents = extents.map(|extent| extent as u64).to_vec();
     super::launch(variant, [tiles.min(processors), 1], maps, &buffers, extents);
+    Ok(())
+}
+
+/// Whether the copy engine can read a matrix: rows or columns without gaps in them, each beginning at a multiple of 16 bytes.
+fn has_rows(matrix: &CubeTensor<CudaRuntime>) -> bool {
+    let [long, short] = [0, 1].map(|i| matrix.meta.strides()[if is_turned(matrix) { 1 - i } else { i }]);
+    let begin = matrix.handle.offset_start.unwrap_or(0);
+    short == 1 && long.is_multiple_of(ROW_ENTRIES) && begin.is_multiple_of(16)
 }
 
 /// What the copy engine reads a matrix by, in boxes of so many rows and columns.
@@ -125,7 +175,6 @@ fn map(matrix: &CubeTensor<CudaRuntime>, extents: [usize; 2]) -> TensorMapBindin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::engine::TILE_COLUMNS;
 
     #[test]
     fn stages_fit_the_memory_of_a_workgroup() {
