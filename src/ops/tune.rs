@@ -249,7 +249,9 @@ pub fn tune<E: Tunable>(
 /// # Panics
 /// If the device failed before.
 pub(super) fn comes_out_right<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind, choice: E::Choice) -> bool {
-    let outcome = known::<E>(device, kind, choice).unwrap_or_else(|| {
+    // What the device failed in, maybe for want of memory, it may do another time.
+    let known = known::<E>(device, kind, choice).filter(|outcome| *outcome != Outcome::Failed);
+    let outcome = known.unwrap_or_else(|| {
         let client = E::Runtime::client(device);
         settle(&client);
         measure::<E>(device, &E::scratch(&client, device, kind), kind, choice)

@@ -59,7 +59,7 @@ pub fn is_right<R: Engine>(
         // wgpu tells of a launch that failed only when it is waited for.
         let is_right = pollster::block_on(R::client(device).sync()).is_ok() && agrees;
         if !is_right {
-            notes::note("the GPU's matrix units get attention wrong, so registers compute it");
+            notes::note("the GPU's matrix units get attention wrong, so slower ones compute it");
         }
         TRIED.lock().unwrap_or_else(PoisonError::into_inner).insert(key, is_right);
         is_right

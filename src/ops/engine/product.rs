@@ -118,20 +118,22 @@ fn route<R: Engine>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) ->
         return None;
     }
     let kind = RouteKind::of(lhs, rhs, rest);
-    let is_right = |route| tune::comes_out_right::<Routes<R>>(&lhs.device, kind.sample(), route);
-    if let Some(columns) = warpgroup::columns(&rhs.client, kind, lhs.meta.shape()[0]) {
+    let own = warpgroup::columns(&rhs.client, kind, lhs.meta.shape()[0]);
+    if let Some(columns) = own {
         let route = Route::Warpgroups { columns };
-        if is_right(route) {
+        if warpgroup::comes_out_right::<R>(&lhs.device, kind, columns) {
             return Some(route);
         }
         static NOTED: Once = Once::new();
         NOTED.call_once(|| notes::note("the GPU's warpgroups get a product wrong, so slower units make it"));
     }
     let rule = Route::CUBEK[0];
+    let is_rule_right = || tune::comes_out_right::<Routes<R>>(&lhs.device, kind.sample(), rule);
     match tune::verdict::<Routes<R>>(&lhs.device, kind) {
-        Verdict::Fastest(route) => Some(route),
-        Verdict::Untried if is_right(rule) => Some(rule),
-        Verdict::Untried | Verdict::NoneRight => None,
+        // Of what warpgroups should have made nothing was timed.
+        Verdict::Fastest(route) if own.is_none() => Some(route),
+        Verdict::NoneRight if own.is_none() => None,
+        _ => is_rule_right().then_some(rule),
     }
 }
 

@@ -15,11 +15,10 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::Engine;
 use super::product::turned;
-use super::routes::{Route, RouteKind, Routes};
+use super::routes::RouteKind;
 use super::warpgroup::{self, ROW_ENTRIES, WarpgroupProduct};
 use crate::ops::cube::{bytes, empty, lane_sum, one_thread_each, vector_width};
 use crate::ops::profile;
-use crate::ops::tune;
 
 /// Columns of the output that a workgroup makes.
 const RANKS: usize = 8;
@@ -166,7 +165,7 @@ pub(super) fn columns<R: Engine>(
     let width = vector_width(n);
     let slab = SLAB * rank.div_ceil(RANKS);
     let parts = on_warpgroups(&x, false).then(|| empty_parts(&x, rank, m));
-    let splits = warpgroup::splits(&x.client, [PARTS * rank, n, m], TILE);
+    let splits = parts.as_ref().map_or(1, |_| warpgroup::splits(&x.client, [PARTS * rank, n, m], TILE));
     let slabs = if parts.is_some() { PARTS * splits } else { m.div_ceil(slab) };
     let sums = empty(&x, Shape::from([slabs * rank, n]), DType::F32);
     let shape = if side == Side::Rows { [rank, n] } else { [n, rank] };
@@ -242,7 +241,7 @@ fn on_warpgroups<R: Engine>(x: &CubeTensor<R>, is_left: bool) -> bool {
         out: DType::F32,
         has_addend: false,
     };
-    tune::comes_out_right::<Routes<R>>(&x.device, kind.sample(), Route::Warpgroups { columns: TILE })
+    warpgroup::comes_out_right::<R>(&x.device, kind, TILE)
 }
 
 /// Room for the parts of a factor of so many entries a column, `[PARTS · r, length]`, in the type of `like`.

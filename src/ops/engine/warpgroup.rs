@@ -9,7 +9,8 @@ use burn_cubecl::tensor::CubeTensor;
 use super::Engine;
 use super::extended::{Pair, Place};
 use super::product::has_matrices;
-use super::routes::RouteKind;
+use super::routes::{Route, RouteKind, Routes};
+use crate::ops::tune;
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 128;
@@ -51,6 +52,21 @@ pub(super) fn columns<R: Engine>(client: &ComputeClient<R>, kind: RouteKind, m: 
     let is_taken = are_there(client, dtype) && has_rows && [DType::F32, dtype].contains(&out);
     let processors = R::warpgroup_processors(client)?;
     is_taken.then(|| fastest_columns(m, n, processors))
+}
+
+/// Whether tiles of so many columns make this kind of product right; tried once a process.
+///
+/// # Panics
+/// If the device failed before.
+pub(super) fn comes_out_right<R: Engine>(device: &R::Device, kind: RouteKind, columns: u32) -> bool {
+    tune::comes_out_right::<Routes<R>>(device, sample(kind), Route::Warpgroups { columns })
+}
+
+/// A product by which one like this is judged, of more tiles than a GPU has processors and more stages than two turns of a ring have, so
+/// that workgroups make several tiles and use their stages again.
+pub fn sample(kind: RouteKind) -> RouteKind {
+    let like = kind.sample();
+    RouteKind { m: 2048, n: like.n + 10 * 256, depth: like.depth + 4 * 256, ..like }
 }
 
 /// Of the tiles' columns those with which a product `[m, n]` is fastest. All processors make a tile each, and then the next: fewer

@@ -341,6 +341,13 @@ fn on_matrices() {
                 assert!(tile.is_some(), "heads of {}", case.head_dim);
                 compare(&case.stored(dtype), tile, &device);
             }
+            for (head_dim, pass) in
+                [64, 128].into_iter().flat_map(|d| [(d, Pass::Forward), (d, Pass::Backward)])
+            {
+                let tile = Tile::mma(&like, head_dim).expect("it was there before");
+                let is_right = trial::is_right::<GpuRuntime>(&device, dtype, [8, 2, head_dim], tile, pass);
+                assert!(is_right, "{tile:?}, {pass:?}, heads of {head_dim}");
+            }
         }
         let tile = Tile::on_matrices(&like, 64).expect("it was there before");
         let is_right = |tile, pass| trial::is_right::<GpuRuntime>(&device, dtype, [8, 2, 64], tile, pass);

@@ -98,13 +98,21 @@ pub(in crate::ops) fn launch(
     let lefts = [Some(left), left_tail].into_iter().flatten();
     let rights = [Some(right), right_tail].into_iter().flatten();
     let dtype = right.dtype;
+    let stages = |depth: usize| depth.div_ceil(TILE_DEPTH);
     let is_same = |tensor: &CubeTensor<CudaRuntime>| tensor.dtype == dtype;
     let is_written = |tensor: &CubeTensor<CudaRuntime>| {
         tensor.is_contiguous() && tensor.meta.shape()[..] == [splits * m, n]
     };
     for (is_met, problem) in [
         (TILE_COLUMNS.contains(&columns), "there are no tiles of so many columns"),
-        (depth == right_depth, "operands of different depths"),
+        (depth == right_depth && m * n * depth > 0, "operands of different depths, or of none"),
+        (
+            tails.is_none_or(|[l, r]| {
+                let tail = l.meta.shape()[1];
+                tail > 0 && l.meta.shape()[..] == [m, tail] && r.meta.shape()[..] == [tail, n]
+            }),
+            "tails of other extents than the operands",
+        ),
         ([DType::F16, DType::BF16].contains(&dtype), "operands that warpgroups do not multiply"),
         (lefts.clone().chain(rights.clone()).all(is_same), "operands of different types"),
         (lefts.clone().all(|left| !is_turned(left) && has_rows(left)), "a left operand that lies otherwise"),
@@ -119,6 +127,10 @@ pub(in crate::ops) fn launch(
             "an addend unlike the output",
         ),
         (splits == 1 || addend.is_none() && tails.is_none(), "parts of the depth of more than a product"),
+        (
+            splits > 0 && (splits - 1) * stages(depth).div_ceil(splits) < stages(depth),
+            "a part of the depth without a stage",
+        ),
     ] {
         if !is_met {
             return Err(problem);
@@ -143,7 +155,7 @@ pub(in crate::ops) fn launch(
     // The operands come once more, unread: by buffers alone a launch is put behind what other threads have launched on them.
     let buffers: Vec<_> = [Some(out), addend].into_iter().flatten().chain(lefts).chain(rights).collect();
     let tail = tails.map_or(0, |[left, _]| left.meta.shape()[1]);
-    let extents = [m, n, depth.div_ceil(TILE_DEPTH), tail.div_ceil(TILE_DEPTH), splits];
+    let extents = [m, n, stages(depth), stages(tail), splits];
     let tiles = m.div_ceil(TILE_ROWS) * n.div_ceil(columns) * splits;
     let extents = extents.map(|extent| extent as u64).to_vec();
     super::launch(variant, [tiles.min(processors), 1], maps, &buffers, extents);
