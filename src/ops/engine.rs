@@ -32,7 +32,7 @@ pub(super) use extended::is_turned;
 pub(super) use product::{Adapter, Rest, Rounding, product, turned};
 pub use routes::{Instruction, Route, RouteKind, Routes};
 #[cfg(feature = "cuda")]
-pub(super) use warpgroup::ROW_ENTRIES;
+pub(super) use warpgroup::has_rows;
 pub use warpgroup::{TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct, sample};
 
 /// A backend whose float tensors are those of a runtime.

@@ -4,8 +4,10 @@
 //! depth before it. Here the large matrix, which is what takes time to read, is spread over all of them, and read once for every
 //! [`RANKS`] columns. All sums are `f32`, in one order.
 //!
-//! Where warpgroups multiply they make these products: the small matrix, which is `f32`, is then as many of the large one's numbers as
-//! its own digits take, and its lines are still a fraction of a tile.
+//! Where warpgroups multiply they make these products (`parts.rs`): the small matrix's lines are few beside a tile's even in parts, and
+//! the depth is cut so that there are tiles for all processors.
+
+mod parts;
 
 use burn::cubecl;
 use burn::cubecl::prelude::*;
@@ -14,11 +16,9 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::Engine;
-use super::product::turned;
-use super::routes::RouteKind;
-use super::warpgroup::{self, ROW_ENTRIES, WarpgroupProduct};
 use crate::ops::cube::{bytes, empty, lane_sum, one_thread_each, vector_width};
 use crate::ops::profile;
+use parts::Parts;
 
 /// Columns of the output that a workgroup makes.
 const RANKS: usize = 8;
@@ -45,9 +45,8 @@ pub(super) fn rows<R: Engine>(
     let [m, depth] = [0, 1].map(|i| x.meta.shape()[i]);
     let rank = right.meta.shape()[0];
     assert_eq!(right.meta.shape()[1], depth, "{name}: depth of the operands");
-    // Of an odd rank the sums would have rows of an odd length.
-    if rank.is_multiple_of(2) && on_warpgroups(&x, true) {
-        return rows_in_parts(name, &x, right, factor);
+    if rank.is_multiple_of(2) && parts::are_taken(&x, true) {
+        return parts::rows(name, &x, right, factor);
     }
     let right = into_contiguous(right.clone());
     let out = empty(&x, Shape::from([m, rank]), DType::F32);
@@ -164,10 +163,11 @@ pub(super) fn columns<R: Engine>(
     assert_eq!(left.meta.shape()[0], m, "{name}: depth of the operands");
     let width = vector_width(n);
     let slab = SLAB * rank.div_ceil(RANKS);
-    let parts = on_warpgroups(&x, false).then(|| empty_parts(&x, rank, m));
-    let splits = parts.as_ref().map_or(1, |_| warpgroup::splits(&x.client, [PARTS * rank, n, m], TILE));
-    let slabs = if parts.is_some() { PARTS * splits } else { m.div_ceil(slab) };
-    let sums = empty(&x, Shape::from([slabs * rank, n]), DType::F32);
+    let parts = parts::are_taken(&x, false).then(|| Parts::over_tokens(&x, rank));
+    let slabs = parts.as_ref().map_or(m.div_ceil(slab), Parts::slabs);
+    let sums = parts
+        .as_ref()
+        .map_or_else(|| empty(&x, Shape::from([slabs * rank, n]), DType::F32), |parts| parts.sums.clone());
     let shape = if side == Side::Rows { [rank, n] } else { [n, rank] };
     let out = empty(&x, Shape::from(shape), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
@@ -176,8 +176,7 @@ pub(super) fn columns<R: Engine>(
     let (sum_cubes, sum_cube) = one_thread_each(&client, rank * n / width);
     profile::kernel(name, 2 * m * n * rank, bytes(&[&x, &left, &out]), &client, || {
         if let Some(parts) = &parts {
-            split(&left, 1, parts);
-            multiply(parts, &x, &sums, splits);
+            parts.sum_tokens(&left, &x);
         }
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: columns and ranks are held against their numbers, and rows are counted.
@@ -214,161 +213,6 @@ pub(super) fn columns<R: Engine>(
         }
     });
     out
-}
-
-/// Numbers of `bf16`, of 8 bits, that one of `f32`, of 24, is the sum of. Of `f16`, whose smallest number is not small beside a
-/// gradient, there may be none.
-const PARTS: usize = 3;
-/// Columns of a tile: the fewest, as there are few tiles.
-const TILE: u32 = 128;
-
-/// Whether warpgroups multiply a factor's parts with this matrix, which is contiguous, as the left operand or the right one.
-fn on_warpgroups<R: Engine>(x: &CubeTensor<R>, is_left: bool) -> bool {
-    let [m, n] = [0, 1].map(|i| x.meta.shape()[i]);
-    if x.dtype != DType::BF16
-        || !n.is_multiple_of(ROW_ENTRIES)
-        || !warpgroup::are_there::<R>(&x.client, x.dtype)
-    {
-        return false;
-    }
-    let kind = RouteKind {
-        m,
-        n: TILE as usize,
-        depth: TILE as usize,
-        rank: 0,
-        is_turned: is_left,
-        dtype: x.dtype,
-        out: DType::F32,
-        has_addend: false,
-    };
-    warpgroup::comes_out_right::<R>(&x.device, kind, TILE)
-}
-
-/// Room for the parts of a factor of so many entries a column, `[PARTS · r, length]`, in the type of `like`.
-fn empty_parts<R: Engine>(like: &CubeTensor<R>, rank: usize, length: usize) -> CubeTensor<R> {
-    let pitch = length.next_multiple_of(ROW_ENTRIES);
-    let mut parts = empty(like, Shape::from([PARTS * rank, pitch]), like.dtype);
-    parts.meta.shape_mut()[1] = length;
-    parts
-}
-
-/// Fills in the parts that add up to the entries of a factor, whose columns run along this axis.
-fn split<R: Engine>(factor: &CubeTensor<R>, rank_axis: usize, parts: &CubeTensor<R>) {
-    let ([rank, length], strides) =
-        ([rank_axis, 1 - rank_axis].map(|axis| factor.meta.shape()[axis]), factor.meta.strides());
-    let (cubes, cube) = one_thread_each(&factor.client, rank * length);
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: ranks and entries are held against their numbers, and steps are the factor's own.
-    unsafe {
-        parts_kernel::launch_unchecked::<R>(
-            &factor.client,
-            cubes,
-            cube,
-            factor.clone().into_array_arg(),
-            parts.clone().into_array_arg(),
-            length,
-            parts.meta.strides()[0],
-            rank,
-            strides[1 - rank_axis],
-            strides[rank_axis],
-            parts.dtype.into(),
-        );
-    }
-}
-
-#[cube(launch_unchecked)]
-fn parts_kernel<F: Float>(
-    factor: &Array<f32>,
-    parts: &mut Array<F>,
-    length: usize,
-    pitch: usize,
-    rank: usize,
-    step: usize,
-    rank_step: usize,
-    #[define(F)] _dtype: StorageType,
-) {
-    if ABSOLUTE_POS < rank * length {
-        let k = ABSOLUTE_POS / length;
-        let at = ABSOLUTE_POS % length;
-        let mut rest = factor[at * step + k * rank_step];
-        #[unroll]
-        for part in 0..PARTS {
-            // Rounded in its bits: some compilers take a conversion there and back for nothing. The last is what is left, so that what
-            // is no number stays none.
-            let bits = u32::reinterpret(rest) + 0x8000u32;
-            let rounded = f32::reinterpret(bits & 0xffff_0000u32);
-            let number = if comptime!(part + 1 < PARTS) { rounded } else { rest };
-            parts[(part * rank + k) * pitch + at] = F::cast_from(number);
-            rest -= number;
-        }
-    }
-}
-
-/// `left · right` in parts of the depth, each a matrix of `sums`.
-fn multiply<R: Engine>(left: &CubeTensor<R>, right: &CubeTensor<R>, sums: &CubeTensor<R>, splits: usize) {
-    let product = WarpgroupProduct { left, right, tails: None, out: sums, addend: None, splits };
-    if let Err(problem) = R::warpgroup_product(TILE, &product) {
-        unreachable!("{problem}, in a product with an adapter's parts");
-    }
-}
-
-/// [`rows`] by the parts of `right`, whose products with `x` are sums over parts of the depth.
-fn rows_in_parts<R: Engine>(
-    name: &'static str,
-    x: &CubeTensor<R>,
-    right: &CubeTensor<R>,
-    factor: f32,
-) -> CubeTensor<R> {
-    let ([m, depth], rank) = ([0, 1].map(|i| x.meta.shape()[i]), right.meta.shape()[0]);
-    let parts = empty_parts(x, rank, depth);
-    let splits = warpgroup::splits(&x.client, [m, PARTS * rank, depth], TILE);
-    let sums = empty(x, Shape::from([splits * m, PARTS * rank]), DType::F32);
-    let out = empty(x, Shape::from([m, rank]), DType::F32);
-    let (cubes, cube) = one_thread_each(&x.client, m * rank);
-    profile::kernel(name, 2 * m * depth * rank, bytes(&[x, right, &out]), &x.client, || {
-        split(right, 0, &parts);
-        multiply(x, &turned(&parts), &sums, splits);
-        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: entries are held against their number.
-        unsafe {
-            sum_parts_kernel::launch_unchecked::<R>(
-                &x.client,
-                cubes,
-                cube,
-                sums.into_array_arg(),
-                out.clone().into_array_arg(),
-                splits,
-                m,
-                rank,
-                factor,
-            );
-        }
-    });
-    out
-}
-
-/// `[splits, m, PARTS · r] -> [m, r]`
-#[cube(launch_unchecked)]
-fn sum_parts_kernel(
-    sums: &Array<f32>,
-    out: &mut Array<f32>,
-    splits: usize,
-    m: usize,
-    rank: usize,
-    factor: f32,
-) {
-    if ABSOLUTE_POS < m * rank {
-        let row = ABSOLUTE_POS / rank;
-        let k = ABSOLUTE_POS % rank;
-        let mut sum = 0.0f32;
-        for split in 0..splits {
-            #[unroll]
-            for part in 0..PARTS {
-                sum += sums[((split * m + row) * PARTS + part) * rank + k];
-            }
-        }
-        out[ABSOLUTE_POS] = sum * factor;
-    }
 }
 
 /// Sums of a slab's rows each, `[slabs · r, n]`.

@@ -7,7 +7,7 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::Engine;
-use super::extended::{Pair, Place};
+use super::extended::{Pair, Place, is_turned};
 use super::product::has_matrices;
 use super::routes::{Route, RouteKind, Routes};
 use crate::ops::tune;
@@ -21,7 +21,7 @@ pub const TILE_COLUMNS: [u32; 3] = [256, 192, 128];
 /// What the columns of a tile cost that is not there: what it takes to begin one and to write it out.
 const COLUMNS_BESIDE: usize = 16;
 /// A row of an operand is a multiple of so many entries: the copy engine takes 16 bytes at a time.
-pub(in crate::ops) const ROW_ENTRIES: usize = 8;
+pub(super) const ROW_ENTRIES: usize = 8;
 
 /// `out = addend + left · right`, each of the operands with what it goes on with.
 #[derive(Debug)]
@@ -38,6 +38,13 @@ pub struct WarpgroupProduct<'a, R: CubeRuntime> {
     pub addend: Option<&'a CubeTensor<R>>,
     /// Parts of the depth that are summed each on its own. None may be without a stage.
     pub splits: usize,
+}
+
+/// Whether the copy engine can read a matrix: rows or columns without gaps in them, each beginning at a multiple of 16 bytes.
+pub(in crate::ops) fn has_rows<R: CubeRuntime>(matrix: &CubeTensor<R>) -> bool {
+    let [long, short] = [0, 1].map(|i| matrix.meta.strides()[if is_turned(matrix) { 1 - i } else { i }]);
+    let begin = matrix.handle.offset_start.unwrap_or(0);
+    short == 1 && long.is_multiple_of(ROW_ENTRIES) && begin.is_multiple_of(16)
 }
 
 /// Whether the device has warpgroups that multiply this type, and may use them.

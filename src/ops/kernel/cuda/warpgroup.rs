@@ -10,7 +10,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::{Variant, flag};
 use crate::ops::engine::{
-    ROW_ENTRIES, TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct, is_turned, turned,
+    TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct, has_rows, is_turned, turned,
 };
 
 /// Columns of a right operand that lies along its rows that are copied at once.
@@ -160,13 +160,6 @@ pub(in crate::ops) fn launch(
     let extents = extents.map(|extent| extent as u64).to_vec();
     super::launch(variant, [tiles.min(processors), 1], maps, &buffers, extents);
     Ok(())
-}
-
-/// Whether the copy engine can read a matrix: rows or columns without gaps in them, each beginning at a multiple of 16 bytes.
-fn has_rows(matrix: &CubeTensor<CudaRuntime>) -> bool {
-    let [long, short] = [0, 1].map(|i| matrix.meta.strides()[if is_turned(matrix) { 1 - i } else { i }]);
-    let begin = matrix.handle.offset_start.unwrap_or(0);
-    short == 1 && long.is_multiple_of(ROW_ENTRIES) && begin.is_multiple_of(16)
 }
 
 /// What the copy engine reads a matrix by, in boxes of so many rows and columns.
