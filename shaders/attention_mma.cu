@@ -87,6 +87,16 @@ struct Lines {
     __device__ u32 start(u32 line) const { return line / per_token * token + line % per_token * HEAD_DIM; }
 };
 
+// The lines of HEADS query heads from `head` on.
+__device__ Lines query_lines(const u16 *tensor, const Sizes &sizes, u32 head) {
+    return {tensor + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
+}
+
+// The lines of one key head.
+__device__ Lines key_lines(const u16 *tensor, const Sizes &sizes, u32 kv_head) {
+    return {tensor + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+}
+
 // Begins to copy lines; those past the end are the last one.
 template <int N> __device__ void copy(u32 to, const Lines &lines, u32 first) {
 #pragma unroll
@@ -217,9 +227,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
     extern __shared__ __align__(1024) char memory[];
     const u32 owned = shared_address(memory), walked = owned + OWNED * LINE_BYTES;
     const u32 head = blockIdx.y * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
-    const Lines queries = {q + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
-    const Lines keys = {k + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
-    const Lines values = {v + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    const Lines queries = query_lines(q, sizes, head);
+    const Lines keys = key_lines(k, sizes, kv_head);
+    const Lines values = key_lines(v, sizes, kv_head);
     // Later queries see more keys; the longest walks start first.
     const u32 first = (gridDim.x - 1 - blockIdx.x) * OWNED, last = min(first + OWNED, queries.n_lines) - 1;
     const Bounds bounds(mask, sizes.n_queries, first / HEADS, last / HEADS);
@@ -318,10 +328,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
     const u32 owned_q = shared_address(memory), owned_dout = owned_q + OWNED * LINE_BYTES;
     const u32 walked = owned_dout + OWNED * LINE_BYTES;
     const u32 head = blockIdx.y * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
-    const Lines queries = {q + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
-    const Lines douts = {dout + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
-    const Lines keys = {k + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
-    const Lines values = {v + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    const Lines queries = query_lines(q, sizes, head);
+    const Lines douts = query_lines(dout, sizes, head);
+    const Lines keys = key_lines(k, sizes, kv_head);
+    const Lines values = key_lines(v, sizes, kv_head);
     const u32 first = (gridDim.x - 1 - blockIdx.x) * OWNED, last = min(first + OWNED, queries.n_lines) - 1;
     const Bounds bounds(mask, sizes.n_queries, first / HEADS, last / HEADS);
     const u32 lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
@@ -385,8 +395,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
     const u32 owned_k = shared_address(memory), owned_v = owned_k + OWNED * LINE_BYTES;
     const u32 walked = owned_v + OWNED * LINE_BYTES;
     const u32 kv_head = blockIdx.y, group = sizes.heads / sizes.kv_heads;
-    const Lines keys = {k + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
-    const Lines values = {v + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
+    const Lines keys = key_lines(k, sizes, kv_head);
+    const Lines values = key_lines(v, sizes, kv_head);
     const u32 first = blockIdx.x * OWNED, end = first + OWNED;
     const u32 lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
     const float scale = sizes.scale * LOG2_E;
@@ -407,8 +417,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
     copied();
     for (u32 part = 0; part < group / HEADS; part++) {
         const u32 head = kv_head * group + part * HEADS;
-        const Lines queries = {q + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
-        const Lines douts = {dout + head * HEAD_DIM, sizes.heads * HEAD_DIM, HEADS, sizes.n_queries * HEADS};
+        const Lines queries = query_lines(q, sizes, head);
+        const Lines douts = query_lines(dout, sizes, head);
         const u32 step = WALKED / HEADS;
         const auto next_of = [&](u32 query) {
             while (query < end_query) {

@@ -33,7 +33,7 @@ pub(super) use product::{Adapter, Rest, Rounding, product, turned};
 pub use routes::{Instruction, Route, RouteKind, Routes};
 #[cfg(feature = "cuda")]
 pub(super) use warpgroup::has_rows;
-pub use warpgroup::{TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct, sample};
+pub use warpgroup::{TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct};
 
 /// A backend whose float tensors are those of a runtime.
 pub trait Floating<R: CubeRuntime>: Backend<FloatTensorPrimitive = CubeTensor<R>> {}

@@ -1,4 +1,5 @@
-//! The WGSL sources of this project, the variants that they are compiled in, and their launch through cubecl's client.
+//! The WGSL sources of this project, the variants that they are compiled in, and their launch through cubecl's client. The sources in
+//! CUDA's language have a room of their own, `kernel/cuda.rs`.
 //!
 //! A source is text with directives, each on a line of its own, and placeholders:
 //!

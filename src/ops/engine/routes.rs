@@ -64,6 +64,13 @@ impl RouteKind {
         let rank = 8 * self.rank.min(1);
         Self { m: 256, n: like(self.n), depth: like(self.depth), rank, ..self }
     }
+
+    /// The same for warpgroups: of more tiles than a GPU has processors and more stages than two turns of a ring have, so that
+    /// workgroups make several tiles and use their stages again.
+    pub fn sample_of_many_tiles(self) -> Self {
+        let like = self.sample();
+        Self { m: 2048, n: like.n + 10 * 256, depth: like.depth + 4 * 256, ..like }
+    }
 }
 
 /// What a plane multiplies with.

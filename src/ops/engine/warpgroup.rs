@@ -66,14 +66,7 @@ pub(super) fn columns<R: Engine>(client: &ComputeClient<R>, kind: RouteKind, m: 
 /// # Panics
 /// If the device failed before.
 pub(super) fn comes_out_right<R: Engine>(device: &R::Device, kind: RouteKind, columns: u32) -> bool {
-    tune::comes_out_right::<Routes<R>>(device, sample(kind), Route::Warpgroups { columns })
-}
-
-/// A product by which one like this is judged, of more tiles than a GPU has processors and more stages than two turns of a ring have, so
-/// that workgroups make several tiles and use their stages again.
-pub fn sample(kind: RouteKind) -> RouteKind {
-    let like = kind.sample();
-    RouteKind { m: 2048, n: like.n + 10 * 256, depth: like.depth + 4 * 256, ..like }
+    tune::comes_out_right::<Routes<R>>(device, kind.sample_of_many_tiles(), Route::Warpgroups { columns })
 }
 
 /// Of the tiles' columns those with which a product `[m, n]` is fastest. All processors make a tile each, and then the next: fewer

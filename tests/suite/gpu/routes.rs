@@ -6,7 +6,7 @@ use burn::cubecl::Runtime;
 use burn::tensor::{DType, Tensor, TensorData, TensorPrimitive};
 use burn_cubecl::kernel::into_contiguous;
 use burn_flex::Flex;
-use orpo_wgpu::ops::engine::{Engine as _, Route, RouteKind, Routes, TILE_COLUMNS, WarpgroupProduct, sample};
+use orpo_wgpu::ops::engine::{Engine as _, Route, RouteKind, Routes, TILE_COLUMNS, WarpgroupProduct};
 use orpo_wgpu::ops::tune::{self, LinearKind, Timing, Timings, Tunable, Verdict};
 
 use super::lora_linear::{Case, F16, Input, compare};
@@ -146,7 +146,7 @@ fn warpgroups_pass_their_trial() {
     }
     for kind in kinds([1534, 512, 768, 8]) {
         for columns in TILE_COLUMNS {
-            let (sample, route) = (sample(kind), Route::Warpgroups { columns });
+            let (sample, route) = (kind.sample_of_many_tiles(), Route::Warpgroups { columns });
             let scratch = Engine::scratch(&client, &device, sample);
             let is_right = tune::is_right::<Engine>(&scratch, sample, route).unwrap_or(false);
             assert!(is_right, "{sample:?}, {route:?}");
