@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
 
-use crate::data::batch::{Batch, LossCompat, pack};
+use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::TokenizedPair;
 use crate::error::{Error, Result, counted};
@@ -34,7 +34,7 @@ use optim::{AdamW, AdamWConfig};
 use plan::Plan;
 use run_folder::{Position, RunFolder, TrainerState};
 use schedule::Schedule;
-use step::{evaluate, forward_backward};
+use step::{Uploaded, evaluate, forward_backward};
 
 /// What the loop is told; names as in Hugging Face's `TrainingArguments` and TRL's `ORPOConfig`.
 #[derive(Debug, Clone)]
@@ -148,16 +148,25 @@ pub fn train<B: Kernels>(
     let mut before = evaluate_all(model, data.val, settings, first_step, observer)?;
     let is_validation = before.is_some();
     let mut window = Window::default();
+    let mut ahead = None;
     for step in first_step..max_steps {
         let micro_batches = settings.plan.micro_batches(step);
         let locations = micro_batches.iter().flatten().map(|&i| &data.train[i].location);
         observer.before_step(step + 1, &locations.collect::<Vec<_>>());
         let scale = loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
         let (step_started, tokens_before) = (Instant::now(), window.n_tokens);
-        let (grads, stats) = accumulate(model, data.train, &micro_batches, settings, scale, &mut window);
+        let first = ahead.take();
+        let (grads, stats) =
+            accumulate(model, data.train, &micro_batches, first, settings, scale, &mut window);
         let norm = grad_norm(&grads);
         let learning_rate = settings.schedule.at(step);
         optimizer.update(learning_rate, lora::tensors_mut(model), grads, &norm, scale);
+        // The device is at work until the step is read. An evaluation has the memory to itself.
+        let is_evaluated = !data.val.is_empty() && (step + 1).is_multiple_of(settings.eval_steps);
+        if step + 1 < max_steps && !is_evaluated {
+            let next = settings.plan.micro_batches(step + 1);
+            ahead = next.first().map(|indices| upload(model, data.train, indices, settings.loss_compat));
+        }
         let (metrics, scaled_norm) = read_step(stats, norm, settings.beta, &mut window)?;
         let grad_norm = scaled_norm / scale;
         let indices = micro_batches.concat();
@@ -305,11 +314,13 @@ impl Window {
     }
 }
 
-/// Forward and backward of a step's micro-batches: their mean gradient, times the loss scale, and each one's statistics.
+/// Forward and backward of a step's micro-batches, of which the first may be uploaded already: their mean gradient, times the loss
+/// scale, and each one's statistics.
 fn accumulate<B: Kernels>(
     model: &Llama<B>,
     rows: &[TokenizedPair],
     micro_batches: &[Vec<usize>],
+    mut first: Option<Uploaded<B>>,
     settings: &TrainSettings,
     loss_scale: f64,
     window: &mut Window,
@@ -319,9 +330,9 @@ fn accumulate<B: Kernels>(
     let mut total: Option<Vec<Tensor<B, 2>>> = None;
     let mut stats = Vec::with_capacity(micro_batches.len());
     for indices in micro_batches {
-        let batch = pack_rows(rows, indices, settings.loss_compat);
+        let batch = first.take().unwrap_or_else(|| upload(model, rows, indices, settings.loss_compat));
         window.n_tokens += batch.n_tokens();
-        let grads = forward_backward(model, &batch, settings.beta, grad_scale, settings.keep);
+        let grads = forward_backward(model, batch, settings.beta, grad_scale, settings.keep);
         stats.push(grads.stats);
         window.peak_bytes = window.peak_bytes.max(grads.peak_bytes);
         total = Some(match total {
@@ -355,9 +366,14 @@ fn read_step<B: Kernels>(
     Ok((mean, norm))
 }
 
-fn pack_rows(rows: &[TokenizedPair], indices: &[usize], compat: LossCompat) -> Batch {
+fn upload<B: Kernels>(
+    model: &Llama<B>,
+    rows: &[TokenizedPair],
+    indices: &[usize],
+    compat: LossCompat,
+) -> Uploaded<B> {
     let pairs: Vec<&TokenizedPair> = indices.iter().map(|&i| &rows[i]).collect();
-    pack(&pairs, compat)
+    Uploaded::new(model, pack(&pairs, compat))
 }
 
 /// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss; none without rows,
@@ -379,7 +395,7 @@ fn evaluate_all<B: Kernels>(
         if observer.is_interrupted() && step < settings.schedule.max_steps {
             return Ok(None);
         }
-        let stats = evaluate(model, &pack_rows(rows, indices, settings.loss_compat));
+        let stats = evaluate(model, upload(model, rows, indices, settings.loss_compat));
         let batch = StepMetrics::from_stats(&optim::read(stats)?, settings.beta);
         check_finite(step, "eval_loss", batch.loss, rows, indices)?;
         metrics.extend(vec![batch; indices.len()]);

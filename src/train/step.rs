@@ -25,22 +25,53 @@ pub struct Gradients<B: Backend> {
     pub peak_bytes: Option<u64>,
 }
 
+/// A batch on the device, as forward reads it. To look up its embeddings and send them takes the host a while, which the device does
+/// not wait for where the batch is uploaded before the step ahead of it has ended.
+#[derive(Debug, Clone)]
+pub struct Uploaded<B: Backend> {
+    batch: Batch,
+    /// `[tokens, hidden]`
+    embedded: Tensor<B, 2>,
+    layout: AttentionLayout<B>,
+    /// The rows that are scored.
+    rows: Tensor<B, 1, Int>,
+}
+
+impl<B: Kernels> Uploaded<B> {
+    /// Uploads a batch for this model.
+    pub fn new(model: &Llama<B>, batch: Batch) -> Self {
+        let device = model.device();
+        let rows: Vec<i32> = batch.rows.iter().map(|&row| row as i32).collect();
+        Self {
+            embedded: model.embed(&batch.tokens),
+            layout: AttentionLayout::new(&model.config, &batch.positions, batch.visible(), &device),
+            rows: Tensor::from_data(TensorData::new(rows, [batch.rows.len()]), &device),
+            batch,
+        }
+    }
+
+    /// Tokens that are computed.
+    pub fn n_tokens(&self) -> usize {
+        self.batch.n_tokens()
+    }
+}
+
 /// Runs a batch forward and backward; the gradients are those of `grad_scale · loss`.
 pub fn forward_backward<B: Kernels>(
     model: &Llama<B>,
-    batch: &Batch,
+    uploaded: Uploaded<B>,
     beta: f32,
     grad_scale: f32,
     keep: impl Into<KeepPlan>,
 ) -> Gradients<B> {
     let device = model.device();
-    let layout = attention_layout(model, batch);
+    let Uploaded { batch, embedded, layout, rows } = uploaded;
     // Below the first layer with an adapter there is nothing to learn, so nothing is kept for backward.
     let has_adapter =
         |layer: &DecoderLayer<B>| layer.linears().iter().any(|(_, linear)| linear.lora.is_some());
     let n_frozen = model.layers.iter().position(has_adapter).unwrap_or(model.layers.len());
     let (frozen, adapted) = model.layers.split_at(n_frozen);
-    let mut x = frozen.iter().fold(model.embed(&batch.tokens), |x, layer| layer.forward(x, &layout));
+    let mut x = frozen.iter().fold(embedded, |x, layer| layer.forward(x, &layout));
     let mut kept = Vec::with_capacity(adapted.len());
     let keep = keep.into();
     for (i, layer) in adapted.iter().enumerate() {
@@ -50,7 +81,6 @@ pub fn forward_backward<B: Kernels>(
     }
 
     // Only the scored rows meet the final norm and the head.
-    let rows = row_indices(batch, &device);
     let (shape, x) = (x.dims(), x.select(0, rows.clone()));
     let hidden = model.norm.forward(x.clone());
     let forward = token_logps(hidden, &model.lm_head, &batch.entries, Expected::Keep);
@@ -81,19 +111,10 @@ pub fn forward_backward<B: Kernels>(
 }
 
 /// Runs a batch forward only and returns its statistics, `[pairs, 5]`.
-pub fn evaluate<B: Kernels>(model: &Llama<B>, batch: &Batch) -> Tensor<B, 2> {
-    let layout = attention_layout(model, batch);
-    let x = model.layers.iter().fold(model.embed(&batch.tokens), |x, layer| layer.forward(x, &layout));
-    let hidden = model.norm.forward(x.select(0, row_indices(batch, &model.device())));
+pub fn evaluate<B: Kernels>(model: &Llama<B>, uploaded: Uploaded<B>) -> Tensor<B, 2> {
+    let Uploaded { batch, embedded, layout, rows } = uploaded;
+    let x = model.layers.iter().fold(embedded, |x, layer| layer.forward(x, &layout));
+    let hidden = model.norm.forward(x.select(0, rows));
     let forward = token_logps(hidden, &model.lm_head, &batch.entries, Expected::Skip);
     orpo_loss(forward.logps, &batch.pairs).stats
-}
-
-fn attention_layout<B: Kernels>(model: &Llama<B>, batch: &Batch) -> AttentionLayout<B> {
-    AttentionLayout::new(&model.config, &batch.positions, batch.visible(), &model.device())
-}
-
-fn row_indices<B: Backend>(batch: &Batch, device: &B::Device) -> Tensor<B, 1, Int> {
-    let rows: Vec<i32> = batch.rows.iter().map(|&row| row as i32).collect();
-    Tensor::from_data(TensorData::new(rows, [batch.rows.len()]), device)
 }

@@ -13,7 +13,7 @@ use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::{DecoderLayer, Llama};
 use orpo_wgpu::train::metrics::StepMetrics;
 use orpo_wgpu::train::optim::read;
-use orpo_wgpu::train::step::forward_backward;
+use orpo_wgpu::train::step::{Uploaded, forward_backward};
 
 use crate::goldens::Case;
 use crate::plain;
@@ -83,7 +83,13 @@ fn packed_batch_equals_two_sequences_in_loss_and_every_gradient() {
                 let layers: Vec<_> = model.layers.iter().map(plain::track).collect();
                 let loss = two_sequence_loss(&model, &layers, &pairs, compat);
                 let grads = loss.backward();
-                let got = forward_backward(&model, &pack(&pairs, compat), BETA, 1.0, Keep::Input);
+                let got = forward_backward(
+                    &model,
+                    Uploaded::new(&model, pack(&pairs, compat)),
+                    BETA,
+                    1.0,
+                    Keep::Input,
+                );
                 let metrics = StepMetrics::from_stats(&read(got.stats).unwrap(), BETA);
                 let want = loss.into_scalar();
                 assert_close(&[metrics.loss as f32], &[want], 0.0, 1e-5, &format!("{name} {compat} loss"));
