@@ -6,7 +6,7 @@
 // head, token by token; the mask's table is that of `mask.rs`. Walked lines are copied a step ahead.
 //
 // Set by `kernel/cuda/mma.rs`: OWNED and WALKED, multiples of 16; HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16 or
-// else f16; one of FORWARD, QUERIES and KEYS.
+// else f16; one of FORWARD, QUERIES and KEYS; IN_SPLITS, whether the keys' gradients are those of splits, in f32.
 //
 // Layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type". A thread has rows `lane / 4` and 8 below it, of
 // each 8 columns those of `lane % 4 * 2` and the next.
@@ -194,17 +194,22 @@ __device__ bool sees(const Visible &visible, u32 key) {
     return (key >= visible.x && key < visible.y) || (key >= visible.z && key < visible.w);
 }
 
+__device__ void write_pair(u16 *to, float first, float second) { *(u32 *)to = pair(first, second); }
+
+__device__ void write_pair(float *to, float first, float second) { *(float2 *)to = make_float2(first, second); }
+
 // Writes the warp's 16 lines, each times its factor.
-__device__ void store(const Sums<HEAD_DIM / 8> &sums, const float (&factors)[2], u16 *out, const Lines &lines, u32 first) {
+template <class Out>
+__device__ void store(const Sums<HEAD_DIM / 8> &sums, const float (&factors)[2], Out *out, const Lines &lines, u32 first) {
     const u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         const u32 line = first + lane / 4 + 8 * half;
         if (line < lines.n_lines) {
-            u16 *to = out + lines.start(line) + lane % 4 * 2;
+            Out *to = out + lines.start(line) + lane % 4 * 2;
 #pragma unroll
             for (u32 n = 0; n < HEAD_DIM / 8; n++) {
-                *(u32 *)(to + 8 * n) = pair(sums.at[n][2 * half] * factors[half], sums.at[n][2 * half + 1] * factors[half]);
+                write_pair(to + 8 * n, sums.at[n][2 * half] * factors[half], sums.at[n][2 * half + 1] * factors[half]);
             }
         }
     }
@@ -388,13 +393,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
 #endif
 
 #if KEYS
+#if IN_SPLITS
+typedef float Grad;
+#else
+typedef u16 Grad;
+#endif
+
+// The walks over the queries are shared out among splits of the grid, which take their steps in turns; the gradients of each lie behind
+// those of the one before.
 extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
-    const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, u16 *dk, u16 *dv,
+    const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, Grad *dk, Grad *dv,
     const __grid_constant__ Sizes sizes) {
     extern __shared__ __align__(1024) char memory[];
     const u32 owned_k = shared_address(memory), owned_v = owned_k + OWNED * LINE_BYTES;
     const u32 walked = owned_v + OWNED * LINE_BYTES;
-    const u32 kv_head = blockIdx.y, group = sizes.heads / sizes.kv_heads;
+    const u32 kv_head = blockIdx.y % sizes.kv_heads, group = sizes.heads / sizes.kv_heads;
+    const u32 split = blockIdx.y / sizes.kv_heads, splits = gridDim.y / sizes.kv_heads;
     const Lines keys = key_lines(k, sizes, kv_head);
     const Lines values = key_lines(v, sizes, kv_head);
     const u32 first = blockIdx.x * OWNED, end = first + OWNED;
@@ -419,12 +433,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
         const u32 head = kv_head * group + part * HEADS;
         const Lines queries = query_lines(q, sizes, head);
         const Lines douts = query_lines(dout, sizes, head);
-        const u32 step = WALKED / HEADS;
+        const u32 step = WALKED / HEADS, stride = splits * step;
         const auto next_of = [&](u32 query) {
             while (query < end_query) {
                 const Bounds bounds(mask, sizes.n_queries, query, min(query + step, sizes.n_queries) - 1);
                 if (bounds.any_sees(first, end)) break;
-                query += step;
+                query += stride;
             }
             return query;
         };
@@ -432,13 +446,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
             copy<WALKED>(walked + turn * WALKED * LINE_BYTES, queries, query * HEADS);
             copy<WALKED>(walked + (2 + turn) * WALKED * LINE_BYTES, douts, query * HEADS);
         };
-        u32 query = next_of(start_query / step * step), turn = 0;
+        u32 query = next_of((start_query / step + split) * step), turn = 0;
         __syncthreads();
         if (query < end_query) copy_lines(query, 0);
         copied();
         while (query < end_query) {
             const u32 q_room = walked + turn * WALKED * LINE_BYTES, dout_room = q_room + 2 * WALKED * LINE_BYTES;
-            const u32 next = next_of(query + step);
+            const u32 next = next_of(query + stride);
             wait_for_copies<0>();
             __syncthreads();
             if (next < end_query) copy_lines(next, turn ^ 1);
@@ -475,7 +489,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
     }
     wait_for_copies<0>();
     const float ones[2] = {1.0f, 1.0f}, scales[2] = {sizes.scale, sizes.scale};
-    store(v_sums, ones, dv + kv_head * HEAD_DIM, values, first + own);
-    store(k_sums, scales, dk + kv_head * HEAD_DIM, keys, first + own);
+    const u32 begin = (split * sizes.n_keys * sizes.kv_heads + kv_head) * HEAD_DIM;
+    store(v_sums, ones, dv + begin, values, first + own);
+    store(k_sums, scales, dk + begin, keys, first + own);
 }
 #endif

@@ -1,13 +1,23 @@
 //! Which kernels of `attention_mma.cu` are launched how often, on which buffers.
 
+use burn::cubecl;
+use burn::cubecl::prelude::*;
+use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::launch::{Mask, Sizes};
+use super::lines::Quad;
+use crate::ops::cube::{empty, one_thread_each};
 use crate::ops::engine::Engine;
 
 /// Lines that a workgroup owns.
 pub const OWNED: usize = 64;
+/// Workgroups for each processor that the keys' gradients are cut into: a few can run beside each other, and of the walks, which are
+/// long for early keys and short for late ones, no processor should have only long ones.
+const WORKGROUPS_OF_PROCESSOR: usize = 4;
+/// The most splits of the keys' gradients, each with sums as large as two of the gradients themselves.
+const MOST_SPLITS: usize = 4;
 /// Widths of heads that the kernels take.
 pub(super) const HEAD_DIMS: [usize; 2] = [64, 128];
 
@@ -25,7 +35,7 @@ pub enum MmaPass {
 /// What one of them is launched on.
 #[derive(Debug)]
 pub struct MmaLaunch<'a, R: CubeRuntime> {
-    /// Along the owned lines, and the heads.
+    /// Along the owned lines, and the heads, for each split.
     pub workgroups: [usize; 2],
     /// In the order of the kernel's arguments.
     pub buffers: &'a [&'a CubeTensor<R>],
@@ -33,17 +43,25 @@ pub struct MmaLaunch<'a, R: CubeRuntime> {
     pub heads_of_tile: usize,
     /// Entries of a line.
     pub head_dim: usize,
+    /// Whether the gradients by keys and values are sums of splits, in `f32`.
+    pub is_in_splits: bool,
     /// Queries, keys, one past the last key that is seen, heads and key heads.
     pub sizes: [usize; 5],
     /// Of scores.
     pub scale: f32,
 }
 
-fn launch<R: Engine>(pass: MmaPass, sizes: &Sizes, mask: &Mask<R>, buffers: &[&CubeTensor<R>]) {
+fn launch<R: Engine>(
+    pass: MmaPass,
+    splits: usize,
+    sizes: &Sizes,
+    mask: &Mask<R>,
+    buffers: &[&CubeTensor<R>],
+) {
     let Sizes { n_queries, n_keys, heads, kv_heads, head_dim } = *sizes;
     let heads_of_tile = sizes.form(OWNED).heads;
     let workgroups = match pass {
-        MmaPass::Keys => [n_keys.div_ceil(OWNED), kv_heads],
+        MmaPass::Keys => [n_keys.div_ceil(OWNED), splits * kv_heads],
         MmaPass::Forward | MmaPass::Queries => {
             [(n_queries * heads_of_tile).div_ceil(OWNED), heads / heads_of_tile]
         }
@@ -55,6 +73,7 @@ fn launch<R: Engine>(pass: MmaPass, sizes: &Sizes, mask: &Mask<R>, buffers: &[&C
             buffers,
             heads_of_tile,
             head_dim,
+            is_in_splits: splits > 1,
             sizes: [n_queries, n_keys, mask.n_seen, heads, kv_heads],
             scale: sizes.scale(),
         },
@@ -68,7 +87,7 @@ pub(super) fn forward<R: Engine>(
     out: &CubeTensor<R>,
     lse: &CubeTensor<R>,
 ) {
-    launch(MmaPass::Forward, sizes, mask, &[q, k, v, &mask.table, out, lse]);
+    launch(MmaPass::Forward, 1, sizes, mask, &[q, k, v, &mask.table, out, lse]);
 }
 
 /// `stats` are those of `row_stats`.
@@ -78,6 +97,75 @@ pub(super) fn backward<R: Engine>(
     [dout, q, k, v, stats]: [&CubeTensor<R>; 5],
     [dq, dk, dv]: [&CubeTensor<R>; 3],
 ) {
-    launch(MmaPass::Queries, sizes, mask, &[dout, q, k, v, stats, &mask.table, dq]);
-    launch(MmaPass::Keys, sizes, mask, &[dout, q, k, v, stats, &mask.table, dk, dv]);
+    launch(MmaPass::Queries, 1, sizes, mask, &[dout, q, k, v, stats, &mask.table, dq]);
+    let splits = splits(sizes, k.client.properties().hardware.num_streaming_multiprocessors);
+    if splits == 1 {
+        launch(MmaPass::Keys, 1, sizes, mask, &[dout, q, k, v, stats, &mask.table, dk, dv]);
+        return;
+    }
+    let entries = k.meta.num_elements();
+    let [dk_parts, dv_parts] = [(); 2].map(|()| empty(k, Shape::from([splits, entries]), DType::F32));
+    let buffers = [dout, q, k, v, stats, &mask.table, &dk_parts, &dv_parts];
+    launch(MmaPass::Keys, splits, sizes, mask, &buffers);
+    let (cubes, cube) = one_thread_each(&k.client, entries / 4);
+    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+    // SAFETY: quads are held against their number, and splits are counted.
+    unsafe {
+        sum_splits::launch_unchecked::<R>(
+            &k.client,
+            cubes,
+            cube,
+            dk_parts.into_array_arg(),
+            dv_parts.into_array_arg(),
+            dk.clone().into_array_arg(),
+            dv.clone().into_array_arg(),
+            splits,
+            entries / 4,
+            k.dtype.into(),
+        );
+    }
+}
+
+/// In how many splits the keys' gradients keep the device's processors busy.
+fn splits(sizes: &Sizes, processors: Option<u32>) -> usize {
+    let workgroups = sizes.n_keys.div_ceil(OWNED) * sizes.kv_heads;
+    let wanted = WORKGROUPS_OF_PROCESSOR * processors.map_or(0, |n| n as usize);
+    wanted.div_ceil(workgroups).clamp(1, MOST_SPLITS)
+}
+
+/// The sums of all splits, a thread a quad of both gradients.
+#[cube(launch_unchecked)]
+fn sum_splits<F: Float>(
+    dk_parts: &Array<Quad<f32>>,
+    dv_parts: &Array<Quad<f32>>,
+    dk: &mut Array<Quad<F>>,
+    dv: &mut Array<Quad<F>>,
+    splits: usize,
+    quads: usize,
+    #[define(F)] _dtype: StorageType,
+) {
+    if ABSOLUTE_POS < quads {
+        let mut k_sum = dk_parts[ABSOLUTE_POS];
+        let mut v_sum = dv_parts[ABSOLUTE_POS];
+        for split in 1..splits {
+            k_sum += dk_parts[split * quads + ABSOLUTE_POS];
+            v_sum += dv_parts[split * quads + ABSOLUTE_POS];
+        }
+        dk[ABSOLUTE_POS] = Quad::cast_from(k_sum);
+        dv[ABSOLUTE_POS] = Quad::cast_from(v_sum);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_keys_are_cut_into_splits() {
+        let of = |n_keys| {
+            let sizes = Sizes { n_queries: n_keys, n_keys, heads: 32, kv_heads: 8, head_dim: 128 };
+            splits(&sizes, Some(132))
+        };
+        assert_eq!([64, 1534, 3070, 6136].map(of), [4, 3, 2, 1]);
+    }
 }

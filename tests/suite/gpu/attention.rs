@@ -336,6 +336,8 @@ fn on_matrices() {
                 Case::new(6, 1, 128, causal(0, 130)),
                 Case::new(3, 1, 64, pairs(&[[70, 33, 71]])),
                 Case { size: 60.0, ..Case::new(8, 2, 64, pairs(&[[40, 50, 60]])) },
+                // Workgroups for every processor, so that the keys' gradients are not cut into splits.
+                Case::new(64, 64, 64, causal(0, 576)),
             ] {
                 let tile = Tile::mma(&like, case.head_dim);
                 assert!(tile.is_some(), "heads of {}", case.head_dim);

@@ -15,6 +15,7 @@ struct Attention {
     /// Lines that a workgroup walks over at a time.
     walked: usize,
     is_bf16: bool,
+    is_in_splits: bool,
 }
 
 impl Attention {
@@ -44,6 +45,7 @@ impl Variant for Attention {
             ("FORWARD", flag(self.pass == MmaPass::Forward)),
             ("QUERIES", flag(self.pass == MmaPass::Queries)),
             ("KEYS", flag(self.pass == MmaPass::Keys)),
+            ("IN_SPLITS", flag(self.is_in_splits)),
         ]
     }
 
@@ -54,11 +56,11 @@ impl Variant for Attention {
 
 /// Launches one of the kernels.
 pub(in crate::ops) fn launch(pass: MmaPass, launch: &MmaLaunch<'_, CudaRuntime>) {
-    let MmaLaunch { workgroups, buffers, heads_of_tile, head_dim, sizes, scale } = *launch;
+    let MmaLaunch { workgroups, buffers, heads_of_tile, head_dim, is_in_splits, sizes, scale } = *launch;
     let is_bf16 = buffers[0].dtype == DType::BF16;
     let most_bytes = buffers[0].client.properties().hardware.max_shared_memory_size;
     let walked = Attention::walked(pass, most_bytes);
-    let variant = Attention { pass, head_dim, heads: heads_of_tile, walked, is_bf16 };
+    let variant = Attention { pass, head_dim, heads: heads_of_tile, walked, is_bf16, is_in_splits };
     let [n_queries, n_keys, n_seen, heads, kv_heads] = sizes.map(|n| n as u32);
     let numbers = [[n_queries, n_keys], [n_seen, heads], [kv_heads, scale.to_bits()]];
     super::launch(variant, workgroups, Vec::new(), buffers, numbers.map(bytemuck::cast).to_vec());
@@ -74,7 +76,8 @@ mod tests {
         for (most_bytes, workgroups) in [(99 << 10, 1), (163 << 10, 2), (227 << 10, 2)] {
             for pass in [MmaPass::Forward, MmaPass::Queries, MmaPass::Keys] {
                 let walked = Attention::walked(pass, most_bytes);
-                let variant = Attention { pass, head_dim: 128, heads: 4, walked, is_bf16: true };
+                let variant =
+                    Attention { pass, head_dim: 128, heads: 4, walked, is_bf16: true, is_in_splits: true };
                 assert!(workgroups * variant.shared_bytes() <= most_bytes, "{variant:?} of {most_bytes}");
             }
         }
