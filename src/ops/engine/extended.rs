@@ -27,10 +27,10 @@ use cubek::matmul::definition::{
 use cubek::matmul::launch::{BatchedCoords, MatmulArgs, launch_kernel};
 use cubek::matmul::routines::{BlueprintStrategy, Routine};
 
-use super::product::{Adapter, turned};
+use super::product::Adapter;
 use operand::{Tail, TailLaunch, extended};
 use output::sum;
-use tail::{Side, tail};
+use tail::{Side, tails};
 
 type Expand<T> = <T as CubeType>::ExpandType;
 
@@ -144,10 +144,8 @@ pub(super) struct Pair<'a, R: CubeRuntime> {
 
 impl<'a, R: CubeRuntime> Pair<'a, R> {
     pub(super) fn new(lhs: &'a CubeTensor<R>, rhs: &'a CubeTensor<R>, adapter: Option<&Adapter<R>>) -> Self {
-        let tails = adapter.map(|Adapter { left, right, scale }| {
-            let left = tail(left, *scale, Side::Left, true, lhs.dtype);
-            [left, turned(&tail(&turned(right), 1.0, Side::Right, is_turned(rhs), rhs.dtype))]
-        });
+        let tails = adapter
+            .map(|Adapter { left, right, scale }| tails(left, *scale, right, is_turned(rhs), rhs.dtype));
         Self { frozen: [lhs, rhs], tails }
     }
 }

@@ -1,4 +1,4 @@
-//! An adapter's factor as 16-bit numbers, with which an operand goes on.
+//! An adapter's factors as 16-bit numbers, with which operands go on.
 
 use burn::cubecl;
 use burn::cubecl::prelude::*;
@@ -39,76 +39,99 @@ fn tail_depth(rank: usize) -> usize {
     (PARTS * rank).next_multiple_of(STAGE)
 }
 
-/// A factor `[lines, rank]` in `f32` as an operand's tail `[lines, tail_depth]`: its numbers' first or second parts, as the operand has
-/// them in each part of a product, times `scale`, and zeros. Lies along the depth in memory, or along the lines.
-pub(super) fn tail<R: CubeRuntime>(
-    factor: &CubeTensor<R>,
+/// An adapter's factors, `left: [m, rank]`, which is multiplied by `scale`, and `right: [rank, n]`, in `f32`, as tails of operands,
+/// `[m, depth]` and `[depth, n]`: their numbers' first or second parts, as the operand has them in each part of a product, and zeros.
+/// The left one lies along the depth in memory, the right one too or along its columns.
+pub(super) fn tails<R: CubeRuntime>(
+    left: &CubeTensor<R>,
     scale: f32,
-    side: Side,
-    along_depth: bool,
+    right: &CubeTensor<R>,
+    right_along_depth: bool,
     dtype: DType,
-) -> CubeTensor<R> {
-    let [lines, rank] = [0, 1].map(|i| factor.meta.shape()[i]);
-    let [line_step, rank_step] = [0, 1].map(|i| factor.meta.strides()[i]);
+) -> [CubeTensor<R>; 2] {
+    let ([m, rank], n) = ([0, 1].map(|i| left.meta.shape()[i]), right.meta.shape()[1]);
+    let [line_step, left_rank_step] = [0, 1].map(|i| left.meta.strides()[i]);
+    let [right_rank_step, column_step] = [0, 1].map(|i| right.meta.strides()[i]);
     let depth = tail_depth(rank);
-    let shape = if along_depth { [lines, depth] } else { [depth, lines] };
-    let out = empty(factor, Shape::from(shape), dtype);
-    let (cubes, cube) = one_thread_each(&factor.client, lines * depth);
+    let left_tail = empty(left, Shape::from([m, depth]), dtype);
+    let right_shape = if right_along_depth { [n, depth] } else { [depth, n] };
+    let right_tail = empty(right, Shape::from(right_shape), dtype);
+    let client = &left.client;
+    let (cubes, cube) = one_thread_each(client, (m + n) * depth);
     let excess = if dtype == DType::BF16 { 16 } else { 13 };
-    profile::kernel("lora_linear tail", lines * depth, bytes(&[factor, &out]), &factor.client, || {
+    let moved = bytes(&[left, right, &left_tail, &right_tail]);
+    profile::kernel("lora_linear tails", (m + n) * depth, moved, client, || {
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: lines are held against their number, and ranks are smaller than theirs.
+        // SAFETY: entries of both tails are held against their numbers, and ranks are smaller than theirs.
         unsafe {
-            tail_kernel::launch_unchecked::<R>(
-                &factor.client,
+            tails_kernel::launch_unchecked::<R>(
+                client,
                 cubes,
                 cube,
-                factor.clone().into_array_arg(),
-                out.clone().into_array_arg(),
-                lines,
+                left.clone().into_array_arg(),
+                right.clone().into_array_arg(),
+                left_tail.clone().into_array_arg(),
+                right_tail.clone().into_array_arg(),
+                m,
+                n,
                 line_step,
+                left_rank_step,
+                column_step,
+                right_rank_step,
                 rank,
-                rank_step,
                 depth,
                 scale,
-                side,
-                along_depth,
+                right_along_depth,
                 excess,
                 dtype.into(),
             );
         }
     });
-    if along_depth { out } else { turned(&out) }
+    [left_tail, if right_along_depth { turned(&right_tail) } else { right_tail }]
 }
 
 /// `excess`: bits of an `f32` that the output's type has none for.
 #[cube(launch_unchecked)]
-fn tail_kernel<F: Float>(
-    factor: &Array<f32>,
-    out: &mut Array<F>,
-    lines: usize,
+fn tails_kernel<F: Float>(
+    left: &Array<f32>,
+    right: &Array<f32>,
+    left_tail: &mut Array<F>,
+    right_tail: &mut Array<F>,
+    m: usize,
+    n: usize,
     line_step: usize,
+    left_rank_step: usize,
+    column_step: usize,
+    right_rank_step: usize,
     rank: usize,
-    rank_step: usize,
     depth: usize,
     scale: f32,
-    #[comptime] side: Side,
-    #[comptime] along_depth: bool,
+    #[comptime] right_along_depth: bool,
     #[comptime] excess: u32,
     #[define(F)] _dtype: StorageType,
 ) {
-    if ABSOLUTE_POS < lines * depth {
-        let (line, at) = if comptime!(along_depth) {
-            (ABSOLUTE_POS / depth, ABSOLUTE_POS % depth)
+    if ABSOLUTE_POS < m * depth {
+        let at = ABSOLUTE_POS % depth;
+        let whole = left[ABSOLUTE_POS / depth * line_step + at % rank * left_rank_step] * scale;
+        left_tail[ABSOLUTE_POS] = F::cast_from(number(whole, at / rank, Side::Left, excess));
+    } else if ABSOLUTE_POS < (m + n) * depth {
+        let entry = ABSOLUTE_POS - m * depth;
+        let (column, at) = if comptime!(right_along_depth) {
+            (entry / depth, entry % depth)
         } else {
-            (ABSOLUTE_POS % lines, ABSOLUTE_POS / lines)
+            (entry % n, entry / n)
         };
-        let part = at / rank;
-        let whole = factor[line * line_step + at % rank * rank_step] * scale;
-        // Rounded in its bits: some compilers take a conversion there and back for nothing.
-        let bits = u32::reinterpret(whole) + comptime!(1u32 << (excess - 1));
-        let first = f32::reinterpret(bits & comptime!(u32::MAX << excess));
-        let number = select(part == comptime!(side.second()), whole - first, first);
-        out[ABSOLUTE_POS] = F::cast_from(select(part < PARTS, number, 0.0f32));
+        let whole = right[column * column_step + at % rank * right_rank_step];
+        right_tail[entry] = F::cast_from(number(whole, at / rank, Side::Right, excess));
     }
+}
+
+/// What an operand has of a number in this part of a product: its first part, its second or, behind the last, nothing.
+#[cube]
+fn number(whole: f32, part: usize, #[comptime] side: Side, #[comptime] excess: u32) -> f32 {
+    // Rounded in its bits: some compilers take a conversion there and back for nothing.
+    let bits = u32::reinterpret(whole) + comptime!(1u32 << (excess - 1));
+    let first = f32::reinterpret(bits & comptime!(u32::MAX << excess));
+    let number = select(part == comptime!(side.second()), whole - first, first);
+    select(part < PARTS, number, 0.0f32)
 }
