@@ -98,7 +98,8 @@ pub fn lora_rank_r<B: Kernels>(x: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> 
     B::lora_rank_r(x, lora)
 }
 
-/// Computes the gradients from that of the output, `dy: [tokens, out]`, and what forward was given and gave.
+/// Computes the gradients from that of the output, `dy: [tokens, out]`, and what forward was given and gave. For `x` in bf16 `dy` is
+/// rounded to it, as in PyTorch; in f16, where small numbers would be lost, it is taken as it is.
 ///
 /// # Panics
 /// If the shapes do not fit each other, or `s` is missing where there is an adapter.
@@ -121,6 +122,8 @@ pub fn lora_linear_backward<B: Kernels>(
             (Some(sum), Some(dtype))
         }
     };
+    // Once for all products, of which each reads half the bytes then.
+    let dy = if x.dtype() == DType::BF16 { cast(dy, DType::BF16) } else { dy };
     let grads = lora.map(|lora| {
         let s = s.expect("lora_linear: forward with an adapter gives the rank-r tensor");
         B::lora_linear_backward_lora(dy.clone(), x, s, lora)
