@@ -223,7 +223,8 @@ fn held(choice: &DeviceChoice) -> String {
 
 fn hint(choice: &DeviceChoice, message: &str) -> &'static str {
     let message = message.to_lowercase();
-    let is_full = ["memory", "alloc", "buffer"].iter().any(|word| message.contains(word));
+    let is_full = ["memory", "alloc", "buffer"].iter().any(|word| message.contains(word))
+        && !message.contains("illegal");
     match choice {
         DeviceChoice::Cpu => {
             "this is a fault of this program: with RUST_BACKTRACE=full it says where it happened"
@@ -303,6 +304,15 @@ mod tests {
         assert!(error.to_string().contains(says), "{error}");
         let error = fails("wgpu error: Validation Error");
         assert!(error.to_string().contains("step 12 (pairs.jsonl:3) failed: wgpu error"), "{error}");
+    }
+
+    /// The message is that of CUDA's `CUDA_ERROR_ILLEGAL_ADDRESS`.
+    #[test]
+    fn an_illegal_access_is_no_want_of_memory() {
+        let choice = DeviceChoice::elsewhere(8 << 30);
+        let hint_of = |message| hint(&choice, message);
+        assert!(hint_of("an illegal memory access was encountered").starts_with("update the GPU's driver"));
+        assert!(hint_of("Not enough memory left.").starts_with("the device is probably full"));
     }
 
     #[test]
