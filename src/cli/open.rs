@@ -168,10 +168,18 @@ pub fn adapter_in(folder: &Path) -> PathBuf {
 }
 
 fn check_folder(folder: &Path) -> Result<()> {
-    if folder.is_dir() {
-        return Ok(());
-    }
-    let problem = if folder.exists() { "is not a folder" } else { "there is no such folder" };
+    let problem = match folder {
+        _ if folder.join("config.json").exists() => return Ok(()),
+        _ if folder.join(lora::ADAPTER_CONFIG_FILE).exists() => {
+            return Err(Error::file(folder, "is an adapter, not a model").with_hint(
+                "--adapters takes it; --model_id_or_path is the model that it was trained on, and where it is left out the one that the \
+                 adapter names",
+            ));
+        }
+        _ if folder.is_dir() => "holds no config.json",
+        _ if folder.exists() => "is not a folder",
+        _ => "there is no such folder",
+    };
     Err(Error::file(folder, problem).with_hint(
         "--model_id_or_path takes a folder with config.json, tokenizer.json and safetensors weights; \
          nothing is downloaded: fetch the model first, for example with `hf download ID --local-dir FOLDER`",
@@ -197,6 +205,31 @@ fn generation_eos(folder: &Path) -> Result<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_that_is_no_model_is_told_from_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let of =
+            |name: &str| check_folder(&folder.path().join(name)).map_err(|e| format!("{e}; {:?}", e.hint()));
+        for (name, file) in
+            [("empty", None), ("adapter", Some(lora::ADAPTER_CONFIG_FILE)), ("model", Some("config.json"))]
+        {
+            std::fs::create_dir(folder.path().join(name)).unwrap();
+            if let Some(file) = file {
+                std::fs::write(folder.path().join(name).join(file), "{}").unwrap();
+            }
+        }
+        assert!(of("model").is_ok());
+        for (name, says) in [
+            ("empty", "holds no config.json"),
+            ("adapter", "--adapters takes it"),
+            ("model/config.json", "is not a folder"),
+            ("nowhere", "there is no such folder"),
+        ] {
+            let error = of(name).unwrap_err();
+            assert!(error.contains(says), "{name}: {error}");
+        }
+    }
 
     #[test]
     fn only_what_takes_a_while_has_a_speed() {
