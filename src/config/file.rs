@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
+use std::fmt;
 use std::path::Path;
 
 use clap::FromArgMatches;
 use clap::error::{ContextKind, ContextValue};
+use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::{TrainArgs, other_names, to_map, train_command};
@@ -69,7 +71,11 @@ fn parse(path: &Path, text: &str) -> Result<(Map<String, Value>, Null)> {
         return invalid("YAML is not read, but TOML and JSON", from_yaml(path));
     }
     let (parsed, null_is) = if has_extension(&["json"]) || text.trim_start().starts_with('{') {
-        (serde_json::from_str(text).map_err(|e| e.to_string()), Null::Nothing)
+        let json = serde_json::from_str(text).and_then(|value: Value| match value {
+            Value::Object(_) => serde_json::from_str(text).map(|Table(table)| Value::Object(table)),
+            _ => Ok(value),
+        });
+        (json.map_err(|e| e.to_string()), Null::Nothing)
     } else {
         (toml::from_str(text).map_err(|e| e.to_string()), Null::NotFinite)
     };
@@ -78,6 +84,36 @@ fn parse(path: &Path, text: &str) -> Result<(Map<String, Value>, Null)> {
         Ok(_) => invalid("is not a table of settings", NAMING.to_owned()),
         Err(_) if is_like_yaml(text) => invalid("this is YAML; TOML and JSON are read", from_yaml(path)),
         Err(problem) => invalid(problem.trim(), NAMING.to_owned()),
+    }
+}
+
+/// A JSON object with every name once: serde_json's own takes the last of several, and TOML refuses them.
+struct Table(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Table {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> std::result::Result<Self, D::Error> {
+        json.deserialize_map(TableVisitor)
+    }
+}
+
+struct TableVisitor;
+
+impl<'de> Visitor<'de> for TableVisitor {
+    type Value = Table;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a table of settings")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> std::result::Result<Table, A::Error> {
+        let mut table = Map::new();
+        while let Some(name) = entries.next_key::<String>()? {
+            if table.contains_key(&name) {
+                return Err(de::Error::custom(format!("`{name}` stands there twice")));
+            }
+            table.insert(name, entries.next_value()?);
+        }
+        Ok(Table(table))
     }
 }
 
@@ -151,6 +187,18 @@ mod tests {
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
         read(&path)
+    }
+
+    #[test]
+    fn a_setting_stands_once() {
+        for (name, text) in [
+            ("run.json", "{\"lora_rank\": 8, \"beta\": 0.2,\n\"lora_rank\": 4}"),
+            ("run.toml", "lora_rank = 8\nbeta = 0.2\nlora_rank = 4"),
+        ] {
+            let error = read_as(name, text).unwrap_err().to_string();
+            assert!(error.contains("lora_rank") || error.contains("duplicate key"), "{error}");
+            assert!(error.contains("line 2") || error.contains("line 3"), "{error}");
+        }
     }
 
     #[test]
