@@ -225,8 +225,11 @@ __device__ float sum_of_row(float value) {
     return value + __shfl_xor_sync(~0u, value, 2);
 }
 
+// Three workgroups beside each other leave a thread 168 registers, which is what the passes by queries need, or two less.
+#define WORKGROUPS 3
+
 #if FORWARD
-extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
+extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const u16 *q, const u16 *k, const u16 *v, const Visible *mask, u16 *out, float *lse,
     const __grid_constant__ Sizes sizes) {
     extern __shared__ __align__(1024) char memory[];
@@ -250,22 +253,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
     sums.clear();
     float maxima[2] = {MASKED, MASKED}, totals[2] = {0.0f, 0.0f};
 
+    // A ring of three rooms, for keys and values in turns: the next keys are copied while scores are made, over the last values, and
+    // the next values while these are summed, over the keys.
+    const auto room = [&](u32 turn) { return walked + turn % 3 * WALKED * LINE_BYTES; };
     u32 key = bounds.any.x, turn = 0;
     copy<OWNED>(owned, queries, first);
-    copy<WALKED>(walked, keys, key);
+    copy<WALKED>(room(0), keys, key);
     copied();
-    copy<WALKED>(walked + 2 * WALKED * LINE_BYTES, values, key);
+    copy<WALKED>(room(1), values, key);
     copied();
     while (key < bounds.any.w) {
-        // Two rooms for keys and two for values, in turns: those of the next step are copied while these are multiplied.
-        const u32 k_room = walked + turn * WALKED * LINE_BYTES, v_room = k_room + 2 * WALKED * LINE_BYTES;
         const u32 next = bounds.next(key + WALKED);
         wait_for_copies<1>();
         __syncthreads();
-        if (next < bounds.any.w) copy<WALKED>(walked + (turn ^ 1) * WALKED * LINE_BYTES, keys, next);
+        if (next < bounds.any.w) copy<WALKED>(room(turn + 2), keys, next);
         copied();
         Sums<WALKED / 8> scores;
-        products(scores, owned, own, k_room);
+        products(scores, owned, own, room(turn));
         const bool is_masked = !bounds.all_see(key, key + WALKED);
         float factors[2];
 #pragma unroll
@@ -303,11 +307,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
         }
         wait_for_copies<1>();
         __syncthreads();
-        if (next < bounds.any.w) copy<WALKED>(walked + (2 + (turn ^ 1)) * WALKED * LINE_BYTES, values, next);
+        if (next < bounds.any.w) copy<WALKED>(room(turn), values, next);
         copied();
-        accumulate(sums, scores, v_room);
+        accumulate(sums, scores, room(turn + 1));
         key = next;
-        turn ^= 1;
+        turn += 2;
     }
 
     float factors[2];
@@ -326,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
 
 #if QUERIES
 // `stats` has (lse, D) of every query's head.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
+extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, u16 *dq,
     const __grid_constant__ Sizes sizes) {
     extern __shared__ __align__(1024) char memory[];
