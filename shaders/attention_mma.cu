@@ -2,8 +2,9 @@
 // and sums stay in registers, in the layout in which `mma` leaves and takes them.
 //
 // A workgroup owns OWNED lines, 16 a warp, and walks over WALKED others at a time: queries over keys forward and for dQ, keys over
-// queries for dK and dV. So every sum has one owner and one order. Lines of queries are those of HEADS query heads that share a key
-// head, token by token; the mask's table is that of `mask.rs`. Walked lines are copied a step ahead.
+// queries for dK and dV. So every sum has one owner and one order, or one for each of the splits whose sums are added up in their
+// order. Lines of queries are those of HEADS query heads that share a key head, token by token; the mask's table is that of `mask.rs`.
+// Walked lines are copied a step ahead.
 //
 // Set by `kernel/cuda/mma.rs`: OWNED and WALKED, multiples of 16; HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16 or
 // else f16; one of FORWARD, QUERIES and KEYS; IN_SPLITS, whether the keys' gradients are those of splits, in f32.

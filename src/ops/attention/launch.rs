@@ -69,7 +69,7 @@ pub fn attention_forward<R: Engine>(
     let (client, dtype) = (q.client.clone(), q.dtype.into());
     let flops = 4 * mask.n_visible * sizes.heads * sizes.head_dim;
     profile::kernel("attention forward", flops, bytes(&[&q, &k, &v, &out, &lse]), &q.client.clone(), || {
-        if tile.units == Units::Mma {
+        if let Units::Mma { .. } = tile.units {
             mma::forward(&sizes, mask, [&q, &k, &v], &out, &lse);
             return;
         }
@@ -114,6 +114,10 @@ pub fn attention_backward<R: Engine>(
     let n_lines = sizes.n_queries * sizes.heads;
     let stats = empty(&q, Shape::from([n_lines, 2]), DType::F32);
     let [dq, dk, dv] = [&q, &k, &v].map(|like| empty(like, like.meta.shape().clone(), like.dtype));
+    let parts = match tile.units {
+        Units::Mma { splits } if splits > 1 => Some(mma::parts(&k, splits)),
+        _ => None,
+    };
     let (client, dtype): (_, StorageType) = (q.client.clone(), q.dtype.into());
     let threads = CubeDim::new_1d((tile.threads_m * tile.threads_n) as u32);
     let scalars = [sizes.n_queries, sizes.n_keys, sizes.heads, sizes.kv_heads].map(|n| n as u32);
@@ -137,8 +141,9 @@ pub fn attention_backward<R: Engine>(
                 form.quads,
                 dtype,
             );
-            if tile.units == Units::Mma {
-                mma::backward(&sizes, mask, [&dout, &q, &k, &v, &stats], [&dq, &dk, &dv]);
+            if let Units::Mma { .. } = tile.units {
+                let parts = parts.as_ref();
+                mma::backward(&sizes, mask, [&dout, &q, &k, &v, &stats], [&dq, &dk, &dv], parts);
                 return;
             }
             let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
@@ -204,12 +209,17 @@ impl Tile {
 
     /// The tile for queries and keys like these.
     pub fn of<R: Engine>(q: &CubeTensor<R>, k: &CubeTensor<R>, pass: Pass) -> Self {
-        let Sizes { heads, kv_heads, head_dim, .. } = Sizes::of(q, k);
+        let sizes = Sizes::of(q, k);
+        let Sizes { heads, kv_heads, head_dim, .. } = sizes;
         let is_right =
             |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
         match head_dim {
             _ if !is_software(&q.client) => {
-                let on_matrices = [Self::mma(q, head_dim), Self::on_matrices(q, head_dim)];
+                let splits = match pass {
+                    Pass::Forward => 1,
+                    Pass::Backward => mma::splits(&sizes, &q.client),
+                };
+                let on_matrices = [Self::mma(q, head_dim, splits), Self::on_matrices(q, head_dim)];
                 on_matrices.into_iter().flatten().find(is_right).unwrap_or(Self::GPU)
             }
             0..=64 => Self::SOFTWARE[0],
@@ -219,7 +229,7 @@ impl Tile {
     }
 
     /// The tile of `attention_mma.cu`, where it takes tensors of this type and heads of this width.
-    pub fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
+    pub fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize, splits: usize) -> Option<Self> {
         let is_taken = tensor.dtype != DType::F32 && mma::HEAD_DIMS.contains(&head_dim);
         let may_multiply =
             !matrix_units(&tensor.client, tensor.dtype).is_empty() && R::has_mma(&tensor.client);
@@ -228,7 +238,7 @@ impl Tile {
             threads_n: 8,
             lines: mma::OWNED / 16,
             columns: 8,
-            units: Units::Mma,
+            units: Units::Mma { splits },
         })
     }
 

@@ -16,7 +16,8 @@ pub const OWNED: usize = 64;
 /// Workgroups for each processor that the keys' gradients are cut into: a few can run beside each other, and of the walks, which are
 /// long for early keys and short for late ones, no processor should have only long ones.
 const WORKGROUPS_OF_PROCESSOR: usize = 4;
-/// The most splits of the keys' gradients, each with sums as large as two of the gradients themselves.
+/// The most splits of the keys' gradients. The sums of all are few where keys are many: at most 66 MiB on a device of 132 processors, of
+/// heads of 128.
 const MOST_SPLITS: usize = 4;
 /// Widths of heads that the kernels take.
 pub(super) const HEAD_DIMS: [usize; 2] = [64, 128];
@@ -43,8 +44,8 @@ pub struct MmaLaunch<'a, R: CubeRuntime> {
     pub heads_of_tile: usize,
     /// Entries of a line.
     pub head_dim: usize,
-    /// Whether the gradients by keys and values are sums of splits, in `f32`.
-    pub is_in_splits: bool,
+    /// Of the gradients by keys and values, which are in `f32` where there are several.
+    pub splits: usize,
     /// Queries, keys, one past the last key that is seen, heads and key heads.
     pub sizes: [usize; 5],
     /// Of scores.
@@ -73,7 +74,7 @@ fn launch<R: Engine>(
             buffers,
             heads_of_tile,
             head_dim,
-            is_in_splits: splits > 1,
+            splits,
             sizes: [n_queries, n_keys, mask.n_seen, heads, kv_heads],
             scale: sizes.scale(),
         },
@@ -90,24 +91,22 @@ pub(super) fn forward<R: Engine>(
     launch(MmaPass::Forward, 1, sizes, mask, &[q, k, v, &mask.table, out, lse]);
 }
 
-/// `stats` are those of `row_stats`.
+/// `stats` are those of `row_stats`; `parts`, where there are several splits, is room for their sums.
 pub(super) fn backward<R: Engine>(
     sizes: &Sizes,
     mask: &Mask<R>,
     [dout, q, k, v, stats]: [&CubeTensor<R>; 5],
     [dq, dk, dv]: [&CubeTensor<R>; 3],
+    parts: Option<&[CubeTensor<R>; 2]>,
 ) {
     launch(MmaPass::Queries, 1, sizes, mask, &[dout, q, k, v, stats, &mask.table, dq]);
-    let splits = splits(sizes, k.client.properties().hardware.num_streaming_multiprocessors);
-    if splits == 1 {
+    let Some([dk_parts, dv_parts]) = parts else {
         launch(MmaPass::Keys, 1, sizes, mask, &[dout, q, k, v, stats, &mask.table, dk, dv]);
         return;
-    }
-    let entries = k.meta.num_elements();
-    let [dk_parts, dv_parts] = [(); 2].map(|()| empty(k, Shape::from([splits, entries]), DType::F32));
-    let buffers = [dout, q, k, v, stats, &mask.table, &dk_parts, &dv_parts];
-    launch(MmaPass::Keys, splits, sizes, mask, &buffers);
-    let (cubes, cube) = one_thread_each(&k.client, entries / 4);
+    };
+    let (splits, quads) = (dk_parts.meta.shape()[0], dk_parts.meta.shape()[1] / 4);
+    launch(MmaPass::Keys, splits, sizes, mask, &[dout, q, k, v, stats, &mask.table, dk_parts, dv_parts]);
+    let (cubes, cube) = one_thread_each(&k.client, quads);
     #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
     // SAFETY: quads are held against their number, and splits are counted.
     unsafe {
@@ -115,19 +114,28 @@ pub(super) fn backward<R: Engine>(
             &k.client,
             cubes,
             cube,
-            dk_parts.into_array_arg(),
-            dv_parts.into_array_arg(),
+            dk_parts.clone().into_array_arg(),
+            dv_parts.clone().into_array_arg(),
             dk.clone().into_array_arg(),
             dv.clone().into_array_arg(),
             splits,
-            entries / 4,
+            quads,
             k.dtype.into(),
         );
     }
 }
 
+/// Room for the splits' gradients by the keys and by the values, `[splits, entries]`.
+pub(super) fn parts<R: CubeRuntime>(k: &CubeTensor<R>, splits: usize) -> [CubeTensor<R>; 2] {
+    [(); 2].map(|()| empty(k, Shape::from([splits, k.meta.num_elements()]), DType::F32))
+}
+
 /// In how many splits the keys' gradients keep the device's processors busy.
-fn splits(sizes: &Sizes, processors: Option<u32>) -> usize {
+pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, client: &ComputeClient<R>) -> usize {
+    splits_of(sizes, client.properties().hardware.num_streaming_multiprocessors)
+}
+
+fn splits_of(sizes: &Sizes, processors: Option<u32>) -> usize {
     let workgroups = sizes.n_keys.div_ceil(OWNED) * sizes.kv_heads;
     let wanted = WORKGROUPS_OF_PROCESSOR * processors.map_or(0, |n| n as usize);
     wanted.div_ceil(workgroups).clamp(1, MOST_SPLITS)
@@ -164,7 +172,7 @@ mod tests {
     fn few_keys_are_cut_into_splits() {
         let of = |n_keys| {
             let sizes = Sizes { n_queries: n_keys, n_keys, heads: 32, kv_heads: 8, head_dim: 128 };
-            splits(&sizes, Some(132))
+            splits_of(&sizes, Some(132))
         };
         assert_eq!([64, 1534, 3070, 6136].map(of), [4, 3, 2, 1]);
     }

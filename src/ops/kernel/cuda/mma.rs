@@ -56,11 +56,12 @@ impl Variant for Attention {
 
 /// Launches one of the kernels.
 pub(in crate::ops) fn launch(pass: MmaPass, launch: &MmaLaunch<'_, CudaRuntime>) {
-    let MmaLaunch { workgroups, buffers, heads_of_tile, head_dim, is_in_splits, sizes, scale } = *launch;
+    let MmaLaunch { workgroups, buffers, heads_of_tile, head_dim, splits, sizes, scale } = *launch;
     let is_bf16 = buffers[0].dtype == DType::BF16;
     let most_bytes = buffers[0].client.properties().hardware.max_shared_memory_size;
     let walked = Attention::walked(pass, most_bytes);
-    let variant = Attention { pass, head_dim, heads: heads_of_tile, walked, is_bf16, is_in_splits };
+    let variant =
+        Attention { pass, head_dim, heads: heads_of_tile, walked, is_bf16, is_in_splits: splits > 1 };
     let [n_queries, n_keys, n_seen, heads, kv_heads] = sizes.map(|n| n as u32);
     let numbers = [[n_queries, n_keys], [n_seen, heads], [kv_heads, scale.to_bits()]];
     super::launch(variant, workgroups, Vec::new(), buffers, numbers.map(bytemuck::cast).to_vec());
