@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Forward may add a residual, and backward to what `dx` already sums, in the same pass. Saved for backward: `x` and `s`. `x`, `dy`
-//! and the weight are `f32` or `f16`, each on its own; the adapter, `s` and its gradients are `f32`, and so are the sums of products.
+//! and the weight are `f32`, `f16` or `bf16`, each on its own, but that `dy` becomes `bf16` with `x`; the adapter, `s` and its gradients
+//! are `f32`, and so are the sums of products.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
