@@ -17,7 +17,7 @@ use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::presets::preset;
 use orpo_wgpu::model::{Llama, Precision};
 use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
-use orpo_wgpu::train::step::{Uploaded, forward_backward};
+use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 #[path = "../tests/suite/plain.rs"]
 mod plain;
@@ -62,7 +62,7 @@ fn seconds(device: &WgpuDevice, f: impl FnOnce()) -> f64 {
 }
 
 fn step(model: &Llama<Wgpu>, batch: &Batch, keep: Keep) {
-    let grads = forward_backward(model, Uploaded::new(model, batch.clone()), BETA, 1.0, keep).lora;
+    let grads = forward_backward(model, DeviceBatch::new(model, batch), BETA, 1.0, keep).lora;
     let norm = grad_norm(&grads);
     for (parameter, grad) in lora::parameters(model).into_iter().zip(grads) {
         let moments = [parameter.zeros_like(), parameter.zeros_like()];

@@ -34,7 +34,7 @@ use optim::{AdamW, AdamWConfig};
 use plan::Plan;
 use run_folder::{Position, RunFolder, TrainerState};
 use schedule::Schedule;
-use step::{Uploaded, evaluate, forward_backward};
+use step::{DeviceBatch, evaluate, forward_backward};
 
 /// What the loop is told; names as in Hugging Face's `TrainingArguments` and TRL's `ORPOConfig`.
 #[derive(Debug, Clone)]
@@ -148,24 +148,23 @@ pub fn train<B: Kernels>(
     let mut before = evaluate_all(model, data.val, settings, first_step, observer)?;
     let is_validation = before.is_some();
     let mut window = Window::default();
-    let mut ahead = None;
+    let (mut next, mut prefetched) = (None, None);
     for step in first_step..max_steps {
-        let micro_batches = settings.plan.micro_batches(step);
+        let micro_batches = next.take().unwrap_or_else(|| settings.plan.micro_batches(step));
         let locations = micro_batches.iter().flatten().map(|&i| &data.train[i].location);
         observer.before_step(step + 1, &locations.collect::<Vec<_>>());
         let scale = loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
         let (step_started, tokens_before) = (Instant::now(), window.n_tokens);
-        let first = ahead.take();
+        let first = prefetched.take();
         let (grads, stats) =
             accumulate(model, data.train, &micro_batches, first, settings, scale, &mut window);
         let norm = grad_norm(&grads);
         let learning_rate = settings.schedule.at(step);
         optimizer.update(learning_rate, lora::tensors_mut(model), grads, &norm, scale);
-        // The device is at work until the step is read. An evaluation has the memory to itself.
-        let is_evaluated = !data.val.is_empty() && (step + 1).is_multiple_of(settings.eval_steps);
-        if step + 1 < max_steps && !is_evaluated {
-            let next = settings.plan.micro_batches(step + 1);
-            ahead = next.first().map(|indices| upload(model, data.train, indices, settings.loss_compat));
+        // The device is at work until the step is read.
+        if step + 1 < max_steps {
+            let indices = next.insert(settings.plan.micro_batches(step + 1));
+            prefetched = indices.first().map(|first| upload(model, data.train, first, settings.loss_compat));
         }
         let (metrics, scaled_norm) = read_step(stats, norm, settings.beta, &mut window)?;
         let grad_norm = scaled_norm / scale;
@@ -314,13 +313,13 @@ impl Window {
     }
 }
 
-/// Forward and backward of a step's micro-batches, of which the first may be uploaded already: their mean gradient, times the loss
-/// scale, and each one's statistics.
+/// Forward and backward of a step's micro-batches, of which the first may be prefetched: their mean gradient, times the loss scale, and
+/// each one's statistics.
 fn accumulate<B: Kernels>(
     model: &Llama<B>,
     rows: &[TokenizedPair],
     micro_batches: &[Vec<usize>],
-    mut first: Option<Uploaded<B>>,
+    mut prefetched: Option<DeviceBatch<B>>,
     settings: &TrainSettings,
     loss_scale: f64,
     window: &mut Window,
@@ -330,7 +329,7 @@ fn accumulate<B: Kernels>(
     let mut total: Option<Vec<Tensor<B, 2>>> = None;
     let mut stats = Vec::with_capacity(micro_batches.len());
     for indices in micro_batches {
-        let batch = first.take().unwrap_or_else(|| upload(model, rows, indices, settings.loss_compat));
+        let batch = prefetched.take().unwrap_or_else(|| upload(model, rows, indices, settings.loss_compat));
         window.n_tokens += batch.n_tokens();
         let grads = forward_backward(model, batch, settings.beta, grad_scale, settings.keep);
         stats.push(grads.stats);
@@ -371,9 +370,9 @@ fn upload<B: Kernels>(
     rows: &[TokenizedPair],
     indices: &[usize],
     compat: LossCompat,
-) -> Uploaded<B> {
+) -> DeviceBatch<B> {
     let pairs: Vec<&TokenizedPair> = indices.iter().map(|&i| &rows[i]).collect();
-    Uploaded::new(model, pack(&pairs, compat))
+    DeviceBatch::new(model, &pack(&pairs, compat))
 }
 
 /// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss; none without rows,

@@ -29,7 +29,7 @@ use crate::ops::tune::LinearKind;
 use crate::ops::{Kernels, profile};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
 use crate::train::optim::{AdamW, AdamWConfig, read};
-use crate::train::step::{Gradients, Uploaded, forward_backward};
+use crate::train::step::{DeviceBatch, Gradients, forward_backward};
 
 const BETA: f32 = 0.1;
 /// The products are timed as for a run of so many steps, which is what the bench tells of.
@@ -308,8 +308,8 @@ pub(super) struct Bench<B: Kernels> {
     _initial: Vec<Tensor<B, 2>>,
     model: Llama<B>,
     batch: Batch,
-    /// The next step's batch, uploaded while the device was at work, as a run does.
-    ahead: Option<Uploaded<B>>,
+    /// That of the next step, prefetched as in a run.
+    prefetched: Option<DeviceBatch<B>>,
     keep: KeepPlan,
     optimizer: AdamW<B>,
 }
@@ -325,23 +325,27 @@ impl<B: Kernels> Bench<B> {
         };
         let initial = lora::parameters(&model);
         let optimizer = AdamW::new(config, &initial);
-        let ahead = Some(Uploaded::new(&model, batch.clone()));
-        Self { _initial: initial, model, batch, ahead, keep, optimizer }
+        let prefetched = Some(DeviceBatch::new(&model, &batch));
+        Self { _initial: initial, model, batch, prefetched, keep, optimizer }
     }
 
     /// Seconds of a micro-batch that others of its step follow, before which nothing is updated.
     pub(super) fn timed_micro_batch(&mut self) -> Result<f64> {
         let started = Instant::now();
         let grads = self.forward_backward();
-        self.ahead = Some(Uploaded::new(&self.model, self.batch.clone()));
+        self.prefetch();
         read(grads.stats)?;
         wait::<B>(&self.model.device())?;
         Ok(started.elapsed().as_secs_f64())
     }
 
     fn forward_backward(&mut self) -> Gradients<B> {
-        let batch = self.ahead.take().unwrap_or_else(|| Uploaded::new(&self.model, self.batch.clone()));
+        let batch = self.prefetched.take().expect("the step before has prefetched the batch");
         forward_backward(&self.model, batch, BETA, 1.0, self.keep)
+    }
+
+    fn prefetch(&mut self) {
+        self.prefetched = Some(DeviceBatch::new(&self.model, &self.batch));
     }
 
     /// Seconds of one whole step.
@@ -350,7 +354,7 @@ impl<B: Kernels> Bench<B> {
         let grads = self.forward_backward();
         let norm = grad_norm(&grads.lora);
         self.optimizer.update(1e-5, lora::tensors_mut(&mut self.model), grads.lora, &norm, 1.0);
-        self.ahead = Some(Uploaded::new(&self.model, self.batch.clone()));
+        self.prefetch();
         let stats = read(grads.stats)?;
         let norm = read(norm)?;
         wait::<B>(&self.model.device())?;

@@ -13,7 +13,7 @@ use crate::lora;
 use crate::model::Llama;
 use crate::ops::{Kernels, profile};
 use crate::train::optim::read;
-use crate::train::step::{Uploaded, forward_backward};
+use crate::train::step::{DeviceBatch, forward_backward};
 
 /// The share of the CPU's memory from which on a prediction is worth a trial.
 ///
@@ -51,7 +51,7 @@ pub fn try_longest<B: Kernels>(
     let n_copies = if accumulates { 4 } else { 3 };
     let copies = (0..n_copies).flat_map(|_| lora::parameters(model));
     let besides: Vec<Tensor<B, 2>> = copies.map(|adapter| adapter.zeros_like()).collect();
-    let step = || forward_backward(model, Uploaded::new(model, batch.clone()), beta, 1.0, budget.keep);
+    let step = || forward_backward(model, DeviceBatch::new(model, batch), beta, 1.0, budget.keep);
     let (gradients, peak_bytes) = profile::watch_memory(step);
     read(gradients.stats)?;
     drop((gradients.lora, besides));

@@ -25,10 +25,10 @@ pub struct Gradients<B: Backend> {
     pub peak_bytes: Option<u64>,
 }
 
-/// A batch on the device, as forward reads it. To look up its embeddings and send them takes the host a while, which the device does
-/// not wait for where the batch is uploaded before the step ahead of it has ended.
+/// A batch on the device, as forward reads it. To look up its embeddings and send them takes the host a while, in which the device
+/// idles unless the batch is prefetched: made while the device is at work on the one before.
 #[derive(Debug, Clone)]
-pub struct Uploaded<B: Backend> {
+pub struct DeviceBatch<B: Backend> {
     batch: Batch,
     /// `[tokens, hidden]`
     embedded: Tensor<B, 2>,
@@ -37,16 +37,16 @@ pub struct Uploaded<B: Backend> {
     rows: Tensor<B, 1, Int>,
 }
 
-impl<B: Kernels> Uploaded<B> {
+impl<B: Kernels> DeviceBatch<B> {
     /// Uploads a batch for this model.
-    pub fn new(model: &Llama<B>, batch: Batch) -> Self {
+    pub fn new(model: &Llama<B>, batch: &Batch) -> Self {
         let device = model.device();
         let rows: Vec<i32> = batch.rows.iter().map(|&row| row as i32).collect();
         Self {
             embedded: model.embed(&batch.tokens),
             layout: AttentionLayout::new(&model.config, &batch.positions, batch.visible(), &device),
             rows: Tensor::from_data(TensorData::new(rows, [batch.rows.len()]), &device),
-            batch,
+            batch: batch.clone(),
         }
     }
 
@@ -59,13 +59,13 @@ impl<B: Kernels> Uploaded<B> {
 /// Runs a batch forward and backward; the gradients are those of `grad_scale · loss`.
 pub fn forward_backward<B: Kernels>(
     model: &Llama<B>,
-    uploaded: Uploaded<B>,
+    batch: DeviceBatch<B>,
     beta: f32,
     grad_scale: f32,
     keep: impl Into<KeepPlan>,
 ) -> Gradients<B> {
     let device = model.device();
-    let Uploaded { batch, embedded, layout, rows } = uploaded;
+    let DeviceBatch { batch, embedded, layout, rows } = batch;
     // Below the first layer with an adapter there is nothing to learn, so nothing is kept for backward.
     let has_adapter =
         |layer: &DecoderLayer<B>| layer.linears().iter().any(|(_, linear)| linear.lora.is_some());
@@ -111,8 +111,8 @@ pub fn forward_backward<B: Kernels>(
 }
 
 /// Runs a batch forward only and returns its statistics, `[pairs, 5]`.
-pub fn evaluate<B: Kernels>(model: &Llama<B>, uploaded: Uploaded<B>) -> Tensor<B, 2> {
-    let Uploaded { batch, embedded, layout, rows } = uploaded;
+pub fn evaluate<B: Kernels>(model: &Llama<B>, batch: DeviceBatch<B>) -> Tensor<B, 2> {
+    let DeviceBatch { batch, embedded, layout, rows } = batch;
     let x = model.layers.iter().fold(embedded, |x, layer| layer.forward(x, &layout));
     let hidden = model.norm.forward(x.select(0, rows));
     let forward = token_logps(hidden, &model.lm_head, &batch.entries, Expected::Skip);

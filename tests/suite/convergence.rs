@@ -9,7 +9,7 @@ use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
 use orpo_wgpu::train::metrics::StepMetrics;
 use orpo_wgpu::train::optim::read;
-use orpo_wgpu::train::step::{Uploaded, forward_backward};
+use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::goldens::Case;
 use crate::plain;
@@ -31,7 +31,7 @@ struct Side {
 
 const KERNELS: Side = Side {
     step: |model, batch| {
-        let grads = forward_backward(model, Uploaded::new(model, batch.clone()), BETA, 1.0, Keep::Input);
+        let grads = forward_backward(model, DeviceBatch::new(model, batch), BETA, 1.0, Keep::Input);
         (StepMetrics::from_stats(&read(grads.stats).unwrap(), BETA).loss as f32, grads.lora)
     },
     update: |parameters, grads, moments, t| {

@@ -11,7 +11,7 @@ use orpo_wgpu::model::load::{Checkpoint, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::train::loss_scale::LossScaleConfig;
 use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
-use orpo_wgpu::train::step::{Uploaded, forward_backward};
+use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 use orpo_wgpu::train::{Summary, TrainData, TrainSettings, train};
 use serde_json::{Map, Value};
 
@@ -107,8 +107,7 @@ fn a_loss_scale_keeps_small_gradients() {
     let small = 1e-6;
     let grads = |model: &Llama<Wgpu>, scale: f32| -> Vec<Vec<f32>> {
         let grads =
-            forward_backward(model, Uploaded::new(model, batch.clone()), beta, small * scale, Keep::Input)
-                .lora;
+            forward_backward(model, DeviceBatch::new(model, &batch), beta, small * scale, Keep::Input).lora;
         grads.into_iter().map(|grad| values(grad / (small * scale))).collect()
     };
     let want = grads(&exact, 1.0);
@@ -223,7 +222,7 @@ fn activations_beyond_f16_train_with_a_loss_scale() {
         let batch = pack(&case.pairs.iter().take(2).collect::<Vec<_>>(), LossCompat::Swift);
         let beta = case.settings(LossCompat::Swift).beta;
         let grads =
-            forward_backward(&model, Uploaded::new(&model, batch), beta, small * scale, Keep::Input).lora;
+            forward_backward(&model, DeviceBatch::new(&model, &batch), beta, small * scale, Keep::Input).lora;
         grads.into_iter().map(|grad| values(grad / (small * scale))).collect()
     };
     let want = grads(DType::F32, 1.0);

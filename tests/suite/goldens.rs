@@ -23,7 +23,7 @@ use orpo_wgpu::train::optim::AdamWConfig;
 use orpo_wgpu::train::plan::Plan;
 use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
 use orpo_wgpu::train::schedule::{LrSchedulerType, Schedule};
-use orpo_wgpu::train::step::{Uploaded, forward_backward};
+use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
 use serde_json::{Map, Value};
 
@@ -221,7 +221,7 @@ pub(crate) fn check_first_gradients<B: Kernels>(dtype: DType, device: &B::Device
                 for indices in &micro_batches {
                     let rows: Vec<_> = indices.iter().map(|&i| &case.pairs[i]).collect();
                     let scale = 1.0 / micro_batches.len() as f32;
-                    let batch = Uploaded::new(&model, pack(&rows, compat));
+                    let batch = DeviceBatch::new(&model, &pack(&rows, compat));
                     let grads = forward_backward(&model, batch, settings.beta, scale, keep).lora;
                     total = Some(match total {
                         None => grads,

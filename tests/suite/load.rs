@@ -21,7 +21,7 @@ use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::quantize::Storage;
 use orpo_wgpu::train::optim::read;
-use orpo_wgpu::train::step::{Uploaded, forward_backward};
+use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::support::{adapter, assert_close, left_out};
 
@@ -264,8 +264,13 @@ fn check_random<B: Kernels>(dtype: DType, device: &B::Device) {
     let location = Location { path: Path::new("random").into(), line: 1 };
     let pair =
         TokenizedPair { prompt: vec![1, 2, 3], chosen: vec![4, 5], rejected: vec![6, 300, 8], location };
-    let grads =
-        forward_backward(&model, Uploaded::new(&model, pack(&[&pair], LossCompat::Trl)), 0.1, 1.0, Keep::All);
+    let grads = forward_backward(
+        &model,
+        DeviceBatch::new(&model, &pack(&[&pair], LossCompat::Trl)),
+        0.1,
+        1.0,
+        Keep::All,
+    );
     assert!(read(grads.stats).unwrap().iter().all(|value| value.is_finite()), "the loss is finite");
     let db = grads.lora[1].clone().into_data().to_vec::<f32>().unwrap();
     assert!(db.iter().all(|g| g.is_finite()) && db.iter().any(|&g| g != 0.0), "the adapter has a gradient");

@@ -14,7 +14,7 @@ use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::quantize::Storage;
 use orpo_wgpu::ops::{Kernels, profile};
 use orpo_wgpu::train::cost::{StepMemory, StepShape};
-use orpo_wgpu::train::step::{Uploaded, forward_backward};
+use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::gpu::product::matrix_sizes;
 use crate::plain_runtime::PlainBackend;
@@ -75,8 +75,7 @@ impl<B: Kernels> Run<B> {
 
     /// Two micro-batches where the step `accumulates`, else one.
     fn step(&self, batch: &Batch, keep: KeepPlan, accumulates: bool) -> Bytes {
-        let step =
-            || forward_backward(&self.model, Uploaded::new(&self.model, batch.clone()), 0.1, 1.0, keep);
+        let step = || forward_backward(&self.model, DeviceBatch::new(&self.model, batch), 0.1, 1.0, keep);
         let _waiting = accumulates.then(step);
         let (gradients, measured) = profile::watch_memory(step);
         let told = gradients.peak_bytes.unwrap() as f64;

@@ -13,7 +13,7 @@ use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::{DecoderLayer, Llama};
 use orpo_wgpu::train::metrics::StepMetrics;
 use orpo_wgpu::train::optim::read;
-use orpo_wgpu::train::step::{Uploaded, forward_backward};
+use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::goldens::Case;
 use crate::plain;
@@ -85,7 +85,7 @@ fn packed_batch_equals_two_sequences_in_loss_and_every_gradient() {
                 let grads = loss.backward();
                 let got = forward_backward(
                     &model,
-                    Uploaded::new(&model, pack(&pairs, compat)),
+                    DeviceBatch::new(&model, &pack(&pairs, compat)),
                     BETA,
                     1.0,
                     Keep::Input,

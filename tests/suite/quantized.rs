@@ -12,7 +12,7 @@ use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::{Llama, Precision};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::quantize::{Storage, Weight, dequantize_reference};
-use orpo_wgpu::train::step::{Uploaded, forward_backward};
+use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 use serde_json::Value;
 
 use crate::goldens::{Case, relative_distance, values};
@@ -40,7 +40,7 @@ fn check_dense_self<B: Kernels>(device: &B::Device) {
     let case = Case::open("gqa");
     let batch = pack(&case.pairs.iter().take(2).collect::<Vec<_>>(), LossCompat::Swift);
     let step = |model: &Llama<B>| {
-        let grads = forward_backward(model, Uploaded::new(model, batch.clone()), 0.2, 1.0, Keep::Input);
+        let grads = forward_backward(model, DeviceBatch::new(model, &batch), 0.2, 1.0, Keep::Input);
         (values(grads.stats), grads.lora.into_iter().map(values).collect::<Vec<_>>())
     };
     let (exact, _) = case.adapted::<B>(device);
