@@ -148,14 +148,14 @@ pub fn train<B: Kernels>(
     let mut before = evaluate_all(model, data.val, settings, first_step, observer)?;
     let is_validation = before.is_some();
     let mut window = Window::default();
-    let (mut next, mut prefetched) = (None, None);
+    let mut prefetched = None;
     for step in first_step..max_steps {
-        let micro_batches = next.take().unwrap_or_else(|| settings.plan.micro_batches(step));
+        let (planned, first) = prefetched.take().unzip();
+        let micro_batches = planned.unwrap_or_else(|| settings.plan.micro_batches(step));
         let locations = micro_batches.iter().flatten().map(|&i| &data.train[i].location);
         observer.before_step(step + 1, &locations.collect::<Vec<_>>());
         let scale = loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
         let (step_started, tokens_before) = (Instant::now(), window.n_tokens);
-        let first = prefetched.take();
         let (grads, stats) =
             accumulate(model, data.train, &micro_batches, first, settings, scale, &mut window);
         let norm = grad_norm(&grads);
@@ -163,8 +163,9 @@ pub fn train<B: Kernels>(
         optimizer.update(learning_rate, lora::tensors_mut(model), grads, &norm, scale);
         // The device is at work until the step is read.
         if step + 1 < max_steps {
-            let indices = next.insert(settings.plan.micro_batches(step + 1));
-            prefetched = indices.first().map(|first| upload(model, data.train, first, settings.loss_compat));
+            let next = settings.plan.micro_batches(step + 1);
+            let first = next.first().map(|indices| upload(model, data.train, indices, settings.loss_compat));
+            prefetched = first.map(|first| (next, first));
         }
         let (metrics, scaled_norm) = read_step(stats, norm, settings.beta, &mut window)?;
         let grad_norm = scaled_norm / scale;
