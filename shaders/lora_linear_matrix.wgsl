@@ -20,6 +20,8 @@ const PATCH_M = {{ patch_m }}u;
 const PATCH_N = {{ patch_n }}u;
 const PATCHES_N = BLOCK_N / PATCH_N;
 const PATCHES = BLOCK_M / PATCH_M * PATCHES_N;
+// Of a step's depth, what is multiplied without a loop.
+const TURN = {{ turn }}u;
 const BAND = {{ band }}u;
 const WORKGROUP_SIZE = {{ workgroup_size }}u;
 const FRAGMENT = SIZE * SIZE;
@@ -42,21 +44,46 @@ var<workgroup> lhs_tile: array<vec4<f16>, BLOCK_M * LHS_PITCH>;
 var<workgroup> rhs_tile: array<vec4<f16>, RHS_LINES * RHS_PITCH>;
 var<workgroup> fragments: array<f32, PATCHES * FRAGMENT>;
 
+#for matrix in {{ matrices }}
+// Four entries of a line of {{ matrix }} in f16, times `factor` where they are f32. Past the last line they are the last line's, and
+// past a line's end its last: without a branch, all loads of a step are under way at once.
+fn {{ matrix }}_near(line: u32, entry: u32, lines: u32, length: u32, factor: f32) -> vec4<f16> {
+    let begin = min(line, max(lines, 1u) - 1u) * length;
+#if {{ matrix }}_vec4
+    let quad = {{ matrix }}[(begin + min(entry, max(length, 4u) - 4u)) / 4u];
+#else
+    let last = max(length, 1u) - 1u;
+    let quad = vec4({{ matrix }}[begin + min(entry, last)], {{ matrix }}[begin + min(entry + 1u, last)],
+        {{ matrix }}[begin + min(entry + 2u, last)], {{ matrix }}[begin + min(entry + 3u, last)]);
+#endif
+#if {{ matrix }}_f16
+    return quad;
+#else
+    return vec4<f16>(factor * quad);
+#endif
+}
+
+#endfor
 #for part in main prologue
-// A thread's quad of a step of the {{ part }} product's left operand, times `scale`, and of its right one.
-fn {{ part }}_lhs_item(item: u32, first_m: u32, first_k: u32, depth: u32, scale: f32) -> vec4<f16> {
-    let quad = item % (BLOCK_K / 4u);
-    let line = item / (BLOCK_K / 4u);
-    return vec4<f16>(scale * {{ part }}_lhs_quad(first_m + line, first_k + quad * 4u, params.m, depth));
+// A thread's quad of a step of the {{ part }} product's left operand, and of its right one. What is past the depth counts for nothing
+// once one of them is zero there; what is past the last row or column is not stored.
+fn {{ part }}_lhs_item(item: u32, first_m: u32, first_k: u32, depth: u32, factor: f32) -> vec4<f16> {
+    let entry = first_k + item % (BLOCK_K / 4u) * 4u;
+    let quad = {{ part }}_lhs_near(first_m + item / (BLOCK_K / 4u), entry, params.m, depth, factor);
+#if {{ part }}_lhs_vec4
+    return select(vec4<f16>(), quad, entry < depth);
+#else
+    return select(vec4<f16>(), quad, vec4(entry) + vec4(0u, 1u, 2u, 3u) < vec4(depth));
+#endif
 }
 
 fn {{ part }}_rhs_item(item: u32, first_n: u32, first_k: u32, depth: u32) -> vec4<f16> {
-    let quad = item % RHS_QUADS;
+    let entry = item % RHS_QUADS * 4u;
     let line = item / RHS_QUADS;
 #if rhs_rows
-    return vec4<f16>({{ part }}_rhs_quad(first_n + line, first_k + quad * 4u, params.n, depth));
+    return {{ part }}_rhs_near(first_n + line, first_k + entry, params.n, depth, 1.0);
 #else
-    return vec4<f16>({{ part }}_rhs_quad(first_k + line, first_n + quad * 4u, depth, params.n));
+    return {{ part }}_rhs_near(first_k + line, first_n + entry, depth, params.n, 1.0);
 #endif
 }
 
@@ -146,22 +173,27 @@ fn main(
 #for i in {{ rhs_items }}
             {{ part }}_rhs_{{ i }} = {{ part }}_rhs_item(rhs_at_{{ i }}, first_n, next, {{ part }}_depth);
 #endfor
-            for (var step = 0u; step < BLOCK_K; step += SIZE) {
+            for (var first = 0u; first < BLOCK_K; first += TURN) {
+#for step in {{ steps }}
+                {
+                    let step = first + {{ step }}u * SIZE;
 #for i in {{ fragments_m }}
-                let lhs_{{ i }} =
-                    coopLoadT<Lhs>(&lhs_tile[(patch_m + {{ i }}u * SIZE) * LHS_PITCH + step / 4u], LHS_PITCH);
+                    let lhs_{{ i }} =
+                        coopLoadT<Lhs>(&lhs_tile[(patch_m + {{ i }}u * SIZE) * LHS_PITCH + step / 4u], LHS_PITCH);
 #endfor
 #for j in {{ fragments_n }}
 #if rhs_rows
-                let rhs_{{ j }} =
-                    coopLoad<Rhs>(&rhs_tile[(patch_n + {{ j }}u * SIZE) * RHS_PITCH + step / 4u], RHS_PITCH);
+                    let rhs_{{ j }} =
+                        coopLoad<Rhs>(&rhs_tile[(patch_n + {{ j }}u * SIZE) * RHS_PITCH + step / 4u], RHS_PITCH);
 #else
-                let rhs_{{ j }} =
-                    coopLoadT<Rhs>(&rhs_tile[step * RHS_PITCH + (patch_n + {{ j }}u * SIZE) / 4u], RHS_PITCH);
+                    let rhs_{{ j }} =
+                        coopLoadT<Rhs>(&rhs_tile[step * RHS_PITCH + (patch_n + {{ j }}u * SIZE) / 4u], RHS_PITCH);
 #endif
 #for i in {{ fragments_m }}
-                sums_{{ i }}_{{ j }} = coopMultiplyAdd(lhs_{{ i }}, rhs_{{ j }}, sums_{{ i }}_{{ j }});
+                    sums_{{ i }}_{{ j }} = coopMultiplyAdd(lhs_{{ i }}, rhs_{{ j }}, sums_{{ i }}_{{ j }});
 #endfor
+#endfor
+                }
 #endfor
             }
         }

@@ -165,6 +165,8 @@ impl Shader {
                 flags.extend(quads.prologue_lhs.then_some("prologue_lhs_vec4"));
                 flags.extend(quads.prologue_rhs.then_some("prologue_rhs_vec4"));
                 flags.extend(quads.out.then_some("out_vec4"));
+                flags.extend((elements.lhs == Element::F16).then_some("main_lhs_f16"));
+                flags.extend((elements.rhs == Element::F16).then_some("main_rhs_f16"));
                 match cut {
                     Cut::Registers(tile) => {
                         // The largest tiles fill the 16 KiB that every device has, and go without.
@@ -200,6 +202,8 @@ impl Shader {
                             ("size", tile.size.to_string()),
                             ("patch_m", tile.patch_m.to_string()),
                             ("patch_n", tile.patch_n.to_string()),
+                            ("turn", tile.turn().to_string()),
+                            ("steps", list(tile.turn() / tile.size)),
                             ("lhs_items", list(tile.items()[0])),
                             ("rhs_items", list(tile.items()[1])),
                             ("fragments_m", list(tile.patch_m / tile.size)),
@@ -207,8 +211,7 @@ impl Shader {
                         ]);
                         concat!(
                             include_str!("../../shaders/lora_linear_matrix.wgsl"),
-                            include_str!("../../shaders/shared/product.wgsl"),
-                            include_str!("../../shaders/shared/quads.wgsl")
+                            include_str!("../../shaders/shared/product.wgsl")
                         )
                     }
                 }

@@ -263,6 +263,11 @@ impl MatrixTile {
         lines(self.block_m, self.block_k) + rhs + 4 * patches * self.size * self.size
     }
 
+    /// Depth that is multiplied without a loop: all of a step, but on software adapters, whose compilers take long for it and win nothing.
+    pub(super) fn turn(self) -> u32 {
+        if self.lanes == Self::LANES[0] { self.size } else { self.block_k }
+    }
+
     /// Threads of a workgroup.
     pub(super) fn threads(self) -> u32 {
         self.block_m / self.patch_m * (self.block_n / self.patch_n) * self.lanes
