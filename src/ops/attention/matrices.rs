@@ -101,12 +101,16 @@ impl<F: Float> MatrixRoom<F> {
 
     pub(super) fn own(&mut self, #[comptime] slot: usize, owned: &Block<F>) {
         let at = comptime!(slot * self.tile.block_m() * pitch(self.form));
-        stage::<F>(owned, &mut self.owned, at, comptime!(self.tile.block_m()), self.tile);
+        let n = comptime!(self.tile.block_m());
+        let own = fetch::<F>(owned, n, self.tile);
+        stage::<F>(&own, &mut self.owned, at, n, comptime!(self.form.quads), self.tile);
     }
 
     pub(super) fn walk(&mut self, walked: &Block<F>) {
+        let n = comptime!(self.tile.block_n());
+        let own = fetch::<F>(walked, n, self.tile);
         sync_cube();
-        stage::<F>(walked, &mut self.walked, 0usize, comptime!(self.tile.block_n()), self.tile);
+        stage::<F>(&own, &mut self.walked, 0usize, n, comptime!(self.form.quads), self.tile);
         sync_cube();
     }
 
@@ -314,21 +318,37 @@ fn operand<F: Float>(
     }
 }
 
-/// Copies a block's `n` lines to where `at` is their first quad.
+/// What a thread stages of a block's `n` lines, loaded at once: one load is on its way while the others are.
+#[cube]
+fn fetch<F: Float>(from: &Block<F>, #[comptime] n: usize, #[comptime] tile: Tile) -> Array<Quad<F>> {
+    let quads = comptime!(from.lines.quads);
+    let items = comptime!(n * quads);
+    let threads = comptime!(tile.threads_m * tile.threads_n);
+    let mut own = Array::<Quad<F>>::new(comptime!(items.div_ceil(threads)));
+    #[unroll]
+    for i in 0..comptime!(items.div_ceil(threads)) {
+        let item = min(UNIT_POS as usize + i * threads, items - 1);
+        own[i] = from.entries[from.start(item / quads) + item % quads];
+    }
+    own
+}
+
+/// Puts what was fetched of `n` lines of so many quads where `at` is their first.
 #[cube]
 fn stage<F: Float>(
-    from: &Block<F>,
+    own: &Array<Quad<F>>,
     to: &mut SharedMemory<Quad<F>>,
     at: usize,
     #[comptime] n: usize,
+    #[comptime] quads: usize,
     #[comptime] tile: Tile,
 ) {
-    let quads = comptime!(from.lines.quads);
     let items = comptime!(n * quads);
-    let pitch = comptime!(quads + PADDING);
-    for item in range_stepped(UNIT_POS as usize, items, comptime!(tile.threads_m * tile.threads_n)) {
-        let line = item / quads;
-        let quad = item % quads;
-        to[at + line * pitch + quad] = from.entries[from.start(line) + quad];
+    let threads = comptime!(tile.threads_m * tile.threads_n);
+    #[unroll]
+    for i in 0..comptime!(items.div_ceil(threads)) {
+        // Of what does not go round, several threads have fetched the last, and put the same there.
+        let item = min(UNIT_POS as usize + i * threads, items - 1);
+        to[at + item / quads * comptime!(quads + PADDING) + item % quads] = own[i];
     }
 }
