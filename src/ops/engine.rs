@@ -74,12 +74,7 @@ pub trait Engine: CubeRuntime {
         s: Tensor<B, 2>,
         lora: &Lora<B>,
     ) -> LoraGrads<B> {
-        const NAME: &str = "lora_linear backward lora";
-        let (dy, x, scale) = (operand(dy), operand(x), lora.scale);
-        let ds = rank::rows(NAME, &dy, &turned(&input(lora.b.clone())), scale);
-        let db = rank::columns(NAME, &dy, &operand(s), scale, Side::Columns);
-        let da = rank::columns(NAME, &x, &ds, 1.0, Side::Rows);
-        LoraGrads { ds: tensor(ds), da: tensor(da), db: tensor(db) }
+        lora_grads(dy, x, s, lora)
     }
 
     /// `dx = sum + dy W + ds A`, `[tokens, in]`, in `dtype`.
@@ -138,7 +133,22 @@ pub trait Engine: CubeRuntime {
     }
 }
 
+/// The adapter's gradients, each in a read of its own.
+pub(super) fn lora_grads<R: Engine, B: Floating<R>>(
+    dy: Tensor<B, 2>,
+    x: Tensor<B, 2>,
+    s: Tensor<B, 2>,
+    lora: &Lora<B>,
+) -> LoraGrads<B> {
+    const NAME: &str = "lora_linear backward lora";
+    let (dy, x, scale) = (operand(dy), operand(x), lora.scale);
+    let ds = rank::rows(NAME, &dy, &turned(&input(lora.b.clone())), scale);
+    let db = rank::columns(NAME, &dy, &operand(s), scale, Side::Columns);
+    let da = rank::columns(NAME, &x, &ds, 1.0, Side::Rows);
+    LoraGrads { ds: tensor(ds), da: tensor(da), db: tensor(db) }
+}
+
 /// `x Aᵀ`
-fn rank_r<R: Engine, B: Floating<R>>(x: &CubeTensor<R>, lora: &Lora<B>) -> CubeTensor<R> {
+pub(super) fn rank_r<R: Engine, B: Floating<R>>(x: &CubeTensor<R>, lora: &Lora<B>) -> CubeTensor<R> {
     rank::rows("lora_linear rank r", x, &input(lora.a.clone()), 1.0)
 }

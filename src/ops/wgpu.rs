@@ -3,7 +3,8 @@
 use burn::tensor::{DType, Tensor};
 use burn_wgpu::WgpuRuntime;
 
-use super::engine::{Engine, Floating};
+use super::cube::is_software;
+use super::engine::{self, Engine, Floating};
 use super::gpu::{input, operand, tensor};
 use super::kernel::{Layout, RANK_QUADS, Shader, launch};
 use super::lora_linear::{Lora, LoraGrads};
@@ -38,6 +39,9 @@ impl Engine for WgpuRuntime {
         s: Tensor<B, 2>,
         lora: &Lora<B>,
     ) -> LoraGrads<B> {
+        if !is_software(&operand(dy.clone()).client) {
+            return engine::lora_grads(dy, x, s, lora);
+        }
         let (dy, x, s, b) = (operand(dy), operand(x), input(s), input(lora.b.clone()));
         let (ds, db) = match RANK_QUADS.into_iter().find(|quads| dims(&b)[1] <= 4 * quads) {
             Some(rank_quads) => lora_backward(rank_quads, &dy, &b, &s, lora.scale),
@@ -114,5 +118,8 @@ impl Engine for WgpuRuntime {
 
 /// `x Aᵀ`
 fn rank_r<B: Floating<WgpuRuntime>>(x: &Floats, lora: &Lora<B>) -> Floats {
+    if !is_software(&x.client) {
+        return engine::rank_r(x, lora);
+    }
     Product::new(Layout::RowsRows, x, &input(lora.a.clone())).named("lora_linear rank r").run()
 }

@@ -30,6 +30,8 @@ const ROW_THREADS: usize = 128;
 const LANES: usize = 32;
 /// Threads there that take turns with the rows.
 const TURNS: usize = 8;
+/// Rows that each of them loads at once: not every compiler lets one load wait beside the others of a loop.
+const AHEAD: usize = 4;
 /// Rows of which it makes one partial sum for every [`RANKS`] columns, so that the sums stay an eighth of the matrix, and of a narrow one
 /// there are still several workgroups for each processor of a large GPU.
 const SLAB: usize = 128;
@@ -48,23 +50,43 @@ pub(super) fn rows<R: Engine>(
     if rank.is_multiple_of(2) && parts::are_taken(&x, true) {
         return parts::rows(name, &x, right, factor);
     }
-    let right = into_contiguous(right.clone());
+    let [rank_step, step] = [0, 1].map(|axis| right.meta.strides()[axis]);
+    let is_turned = depth > 1 && step != 1;
+    let lines = if is_turned {
+        empty(&x, Shape::from([rank, depth]), DType::F32)
+    } else {
+        into_contiguous(right.clone())
+    };
     let out = empty(&x, Shape::from([m, rank]), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
     let width = vector_width(depth);
+    let (line_cubes, line_cube) = one_thread_each(&client, rank * depth);
     // Neighbours read the same rows.
     let cubes = CubeCount::Static(rank.div_ceil(RANKS) as u32, m.div_ceil(ROWS) as u32, 1);
-    profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
+    profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, right, &out]), &client, || {
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: rows and ranks are held against their numbers, and a row's vectors are counted.
+        // SAFETY: rows, ranks and entries are held against their numbers, and a row's vectors are counted.
         unsafe {
+            if is_turned {
+                lines_kernel::launch_unchecked::<R>(
+                    &client,
+                    line_cubes,
+                    line_cube,
+                    right.clone().into_array_arg(),
+                    lines.clone().into_array_arg(),
+                    depth,
+                    rank,
+                    step,
+                    rank_step,
+                );
+            }
             rows_kernel::launch_unchecked::<R>(
                 &client,
                 cubes,
                 CubeDim::new_1d(ROW_THREADS as u32),
                 width,
                 x.into_array_arg(),
-                right.into_array_arg(),
+                lines.into_array_arg(),
                 out.clone().into_array_arg(),
                 m,
                 depth / width,
@@ -75,6 +97,21 @@ pub(super) fn rows<R: Engine>(
         }
     });
     out
+}
+
+/// `[r, depth]` in lines, of a matrix that lies otherwise: a column of `B` for each rank.
+#[cube(launch_unchecked)]
+fn lines_kernel(
+    matrix: &Array<f32>,
+    lines: &mut Array<f32>,
+    depth: usize,
+    rank: usize,
+    step: usize,
+    rank_step: usize,
+) {
+    if ABSOLUTE_POS < rank * depth {
+        lines[ABSOLUTE_POS] = matrix[ABSOLUTE_POS % depth * step + ABSOLUTE_POS / depth * rank_step];
+    }
 }
 
 #[cube(launch_unchecked)]
@@ -237,11 +274,22 @@ fn columns_kernel<F: Float, N: Size>(
     for k in 0..RANKS {
         own[k] = Vector::new(0.0f32);
     }
-    for row in range_stepped(part * slab + turn, min(m, (part + 1) * slab), TURNS) {
-        let entries = Vector::<f32, N>::cast_from(x[row * row_vectors + min(column, row_vectors - 1)]);
+    let end = min(m, (part + 1) * slab);
+    for first in range_stepped(part * slab + turn, end, comptime!(TURNS * AHEAD)) {
+        let mut entries = Array::<Vector<F, N>>::new(AHEAD);
         #[unroll]
-        for k in 0..RANKS {
-            own[k] += entries * Vector::new(left[row * rank + min(first_rank + k, rank - 1)]);
+        for i in 0..AHEAD {
+            entries[i] = x[min(first + i * TURNS, m - 1) * row_vectors + min(column, row_vectors - 1)];
+        }
+        #[unroll]
+        for i in 0..AHEAD {
+            let row = first + i * TURNS;
+            let entries = Vector::<f32, N>::cast_from(entries[i]);
+            #[unroll]
+            for k in 0..RANKS {
+                let factor = left[min(row, m - 1) * rank + min(first_rank + k, rank - 1)];
+                own[k] += entries * Vector::new(select(row < end, factor, 0.0f32));
+            }
         }
     }
     let mut shared = SharedMemory::<Vector<f32, N>>::new(comptime!(LANES * TURNS));
