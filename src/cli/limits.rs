@@ -87,12 +87,23 @@ fn best_seconds<B: Kernels>(device: &B::Device, launch: impl Fn() -> Tensor<B, 2
 /// The shortest span that is timed: long beside the wait for the device at its end.
 const LEAST_SECONDS: f64 = 0.01;
 const MAX_LAUNCHES: u32 = 100;
+/// How long a device computes before it is timed: a GPU that waited for a compiler has slowed its clock down.
+const WARM_UP_SECONDS: f64 = 0.3;
 
 /// The best time of a few that a launch takes, of a function that gives the seconds of so many launches and a wait.
 fn per_launch(mut seconds: impl FnMut(u32) -> Result<f64>) -> Result<f64> {
     // The first compiles the kernel.
     seconds(1)?;
-    let launches = (LEAST_SECONDS / seconds(1)?).ceil().clamp(1.0, f64::from(MAX_LAUNCHES)) as u32;
+    let first = seconds(1)?;
+    let launches = |seconds: f64| (LEAST_SECONDS / seconds).ceil().clamp(1.0, f64::from(MAX_LAUNCHES)) as u32;
+    let (mut warm, mut spent) = (first, first);
+    while spent < WARM_UP_SECONDS {
+        let launches = launches(warm);
+        let span = seconds(launches)?;
+        warm = warm.min(span / f64::from(launches));
+        spent += span;
+    }
+    let launches = launches(warm);
     let mut best = f64::INFINITY;
     for _ in 0..4 {
         best = best.min(seconds(launches)? / f64::from(launches));

@@ -124,11 +124,13 @@ pub enum Verdict<C> {
 }
 
 /// Raised with every change of what is timed or held to be right: older timings say something else.
-pub const METHOD: u32 = 5;
+pub const METHOD: u32 = 6;
 /// Products of fewer operations are not timed: there is nothing to win.
 pub const LEAST_FLOPS: f64 = 1e8;
-const WARM_UPS: usize = 2;
-const RUNS: usize = 3;
+/// Times that each way of making a product is timed, at least.
+const ROUNDS: u32 = 4;
+/// How long a kind's ways are timed, at least: a GPU that waited for a compiler has slowed its clock down, and takes a while.
+const LEAST_SPAN: Duration = Duration::from_millis(300);
 /// The shortest span that is timed.
 const LEAST_MS: f64 = 5.0;
 
@@ -227,16 +229,22 @@ pub fn tune<E: Tunable>(
             continue;
         }
         let scratch = E::scratch(&client, device, kind);
+        let mut right = Vec::with_capacity(candidates.len());
         for choice in candidates {
             if is_over() {
                 break;
             }
-            // What failed before must not count as a failure of this way.
-            settle(&client);
-            match measure::<E>(device, &scratch, kind, choice) {
-                Outcome::Right(ms) => keep_timing(Timing { kind, choice, ms: Some(ms) }),
+            match try_out::<E>(device, &scratch, kind, choice) {
+                Outcome::Right(_) => right.push(choice),
                 Outcome::Wrong => keep_timing(Timing { kind, choice, ms: None }),
                 Outcome::Failed => {}
+            }
+        }
+        for (choice, ms) in right.iter().zip(time::<E>(&client, &scratch, &right)) {
+            let outcome = if ms.is_finite() { Outcome::Right(ms) } else { Outcome::Failed };
+            keep::<E>(device, kind, *choice, outcome);
+            if outcome != Outcome::Failed {
+                keep_timing(Timing { kind, choice: *choice, ms: Some(ms) });
             }
         }
     }
@@ -253,8 +261,7 @@ pub(super) fn comes_out_right<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind, c
     let known = known::<E>(device, kind, choice).filter(|outcome| *outcome != Outcome::Failed);
     let outcome = known.unwrap_or_else(|| {
         let client = E::Runtime::client(device);
-        settle(&client);
-        measure::<E>(device, &E::scratch(&client, device, kind), kind, choice)
+        try_out::<E>(device, &E::scratch(&client, device, kind), kind, choice)
     });
     matches!(outcome, Outcome::Right(_))
 }
@@ -262,7 +269,7 @@ pub(super) fn comes_out_right<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind, c
 /// What came of trying a way.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Outcome {
-    /// It takes so many ms.
+    /// It takes so many ms, infinitely many as long as it was not timed.
     Right(f64),
     /// It gives something else, or cannot be tried.
     Wrong,
@@ -270,22 +277,23 @@ pub enum Outcome {
     Failed,
 }
 
-/// Tries a way, and lets the device's products follow what came of it.
-fn measure<E: Tunable>(
+/// Tries a way without timing it, and lets the device's products follow what came of it.
+///
+/// # Panics
+/// If the device failed before, which must not count as a failure of this way.
+fn try_out<E: Tunable>(
     device: &DeviceOf<E>,
     scratch: &E::Scratch,
     kind: E::Kind,
     choice: E::Choice,
 ) -> Outcome {
     let client = E::Runtime::client(device);
+    settle(&client);
     let is_right = is_right::<E>(scratch, kind, choice);
     // wgpu tells of a launch that failed only when it is waited for.
     let has_failed = pollster::block_on(client.sync()).is_err();
     let outcome = match is_right {
-        Ok(true) if !has_failed => match time::<E>(&client, scratch, choice) {
-            ms if ms.is_finite() => Outcome::Right(ms),
-            _ => Outcome::Failed,
-        },
+        Ok(true) if !has_failed => Outcome::Right(f64::INFINITY),
         Ok(false) if !has_failed => Outcome::Wrong,
         _ => Outcome::Failed,
     };
@@ -306,9 +314,14 @@ pub fn is_right<E: Tunable>(
     out.map_or(Ok(false), |out| is_product(&out, E::depth(kind)))
 }
 
-/// The best time of a few, in ms; each over as many launches as take long beside a wait for the device.
-fn time<E: Tunable>(client: &ComputeClient<E::Runtime>, scratch: &E::Scratch, choice: E::Choice) -> f64 {
-    let run = |launches: u32| {
+/// The best time of each way in ms, infinite where the device failed. They take turns, so that none is timed by a slower clock than the
+/// others; a turn has as many launches as take long beside a wait for the device.
+fn time<E: Tunable>(
+    client: &ComputeClient<E::Runtime>,
+    scratch: &E::Scratch,
+    choices: &[E::Choice],
+) -> Vec<f64> {
+    let run = |choice: E::Choice, launches: u32| {
         let start = Instant::now();
         for _ in 0..launches {
             drop(E::launch(scratch, choice, None));
@@ -316,7 +329,14 @@ fn time<E: Tunable>(client: &ComputeClient<E::Runtime>, scratch: &E::Scratch, ch
         let is_done = pollster::block_on(client.sync()).is_ok();
         if is_done { start.elapsed().as_secs_f64() * 1e3 / f64::from(launches) } else { f64::INFINITY }
     };
-    let warm = (0..WARM_UPS).map(|_| run(1)).fold(f64::INFINITY, f64::min);
-    let launches = (LEAST_MS / warm).ceil().clamp(1.0, 32.0) as u32;
-    (0..RUNS).map(|_| run(launches)).fold(f64::INFINITY, f64::min)
+    let mut times: Vec<_> = choices.iter().map(|&choice| (choice, run(choice, 1))).collect();
+    let (start, mut rounds) = (Instant::now(), 0);
+    while rounds < ROUNDS || start.elapsed() < LEAST_SPAN && !times.is_empty() {
+        for (choice, ms) in times.iter_mut().filter(|(_, ms)| ms.is_finite()) {
+            let again = run(*choice, (LEAST_MS / *ms).ceil().clamp(1.0, 32.0) as u32);
+            *ms = if again.is_finite() { ms.min(again) } else { again };
+        }
+        rounds += 1;
+    }
+    times.into_iter().map(|(_, ms)| ms).collect()
 }

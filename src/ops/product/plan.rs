@@ -67,8 +67,8 @@ impl Device {
         }
     }
 
-    /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before all others.
-    /// They take `f16`; `rounds` says whether an `f32` that meets a weight in `f16` may be rounded to it.
+    /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before the one other that
+    /// there is beside them. They take `f16`; `rounds` says whether an `f32` that meets a weight in `f16` may be rounded to it.
     pub(in crate::ops) fn cuts(
         self,
         layout: Layout,
@@ -87,6 +87,9 @@ impl Device {
             cuts.retain(|&cut| blocks(cut, extents).iter().all(|&blocks| blocks <= MAX_WORKGROUPS));
             cuts.sort_by_key(|&cut| self.cost(cut, extents));
             cuts.truncate(MOST_CUTS);
+        }
+        if !matrices.is_empty() {
+            tiles.truncate(1);
         }
         matrices.extend(tiles);
         matrices
