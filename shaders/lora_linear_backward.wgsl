@@ -1,5 +1,5 @@
-// The adapter's half of the backward of src/ops/lora_linear.rs in one read of dy, for small ranks; launched by
-// src/ops/product.rs.
+// The adapter's half of the backward of src/ops/lora_linear.rs in one read of dy, for small ranks on software adapters;
+// launched by src/ops/product.rs.
 //
 //     ds = scale · dy B      dB = scale · dyᵀ s
 //

@@ -74,7 +74,7 @@ pub trait Engine: CubeRuntime {
         s: Tensor<B, 2>,
         lora: &Lora<B>,
     ) -> LoraGrads<B> {
-        lora_grads(dy, x, s, lora)
+        lora_grads(&operand(dy), &operand(x), &operand(s), lora)
     }
 
     /// `dx = sum + dy W + ds A`, `[tokens, in]`, in `dtype`.
@@ -135,16 +135,15 @@ pub trait Engine: CubeRuntime {
 
 /// The adapter's gradients, each in a read of its own.
 pub(super) fn lora_grads<R: Engine, B: Floating<R>>(
-    dy: Tensor<B, 2>,
-    x: Tensor<B, 2>,
-    s: Tensor<B, 2>,
+    dy: &CubeTensor<R>,
+    x: &CubeTensor<R>,
+    s: &CubeTensor<R>,
     lora: &Lora<B>,
 ) -> LoraGrads<B> {
     const NAME: &str = "lora_linear backward lora";
-    let (dy, x, scale) = (operand(dy), operand(x), lora.scale);
-    let ds = rank::rows(NAME, &dy, &turned(&input(lora.b.clone())), scale);
-    let db = rank::columns(NAME, &dy, &operand(s), scale, Side::Columns);
-    let da = rank::columns(NAME, &x, &ds, 1.0, Side::Rows);
+    let ds = rank::rows(NAME, dy, &turned(&input(lora.b.clone())), lora.scale);
+    let db = rank::columns(NAME, dy, s, lora.scale, Side::Columns);
+    let da = rank::columns(NAME, x, &ds, 1.0, Side::Rows);
     LoraGrads { ds: tensor(ds), da: tensor(da), db: tensor(db) }
 }
 

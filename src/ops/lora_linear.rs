@@ -4,7 +4,7 @@
 //! product starts its accumulators from `scale · s Bᵀ`, so `x` and `y` are each touched once. Backward likewise:
 //!
 //! ```text
-//! ds = scale · dy B      dB = scale · dyᵀ s      one read of dy, for small ranks
+//! ds = scale · dy B      dB = scale · dyᵀ s      one read of dy on software adapters, for small ranks
 //! dA = dsᵀ x             dx = dy W + ds A        the same prologue as forward
 //! ```
 //!

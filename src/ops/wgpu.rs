@@ -39,10 +39,12 @@ impl Engine for WgpuRuntime {
         s: Tensor<B, 2>,
         lora: &Lora<B>,
     ) -> LoraGrads<B> {
-        if !is_software(&operand(dy.clone()).client) {
-            return engine::lora_grads(dy, x, s, lora);
+        let (dy, x, s) = (operand(dy), operand(x), input(s));
+        // One read of `dy` in panels keeps too few of a GPU's workgroups busy.
+        if !is_software(&dy.client) {
+            return engine::lora_grads(&dy, &x, &s, lora);
         }
-        let (dy, x, s, b) = (operand(dy), operand(x), input(s), input(lora.b.clone()));
+        let b = input(lora.b.clone());
         let (ds, db) = match RANK_QUADS.into_iter().find(|quads| dims(&b)[1] <= 4 * quads) {
             Some(rank_quads) => lora_backward(rank_quads, &dy, &b, &s, lora.scale),
             None => (
