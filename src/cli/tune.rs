@@ -21,7 +21,7 @@ use crate::ops::{Cuts, Kernels, matrix_units_are_off};
 
 /// Runs of fewer operations are over before timing would have paid.
 const LEAST_FLOPS: f64 = 1e14;
-/// The longest that timing may take, but for the compilation of one kernel.
+/// The longest that timing may take, but for the compilation of one kernel and a launch of each that is compiled then.
 const BUDGET: Duration = Duration::from_secs(20);
 
 /// What the file holds.
@@ -123,7 +123,7 @@ fn tune_on<E: Tunable>(
     let mut unwritten = None;
     tune::tune::<E>(device, &kinds, BUDGET, |timing| {
         timings.push(timing);
-        // Each at once: the next may not be survived.
+        // A kind's at once: the next may not be survived.
         if let Some(path) = &path
             && let Err(reason) = write(path, &Cache { of: identity.of.clone(), timings: &timings })
         {

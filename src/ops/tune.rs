@@ -131,6 +131,8 @@ pub const LEAST_FLOPS: f64 = 1e8;
 const ROUNDS: u32 = 4;
 /// How long a kind's ways are timed, at least: a GPU that waited for a compiler has slowed its clock down, and takes a while.
 const LEAST_SPAN: Duration = Duration::from_millis(300);
+/// A way that takes so many times the fastest's time at first is not timed again.
+const FAR_SLOWER: f64 = 3.0;
 /// The shortest span that is timed.
 const LEAST_MS: f64 = 5.0;
 
@@ -240,7 +242,7 @@ pub fn tune<E: Tunable>(
                 Outcome::Failed => {}
             }
         }
-        for (choice, ms) in right.iter().zip(time::<E>(&client, &scratch, &right)) {
+        for (choice, ms) in right.iter().zip(time::<E>(&client, &scratch, &right, is_over)) {
             let outcome = if ms.is_finite() { Outcome::Right(ms) } else { Outcome::Failed };
             keep::<E>(device, kind, *choice, outcome);
             if outcome != Outcome::Failed {
@@ -315,11 +317,12 @@ pub fn is_right<E: Tunable>(
 }
 
 /// The best time of each way in ms, infinite where the device failed. They take turns, so that none is timed by a slower clock than the
-/// others; a turn has as many launches as take long beside a wait for the device.
+/// others; a turn has as many launches as take long beside a wait for the device. Once it `is_over`, the first times have to do.
 fn time<E: Tunable>(
     client: &ComputeClient<E::Runtime>,
     scratch: &E::Scratch,
     choices: &[E::Choice],
+    is_over: impl Fn() -> bool,
 ) -> Vec<f64> {
     let run = |choice: E::Choice, launches: u32| {
         let start = Instant::now();
@@ -329,14 +332,19 @@ fn time<E: Tunable>(
         let is_done = pollster::block_on(client.sync()).is_ok();
         if is_done { start.elapsed().as_secs_f64() * 1e3 / f64::from(launches) } else { f64::INFINITY }
     };
-    let mut times: Vec<_> = choices.iter().map(|&choice| (choice, run(choice, 1))).collect();
+    let mut times: Vec<_> = choices.iter().map(|&choice| run(choice, 1)).collect();
+    let far = FAR_SLOWER * times.iter().copied().fold(f64::INFINITY, f64::min);
+    let close: Vec<_> = (0..times.len()).filter(|&i| times[i].is_finite() && times[i] <= far).collect();
     let (start, mut rounds) = (Instant::now(), 0);
-    while rounds < ROUNDS || start.elapsed() < LEAST_SPAN && !times.is_empty() {
-        for (choice, ms) in times.iter_mut().filter(|(_, ms)| ms.is_finite()) {
-            let again = run(*choice, (LEAST_MS / *ms).ceil().clamp(1.0, 32.0) as u32);
-            *ms = if again.is_finite() { ms.min(again) } else { again };
+    while !close.is_empty() && (rounds < ROUNDS || start.elapsed() < LEAST_SPAN) {
+        for &i in &close {
+            if is_over() {
+                return times;
+            }
+            let again = run(choices[i], (LEAST_MS / times[i]).ceil().clamp(1.0, 32.0) as u32);
+            times[i] = if again.is_finite() { times[i].min(again) } else { again };
         }
         rounds += 1;
     }
-    times.into_iter().map(|(_, ms)| ms).collect()
+    times
 }
