@@ -149,18 +149,19 @@ fn rows_kernel<F: Float, N: Size>(
         }
     }
 
-    // A few threads an output, then one. Rows are longer than what they hold, which keeps outputs out of each other's banks.
+    // A few threads an output, then one. An output's row is turned by its number, which keeps it out of its neighbours' banks: longer
+    // rows would be more than the 16 KiB that every device has.
     let parts = comptime!(ROW_THREADS / (ROWS * RANKS));
-    let pitch = comptime!(ROW_THREADS + parts);
-    let mut shared = SharedMemory::<f32>::new(comptime!(ROWS * RANKS * pitch));
+    let mut shared = SharedMemory::<f32>::new(comptime!(ROWS * RANKS * ROW_THREADS));
     #[unroll]
     for i in 0..comptime!(ROWS * RANKS) {
-        shared[i * pitch + unit] = sums[i];
+        shared[i * ROW_THREADS + (unit + i * parts) % ROW_THREADS] = sums[i];
     }
     sync_cube();
     let mut part = 0.0f32;
+    let output = unit / parts;
     for i in 0..comptime!(ROWS * RANKS) {
-        part += shared[unit / parts * pitch + unit % parts + i * parts];
+        part += shared[output * ROW_THREADS + (unit % parts + (i + output) * parts) % ROW_THREADS];
     }
     sync_cube();
     shared[unit] = part;
