@@ -40,8 +40,7 @@ impl Engine for WgpuRuntime {
         lora: &Lora<B>,
     ) -> LoraGrads<B> {
         let (dy, x, s) = (operand(dy), operand(x), input(s));
-        // One read of `dy` in panels keeps too few of a GPU's workgroups busy.
-        if !is_software(&dy.client) {
+        if is_narrow(&dy, lora) {
             return engine::lora_grads(&dy, &x, &s, lora);
         }
         let b = input(lora.b.clone());
@@ -118,9 +117,17 @@ impl Engine for WgpuRuntime {
     }
 }
 
+/// The highest rank whose products with a matrix of tokens are made as narrow ones: they read it anew for every eight ranks.
+const NARROW: usize = 32;
+
+/// Whether an adapter's products are too narrow for a GPU's tiles, and for panels that read `dy` once: either leaves most of it idle.
+fn is_narrow<B: Floating<WgpuRuntime>>(tokens: &Floats, lora: &Lora<B>) -> bool {
+    !is_software(&tokens.client) && lora.a.dims()[0] <= NARROW
+}
+
 /// `x Aᵀ`
 fn rank_r<B: Floating<WgpuRuntime>>(x: &Floats, lora: &Lora<B>) -> Floats {
-    if !is_software(&x.client) {
+    if is_narrow(x, lora) {
         return engine::rank_r(x, lora);
     }
     Product::new(Layout::RowsRows, x, &input(lora.a.clone())).named("lora_linear rank r").run()
