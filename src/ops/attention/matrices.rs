@@ -347,8 +347,9 @@ fn stage<F: Float>(
     let threads = comptime!(tile.threads_m * tile.threads_n);
     #[unroll]
     for i in 0..comptime!(items.div_ceil(threads)) {
-        // Of what does not go round, several threads have fetched the last, and put the same there.
-        let item = min(UNIT_POS as usize + i * threads, items - 1);
-        to[at + item / quads * comptime!(quads + PADDING) + item % quads] = own[i];
+        let item = UNIT_POS as usize + i * threads;
+        if comptime!(items.is_multiple_of(threads)) || item < items {
+            to[at + item / quads * comptime!(quads + PADDING) + item % quads] = own[i];
+        }
     }
 }

@@ -97,7 +97,8 @@ impl Tunable for Cuts {
     fn candidates(client: &ComputeClient<WgpuRuntime>, kind: CutKind) -> Vec<CutChoice> {
         // Only the gradient by a layer's input meets a weight of another type and may be rounded to it.
         let rounds = kind.layout == Layout::RowsColumns;
-        let cuts = Device::of(client).cuts(kind.layout, kind.elements, [kind.m, kind.n], rounds);
+        let device = Device::of(client);
+        let cuts = device.worth_timing(device.cuts(kind.layout, kind.elements, [kind.m, kind.n], rounds));
         cuts.into_iter().map(CutChoice::Own).chain([CutChoice::Cubek]).collect()
     }
 

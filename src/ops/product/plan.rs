@@ -42,6 +42,15 @@ impl Device {
         Self { matrices, shared_bytes, ..device }
     }
 
+    /// Of a product's cuts those that are worth timing: beside matrices, of a GPU's others the cheapest alone.
+    pub(super) fn worth_timing(self, mut cuts: Vec<Cut>) -> Vec<Cut> {
+        let n_matrices = cuts.iter().filter(|cut| matches!(cut, Cut::Matrices(_))).count();
+        if n_matrices > 0 && !self.is_software {
+            cuts.truncate(n_matrices + 1);
+        }
+        cuts
+    }
+
     /// Whether it multiplies matrices of `f16` with `f32` sums.
     pub(super) fn has_matrices(self) -> bool {
         self.matrices.is_some()
@@ -67,8 +76,7 @@ impl Device {
         }
     }
 
-    /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before the one other that
-    /// there is beside them. They take `f16`; `rounds` says whether an `f32` that meets a weight in `f16` may be rounded to it.
+    /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before all others. They take `f16`; `rounds` says whether an `f32` that meets a weight in `f16` may be rounded to it.
     pub(in crate::ops) fn cuts(
         self,
         layout: Layout,
@@ -87,9 +95,6 @@ impl Device {
             cuts.retain(|&cut| blocks(cut, extents).iter().all(|&blocks| blocks <= MAX_WORKGROUPS));
             cuts.sort_by_key(|&cut| self.cost(cut, extents));
             cuts.truncate(MOST_CUTS);
-        }
-        if !matrices.is_empty() {
-            tiles.truncate(1);
         }
         matrices.extend(tiles);
         matrices
