@@ -46,13 +46,14 @@ var<workgroup> fragments: array<f32, PATCHES * FRAGMENT>;
 
 #for matrix in {{ matrices }}
 // Four entries of a line of {{ matrix }} in f16, times `factor` where they are f32. Past the last line they are the last line's, and
-// past a line's end its last: without a branch, all loads of a step are under way at once.
+// past a line's end its last: without a branch, all loads of a step are under way at once. Of a matrix without entries, whose buffer
+// stands in, it is the first, and not used.
 fn {{ matrix }}_near(line: u32, entry: u32, lines: u32, length: u32, factor: f32) -> vec4<f16> {
     let begin = min(line, max(lines, 1u) - 1u) * length;
+    let last = select(0u, max(length, 1u) - 1u, lines > 0u);
 #if {{ matrix }}_vec4
-    let quad = {{ matrix }}[(begin + min(entry, max(length, 4u) - 4u)) / 4u];
+    let quad = {{ matrix }}[(begin + min(entry, last)) / 4u];
 #else
-    let last = max(length, 1u) - 1u;
     let quad = vec4({{ matrix }}[begin + min(entry, last)], {{ matrix }}[begin + min(entry + 1u, last)],
         {{ matrix }}[begin + min(entry + 2u, last)], {{ matrix }}[begin + min(entry + 3u, last)]);
 #endif

@@ -220,7 +220,7 @@ impl<'a> Product<'a> {
     }
 
     fn launch(&self, cut: Cut, [m, n, depth]: [u32; 3], [splits, span]: [u32; 2], out: &Floats) {
-        // What is not there is never read; some buffer has to stand in its place.
+        // Of what is not there at most the first entries are read, and not used; some buffer has to stand in its place.
         let (prologue_lhs, prologue_rhs, prologue_scale) = self.prologue.unwrap_or((out, out, 0.0));
         let rank = if self.prologue.is_some() { dims(prologue_lhs)[1] } else { 0 };
         let addend = self.addend.as_ref().unwrap_or(out);

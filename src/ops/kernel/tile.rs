@@ -263,7 +263,8 @@ impl MatrixTile {
         lines(self.block_m, self.block_k) + rhs + 4 * patches * self.size * self.size
     }
 
-    /// Depth that is multiplied without a loop: all of a step, but on software adapters, whose compilers take long for it and win nothing.
+    /// Depth that is multiplied without a loop: all of a step, but with the eight lanes of a software adapter, whose compiler takes long
+    /// for it and wins nothing.
     pub(super) fn turn(self) -> u32 {
         if self.lanes == Self::LANES[0] { self.size } else { self.block_k }
     }

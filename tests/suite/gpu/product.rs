@@ -182,9 +182,12 @@ fn every_matrix_variant_multiplies() {
             for tile in tiles {
                 let (m, n) = (tile.block_m as usize, tile.block_n as usize);
                 let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
-                for (lhs, out, [m, n, depth, rank]) in
-                    [(Element::F16, Element::F32, aligned), (Element::F32, Element::F16, ragged)]
-                {
+                // The gradient of what joins the stream is `f32`, in rows of whole quads.
+                let [whole, rest] = match layout {
+                    Layout::RowsColumns => [Element::F32, Element::F16],
+                    _ => [Element::F16, Element::F32],
+                };
+                for (lhs, out, [m, n, depth, rank]) in [(whole, rest, aligned), (rest, whole, ragged)] {
                     let elements = Elements { lhs, rhs: Element::F16, out };
                     for rank in [0, rank] {
                         let quads = Quads::new(layout, [m, n, depth, rank].map(|n| n as u32));
