@@ -6,7 +6,7 @@
 //! that [`tune`](super::tune) found the fastest. In registers, elsewhere, one pass behind the product does the rest.
 //!
 //! CUDA takes them as they are, with a product and attention of its own on the GPUs that have `wgmma` and `mma` (`cuda.rs`); wgpu has
-//! shaders for the products and the loss instead (`wgpu.rs`).
+//! shaders for the products, but for a GPU's narrow ones, and for the loss instead (`wgpu.rs`).
 
 mod extended;
 mod odds;
