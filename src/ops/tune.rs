@@ -131,8 +131,8 @@ pub const LEAST_FLOPS: f64 = 1e8;
 const ROUNDS: u32 = 4;
 /// How long a kind's ways are timed, at least: a GPU that waited for a compiler has slowed its clock down, and takes a while.
 const LEAST_SPAN: Duration = Duration::from_millis(300);
-/// A way that takes so many times the fastest's time at first is not timed again.
-const FAR_SLOWER: f64 = 3.0;
+/// A way that takes so many times the fastest's time at first is not timed again; a slow clock alone makes it less.
+const FAR_SLOWER: f64 = 8.0;
 /// The shortest span that is timed.
 const LEAST_MS: f64 = 5.0;
 
@@ -340,6 +340,9 @@ fn time<E: Tunable>(
         for &i in &close {
             if is_over() {
                 return times;
+            }
+            if times[i].is_infinite() {
+                continue;
             }
             let again = run(choices[i], (LEAST_MS / times[i]).ceil().clamp(1.0, 32.0) as u32);
             times[i] = if again.is_finite() { times[i].min(again) } else { again };
