@@ -50,43 +50,23 @@ pub(super) fn rows<R: Engine>(
     if rank.is_multiple_of(2) && parts::are_taken(&x, true) {
         return parts::rows(name, &x, right, factor);
     }
-    let [rank_step, step] = [0, 1].map(|axis| right.meta.strides()[axis]);
-    let is_turned = depth > 1 && step != 1;
-    let lines = if is_turned {
-        empty(&x, Shape::from([rank, depth]), DType::F32)
-    } else {
-        into_contiguous(right.clone())
-    };
+    let right = into_contiguous(right.clone());
     let out = empty(&x, Shape::from([m, rank]), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
     let width = vector_width(depth);
-    let (line_cubes, line_cube) = one_thread_each(&client, rank * depth);
     // Neighbours read the same rows.
     let cubes = CubeCount::Static(rank.div_ceil(RANKS) as u32, m.div_ceil(ROWS) as u32, 1);
-    profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, right, &out]), &client, || {
+    profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: rows, ranks and entries are held against their numbers, and a row's vectors are counted.
+        // SAFETY: rows and ranks are held against their numbers, and a row's vectors are counted.
         unsafe {
-            if is_turned {
-                lines_kernel::launch_unchecked::<R>(
-                    &client,
-                    line_cubes,
-                    line_cube,
-                    right.clone().into_array_arg(),
-                    lines.clone().into_array_arg(),
-                    depth,
-                    rank,
-                    step,
-                    rank_step,
-                );
-            }
             rows_kernel::launch_unchecked::<R>(
                 &client,
                 cubes,
                 CubeDim::new_1d(ROW_THREADS as u32),
                 width,
                 x.into_array_arg(),
-                lines.into_array_arg(),
+                right.into_array_arg(),
                 out.clone().into_array_arg(),
                 m,
                 depth / width,
@@ -97,21 +77,6 @@ pub(super) fn rows<R: Engine>(
         }
     });
     out
-}
-
-/// `[r, depth]` in lines, of a matrix that lies otherwise: a column of `B` for each rank.
-#[cube(launch_unchecked)]
-fn lines_kernel(
-    matrix: &Array<f32>,
-    lines: &mut Array<f32>,
-    depth: usize,
-    rank: usize,
-    step: usize,
-    rank_step: usize,
-) {
-    if ABSOLUTE_POS < rank * depth {
-        lines[ABSOLUTE_POS] = matrix[ABSOLUTE_POS % depth * step + ABSOLUTE_POS / depth * rank_step];
-    }
 }
 
 #[cube(launch_unchecked)]
