@@ -76,7 +76,8 @@ impl Device {
         }
     }
 
-    /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before all others. They take `f16`; `rounds` says whether an `f32` that meets a weight in `f16` may be rounded to it.
+    /// The cuts that the device has for a product, the cheapest first; matrices, which are many times faster, before all others.
+    /// They take `f16`; `rounds` says whether an `f32` that meets a weight in `f16` may be rounded to it.
     pub(in crate::ops) fn cuts(
         self,
         layout: Layout,
