@@ -14,7 +14,10 @@ use burn::tensor::{DType, Distribution, FloatDType, Tensor};
 use burn_autodiff::Autodiff;
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
-use orpo_wgpu::ops::lora_linear::{InputGrad, Lora, lora_linear, lora_linear_backward};
+use orpo_wgpu::ops::lora_linear::{
+    InputGrad, Lora, LoraGrads, lora_backward_a, lora_backward_b, lora_linear, lora_linear_backward,
+    lora_rank_r,
+};
 use orpo_wgpu::ops::orpo_loss::{
     PairSpan, orpo_loss, orpo_loss_backward, orpo_loss_backward_reference, orpo_loss_reference,
 };
@@ -68,9 +71,16 @@ fn time<T>(device: &WgpuDevice, f: impl FnOnce() -> T) -> (T, f64) {
 
 fn step(inputs: &Inputs<Wgpu>, device: &WgpuDevice, times: &mut Times) {
     let Inputs { x, weight, lora, dy } = inputs;
-    let ((_, s), forward_ms) = time(device, || lora_linear(x.clone(), weight.clone(), Some(lora), None));
+    let ((_, s), forward_ms) = time(device, || {
+        let s = lora_rank_r(x.clone(), &[lora]).remove(0);
+        (lora_linear(x.clone(), weight.clone(), Some((lora, s.clone())), None), s)
+    });
     let (_, backward_ms) = time(device, || {
-        lora_linear_backward(dy.clone(), x.clone(), weight.clone(), Some(lora), s, InputGrad::New)
+        let LoraGrads { ds, db } = lora_backward_b(dy.clone(), s, lora);
+        let da = lora_backward_a(x.clone(), std::slice::from_ref(&ds));
+        let dx =
+            lora_linear_backward(dy.clone(), weight.clone(), Some((lora, ds)), InputGrad::New(x.dtype()));
+        (dx, da, db)
     });
     times.forward.push(forward_ms);
     times.backward.push(backward_ms);

@@ -55,29 +55,29 @@ pub trait Kernels: Backend {
         None
     }
 
-    /// `(y, s)` of [`lora_linear`](lora_linear::lora_linear); `s: [tokens, r]` is there exactly when `lora` is.
+    /// See [`lora_rank_r`](lora_linear::lora_rank_r); in `f32`.
+    fn lora_rank_r(x: Tensor<Self, 2>, loras: &[&Lora<Self>]) -> Vec<Tensor<Self, 2>> {
+        loras.iter().map(|lora| lora_linear::rank_r_reference(x.clone(), lora)).collect()
+    }
+
+    /// See [`lora_linear`](lora_linear::lora_linear).
     fn lora_linear_forward(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
-        lora: Option<&Lora<Self>>,
+        adapter: Option<(&Lora<Self>, Tensor<Self, 2>)>,
         residual: Option<Tensor<Self, 2>>,
-    ) -> (Tensor<Self, 2>, Option<Tensor<Self, 2>>) {
-        lora_linear::forward_reference(x, weight, lora, residual)
+    ) -> Tensor<Self, 2> {
+        lora_linear::forward_reference(x, weight, adapter, residual)
     }
 
-    /// `s = x Aᵀ`, `[tokens, r]` in `f32`.
-    fn lora_rank_r(x: Tensor<Self, 2>, lora: &Lora<Self>) -> Tensor<Self, 2> {
-        to_f32(x).matmul(lora.a.clone().transpose())
+    /// See [`lora_backward_b`](lora_linear::lora_backward_b).
+    fn lora_backward_b(dy: Tensor<Self, 2>, s: Tensor<Self, 2>, lora: &Lora<Self>) -> LoraGrads<Self> {
+        lora_linear::backward_b_reference(dy, s, lora)
     }
 
-    /// The adapter's gradients, from `dy: [tokens, out]`, `x: [tokens, in]` and the saved `s: [tokens, r]`.
-    fn lora_linear_backward_lora(
-        dy: Tensor<Self, 2>,
-        x: Tensor<Self, 2>,
-        s: Tensor<Self, 2>,
-        lora: &Lora<Self>,
-    ) -> LoraGrads<Self> {
-        lora_linear::backward_lora_reference(dy, x, s, lora)
+    /// See [`lora_backward_a`](lora_linear::lora_backward_a).
+    fn lora_backward_a(x: Tensor<Self, 2>, ds: &[Tensor<Self, 2>]) -> Vec<Tensor<Self, 2>> {
+        ds.iter().map(|ds| lora_linear::backward_a_reference(x.clone(), ds.clone())).collect()
     }
 
     /// `dx = sum + dy W + ds A`, `[tokens, in]`, in `dtype`; without an adapter or a sum the rest of it.

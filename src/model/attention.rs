@@ -7,7 +7,6 @@ use super::linear::{Linear, LinearOutput};
 use super::rope::rope_table;
 use crate::ops::Kernels;
 use crate::ops::attention::{AttentionMask, AttentionOutput, Visible, attention, attention_backward};
-use crate::ops::lora_linear::InputGrad;
 use crate::ops::rope::{RopeTable, rope, rope_backward};
 
 /// Positions and masks of a packed row of tokens, shared by every layer.
@@ -74,6 +73,13 @@ impl<B: Backend> AttentionActivations<B> {
     /// What attention itself computed.
     pub fn output(&self) -> &AttentionOutput<B> {
         &self.output
+    }
+}
+
+impl<B: Backend> Attention<B> {
+    /// The layers of the block's input.
+    fn projections(&self) -> [&Linear<B>; 3] {
+        [&self.q_proj, &self.k_proj, &self.v_proj]
     }
 }
 
@@ -145,23 +151,20 @@ impl<B: Kernels> Attention<B> {
         needs_dx: bool,
         lora: &mut Vec<Tensor<B, 2>>,
     ) -> Option<Tensor<B, 2>> {
-        let AttentionActivations { x, qkv: [q, k, v], s_qkv: [s_q, s_k, s_v], output, s_o } = kept;
-        let projections = [&self.q_proj, &self.k_proj, &self.v_proj];
-        let needs_dout = needs_dx || projections.iter().any(|linear| linear.lora.is_some());
-        let input = if needs_dout { InputGrad::New } else { InputGrad::Skip };
-        let o = self.o_proj.backward(dy, output.out.clone(), s_o, input);
+        let AttentionActivations { x, qkv: [q, k, v], s_qkv, output, s_o } = kept;
+        let needs_dout = needs_dx || self.projections().iter().any(|linear| linear.lora.is_some());
+        let (dout, o_lora) =
+            Linear::backward_each([&self.o_proj], [dy], output.out.clone(), [s_o], needs_dout);
         let mut dx = None;
-        if let Some(dout) = o.dx {
+        if let Some(dout) = dout {
             let [dq, dk, dv] = attention_backward(dout, q, k, v, output, &layout.mask);
             let (dq, dk) = (rope_backward(dq, &layout.rope), rope_backward(dk, &layout.rope));
-            let input = if needs_dx { InputGrad::New } else { InputGrad::Skip };
-            let q = self.q_proj.backward(rows(dq), x.clone(), s_q, input);
-            let k = self.k_proj.backward(rows(dk), x.clone(), s_k, InputGrad::after(q.dx));
-            let v = self.v_proj.backward(rows(dv), x, s_v, InputGrad::after(k.dx));
-            lora.extend(q.lora.into_iter().chain(k.lora).chain(v.lora).flatten());
-            dx = v.dx;
+            let dys = [dq, dk, dv].map(rows);
+            let (below, qkv_lora) = Linear::backward_each(self.projections(), dys, x, s_qkv, needs_dx);
+            lora.extend(qkv_lora);
+            dx = below;
         }
-        lora.extend(o.lora.into_iter().flatten());
+        lora.extend(o_lora);
         dx
     }
 
@@ -175,9 +178,7 @@ impl<B: Kernels> Attention<B> {
             let [n_tokens, width] = t.dims();
             t.reshape([n_tokens, width / self.head_dim, self.head_dim])
         };
-        let q = self.q_proj.forward(x.clone());
-        let k = self.k_proj.forward(x.clone());
-        let v = self.v_proj.forward(x);
+        let [q, k, v] = Linear::forward_each(self.projections(), x);
         let rotate = |y: Tensor<B, 2>| rope(heads(y), &layout.rope);
         ([rotate(q.y), rotate(k.y), heads(v.y)], [q.s, k.s, v.s])
     }

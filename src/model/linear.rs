@@ -4,7 +4,8 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use crate::ops::Kernels;
 use crate::ops::lora_linear::{
-    InputGrad, Lora, LoraLinearGrads, lora_linear, lora_linear_backward, lora_rank_r,
+    InputGrad, Lora, lora_backward_a, lora_backward_b, lora_linear, lora_linear_backward, lora_rank_r,
+    output_grad,
 };
 use crate::ops::quantize::Weight;
 
@@ -34,31 +35,69 @@ impl<B: Backend> Linear<B> {
 }
 
 impl<B: Kernels> Linear<B> {
-    /// Applies the layer: `[tokens, in] -> [tokens, out]`.
-    pub fn forward(&self, x: Tensor<B, 2>) -> LinearOutput<B> {
-        let (y, s) = lora_linear(x, self.weight.to_dense(), self.lora.as_ref(), None);
-        LinearOutput { y, s }
+    /// Applies layers to one input: `[tokens, in] -> [tokens, out]` each.
+    pub fn forward_each<const N: usize>(linears: [&Self; N], x: Tensor<B, 2>) -> [LinearOutput<B>; N] {
+        let s = Self::rank_r_each(linears, x.clone());
+        let mut outputs = linears.into_iter().zip(s).map(|(linear, s)| linear.output(x.clone(), s, None));
+        std::array::from_fn(|_| outputs.next().expect("an output for every layer"))
     }
 
     /// Applies the layer and adds the residual, `[tokens, out]`.
     pub fn forward_onto(&self, x: Tensor<B, 2>, residual: Tensor<B, 2>) -> LinearOutput<B> {
-        let (y, s) = lora_linear(x, self.weight.to_dense(), self.lora.as_ref(), Some(residual));
-        LinearOutput { y, s }
+        let s = self.rank_r(x.clone());
+        self.output(x, s, Some(residual))
     }
 
     /// The rank-r tensor alone.
     pub fn rank_r(&self, x: Tensor<B, 2>) -> Option<Tensor<B, 2>> {
-        self.lora.as_ref().map(|lora| lora_rank_r(x, lora))
+        let [s] = Self::rank_r_each([self], x);
+        s
     }
 
-    /// The gradients, from that of the output and what forward was given and gave.
-    pub fn backward(
+    fn rank_r_each<const N: usize>(linears: [&Self; N], x: Tensor<B, 2>) -> [Option<Tensor<B, 2>>; N] {
+        let loras: Vec<_> = linears.iter().filter_map(|linear| linear.lora.as_ref()).collect();
+        let mut s = lora_rank_r(x, &loras).into_iter();
+        linears.map(|linear| linear.lora.as_ref().and_then(|_| s.next()))
+    }
+
+    fn output(
         &self,
-        dy: Tensor<B, 2>,
         x: Tensor<B, 2>,
         s: Option<Tensor<B, 2>>,
-        input: InputGrad<B>,
-    ) -> LoraLinearGrads<B> {
-        lora_linear_backward(dy, x, self.weight.to_dense(), self.lora.as_ref(), s, input)
+        residual: Option<Tensor<B, 2>>,
+    ) -> LinearOutput<B> {
+        let y = lora_linear(x, self.weight.to_dense(), self.lora.as_ref().zip(s.clone()), residual);
+        LinearOutput { y, s }
+    }
+
+    /// The gradient by the input of layers that share it, where it is asked for, and those of their adapters, `dA` and `dB` of each in
+    /// turn, from the gradients by their outputs and the rank-r tensors that forward gave.
+    pub fn backward_each<const N: usize>(
+        linears: [&Self; N],
+        dys: [Tensor<B, 2>; N],
+        x: Tensor<B, 2>,
+        s: [Option<Tensor<B, 2>>; N],
+        needs_dx: bool,
+    ) -> (Option<Tensor<B, 2>>, Vec<Tensor<B, 2>>) {
+        let dtype = x.dtype();
+        let dys = dys.map(|dy| output_grad(dy, dtype));
+        let (mut ds, mut dbs) = (Vec::new(), Vec::new());
+        for ((linear, dy), s) in linears.iter().zip(&dys).zip(s) {
+            if let Some((lora, s)) = linear.lora.as_ref().zip(s) {
+                let grads = lora_backward_b(dy.clone(), s, lora);
+                ds.push(grads.ds);
+                dbs.push(grads.db);
+            }
+        }
+        // The input is the last one's to read here, and gone before the frozen products.
+        let das = lora_backward_a(x, &ds);
+        let lora_grads = das.into_iter().zip(dbs).flat_map(|(da, db)| [da, db]).collect();
+        let (mut dx, mut ds) = (None, ds.into_iter());
+        for (linear, dy) in linears.into_iter().zip(dys).filter(|_| needs_dx) {
+            let adapter = linear.lora.as_ref().and_then(|lora| Some((lora, ds.next()?)));
+            let input = dx.map_or(InputGrad::New(dtype), InputGrad::AddTo);
+            dx = Some(lora_linear_backward(dy, linear.weight.to_dense(), adapter, input));
+        }
+        (dx, lora_grads)
     }
 }

@@ -4,7 +4,6 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use super::linear::{Linear, LinearOutput};
 use crate::ops::Kernels;
-use crate::ops::lora_linear::InputGrad;
 use crate::ops::swiglu::{swiglu, swiglu_backward};
 
 /// `down(silu(gate(x)) · up(x))` (SwiGLU, arXiv:2002.05202).
@@ -37,8 +36,8 @@ impl<B: Kernels> Mlp<B> {
     /// # Shapes
     /// - `x`, `residual`, output: `[tokens, hidden]`
     pub fn forward(&self, x: Tensor<B, 2>, residual: Tensor<B, 2>) -> Tensor<B, 2> {
-        let (gate, up) = (self.gate_proj.forward(x.clone()).y, self.up_proj.forward(x).y);
-        self.down_proj.forward_onto(swiglu(gate, up), residual).y
+        let [gate, up] = Linear::forward_each([&self.gate_proj, &self.up_proj], x);
+        self.down_proj.forward_onto(swiglu(gate.y, up.y), residual).y
     }
 
     /// [`forward`](Self::forward) that keeps what backward needs.
@@ -47,7 +46,7 @@ impl<B: Kernels> Mlp<B> {
         x: Tensor<B, 2>,
         residual: Tensor<B, 2>,
     ) -> (Tensor<B, 2>, MlpActivations<B>) {
-        let (gate, up) = (self.gate_proj.forward(x.clone()), self.up_proj.forward(x.clone()));
+        let [gate, up] = Linear::forward_each([&self.gate_proj, &self.up_proj], x.clone());
         let h = swiglu(gate.y.clone(), up.y.clone());
         let LinearOutput { y, s: s_down } = self.down_proj.forward_onto(h.clone(), residual);
         (y, MlpActivations { x, gate, up, h, s_down })
@@ -55,7 +54,7 @@ impl<B: Kernels> Mlp<B> {
 
     /// What backward needs, without the block's output: the product of `down_proj` is left out.
     pub fn recompute(&self, x: Tensor<B, 2>) -> MlpActivations<B> {
-        let (gate, up) = (self.gate_proj.forward(x.clone()), self.up_proj.forward(x.clone()));
+        let [gate, up] = Linear::forward_each([&self.gate_proj, &self.up_proj], x.clone());
         let h = swiglu(gate.y.clone(), up.y.clone());
         let s_down = self.down_proj.rank_r(h.clone());
         MlpActivations { x, gate, up, h, s_down }
@@ -72,18 +71,17 @@ impl<B: Kernels> Mlp<B> {
     ) -> Option<Tensor<B, 2>> {
         let MlpActivations { x, gate, up, h, s_down } = kept;
         let needs_dh = needs_dx || self.gate_proj.lora.is_some() || self.up_proj.lora.is_some();
-        let down =
-            self.down_proj.backward(dy, h, s_down, if needs_dh { InputGrad::New } else { InputGrad::Skip });
+        let (dh, down_lora) = Linear::backward_each([&self.down_proj], [dy], h, [s_down], needs_dh);
         let mut dx = None;
-        if let Some(dh) = down.dx {
+        if let Some(dh) = dh {
             let (dgate, dup) = swiglu_backward(dh, gate.y, up.y);
-            let input = if needs_dx { InputGrad::New } else { InputGrad::Skip };
-            let gate = self.gate_proj.backward(dgate, x.clone(), gate.s, input);
-            let up = self.up_proj.backward(dup, x, up.s, InputGrad::after(gate.dx));
-            lora.extend(gate.lora.into_iter().chain(up.lora).flatten());
-            dx = up.dx;
+            let linears = [&self.gate_proj, &self.up_proj];
+            let (below, lora_of_x) =
+                Linear::backward_each(linears, [dgate, dup], x, [gate.s, up.s], needs_dx);
+            lora.extend(lora_of_x);
+            dx = below;
         }
-        lora.extend(down.lora.into_iter().flatten());
+        lora.extend(down_lora);
         dx
     }
 }

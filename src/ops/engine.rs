@@ -35,6 +35,9 @@ pub use routes::{Instruction, Route, RouteKind, Routes};
 pub(super) use warpgroup::has_rows;
 pub use warpgroup::{TILE_COLUMNS, TILE_DEPTH, TILE_ROWS, WarpgroupProduct};
 
+/// What the profile calls the products of an adapter's backward.
+const BACKWARD: &str = "lora_linear backward lora";
+
 /// A backend whose float tensors are those of a runtime.
 pub trait Floating<R: CubeRuntime>: Backend<FloatTensorPrimitive = CubeTensor<R>> {}
 
@@ -42,39 +45,39 @@ impl<R: CubeRuntime, B: Backend<FloatTensorPrimitive = CubeTensor<R>>> Floating<
 
 /// The ops that a runtime may have its own kernels for; see those of the same names in [`Kernels`](super::Kernels).
 pub trait Engine: CubeRuntime {
-    /// `(y, s)` of [`lora_linear`](super::lora_linear::lora_linear).
+    /// `x Aᵀ` for each adapter, `[tokens, r]`.
+    fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, loras: &[&Lora<B>]) -> Vec<Tensor<B, 2>> {
+        let a: Vec<_> = loras.iter().map(|lora| input(lora.a.clone())).collect();
+        rank_r(&operand(x), &a).into_iter().map(tensor).collect()
+    }
+
+    /// `residual + x Wᵀ + scale · s Bᵀ`, `[tokens, out]`.
     fn lora_linear_forward<B: Floating<Self>>(
         x: Tensor<B, 2>,
         weight: Tensor<B, 2>,
-        lora: Option<&Lora<B>>,
+        adapter: Option<(&Lora<B>, Tensor<B, 2>)>,
         residual: Option<Tensor<B, 2>>,
-    ) -> (Tensor<B, 2>, Option<Tensor<B, 2>>) {
+    ) -> Tensor<B, 2> {
         let (x, weight) = (operand(x), operand(weight));
         let dtype = residual.as_ref().map_or(x.dtype, Tensor::dtype);
-        let s = lora.map(|lora| rank_r(&x, lora));
-        let adapter = s.clone().zip(lora).map(|(left, lora)| Adapter {
-            left,
+        let adapter = adapter.map(|(lora, s)| Adapter {
+            left: input(s),
             right: turned(&input(lora.b.clone())),
             scale: lora.scale,
         });
         let rest = Rest { adapter, addend: residual.map(operand), dtype };
-        let y = product("lora_linear forward", &x, &turned(&weight), Rounding::InParts, rest);
-        (tensor(y), s.map(tensor))
+        tensor(product("lora_linear forward", &x, &turned(&weight), Rounding::InParts, rest))
     }
 
-    /// `s = x Aᵀ`, `[tokens, r]`.
-    fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
-        tensor(rank_r(&operand(x), lora))
+    /// The adapter's gradients that the output's gives.
+    fn lora_backward_b<B: Floating<Self>>(dy: Tensor<B, 2>, s: Tensor<B, 2>, lora: &Lora<B>) -> LoraGrads<B> {
+        backward_b(&operand(dy), &input(s), &input(lora.b.clone()), lora.scale)
     }
 
-    /// The adapter's gradients.
-    fn lora_linear_backward_lora<B: Floating<Self>>(
-        dy: Tensor<B, 2>,
-        x: Tensor<B, 2>,
-        s: Tensor<B, 2>,
-        lora: &Lora<B>,
-    ) -> LoraGrads<B> {
-        lora_grads(&operand(dy), &operand(x), &operand(s), lora)
+    /// `dsᵀ x` for each adapter, `[r, in]`.
+    fn lora_backward_a<B: Floating<Self>>(x: Tensor<B, 2>, ds: &[Tensor<B, 2>]) -> Vec<Tensor<B, 2>> {
+        let ds: Vec<_> = ds.iter().map(|ds| input(ds.clone())).collect();
+        backward_a(&operand(x), &ds).into_iter().map(tensor).collect()
     }
 
     /// `dx = sum + dy W + ds A`, `[tokens, in]`, in `dtype`.
@@ -133,21 +136,24 @@ pub trait Engine: CubeRuntime {
     }
 }
 
-/// The adapter's gradients, each in a read of its own.
-pub(super) fn lora_grads<R: Engine, B: Floating<R>>(
-    dy: &CubeTensor<R>,
-    x: &CubeTensor<R>,
-    s: &CubeTensor<R>,
-    lora: &Lora<B>,
-) -> LoraGrads<B> {
-    const NAME: &str = "lora_linear backward lora";
-    let ds = rank::rows(NAME, dy, &turned(&input(lora.b.clone())), lora.scale);
-    let db = rank::columns(NAME, dy, s, lora.scale, Side::Columns);
-    let da = rank::columns(NAME, x, &ds, 1.0, Side::Rows);
-    LoraGrads { ds: tensor(ds), da: tensor(da), db: tensor(db) }
+/// `x Aᵀ` for each of these.
+pub(super) fn rank_r<R: Engine>(x: &CubeTensor<R>, a: &[CubeTensor<R>]) -> Vec<CubeTensor<R>> {
+    rank::rows("lora_linear rank r", x, a, 1.0)
 }
 
-/// `x Aᵀ`
-pub(super) fn rank_r<R: Engine, B: Floating<R>>(x: &CubeTensor<R>, lora: &Lora<B>) -> CubeTensor<R> {
-    rank::rows("lora_linear rank r", x, &input(lora.a.clone()), 1.0)
+/// `ds` and `dB`, each in a read of its own.
+pub(super) fn backward_b<R: Engine, B: Floating<R>>(
+    dy: &CubeTensor<R>,
+    s: &CubeTensor<R>,
+    b: &CubeTensor<R>,
+    scale: f32,
+) -> LoraGrads<B> {
+    let ds = rank::rows(BACKWARD, dy, &[turned(b)], scale).remove(0);
+    let db = rank::columns(BACKWARD, dy, std::slice::from_ref(s), scale, Side::Columns).remove(0);
+    LoraGrads { ds: tensor(ds), db: tensor(db) }
+}
+
+/// `dsᵀ x` for each of these.
+pub(super) fn backward_a<R: Engine>(x: &CubeTensor<R>, ds: &[CubeTensor<R>]) -> Vec<CubeTensor<R>> {
+    rank::columns(BACKWARD, x, ds, 1.0, Side::Rows)
 }

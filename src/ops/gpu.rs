@@ -22,26 +22,25 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
         client.memory_usage().ok().map(|usage| usage.bytes_in_use)
     }
 
+    fn lora_rank_r(x: Tensor<Self, 2>, loras: &[&Lora<Self>]) -> Vec<Tensor<Self, 2>> {
+        R::lora_rank_r(x, loras)
+    }
+
     fn lora_linear_forward(
         x: Tensor<Self, 2>,
         weight: Tensor<Self, 2>,
-        lora: Option<&Lora<Self>>,
+        adapter: Option<(&Lora<Self>, Tensor<Self, 2>)>,
         residual: Option<Tensor<Self, 2>>,
-    ) -> (Tensor<Self, 2>, Option<Tensor<Self, 2>>) {
-        R::lora_linear_forward(x, weight, lora, residual)
+    ) -> Tensor<Self, 2> {
+        R::lora_linear_forward(x, weight, adapter, residual)
     }
 
-    fn lora_rank_r(x: Tensor<Self, 2>, lora: &Lora<Self>) -> Tensor<Self, 2> {
-        R::lora_rank_r(x, lora)
+    fn lora_backward_b(dy: Tensor<Self, 2>, s: Tensor<Self, 2>, lora: &Lora<Self>) -> LoraGrads<Self> {
+        R::lora_backward_b(dy, s, lora)
     }
 
-    fn lora_linear_backward_lora(
-        dy: Tensor<Self, 2>,
-        x: Tensor<Self, 2>,
-        s: Tensor<Self, 2>,
-        lora: &Lora<Self>,
-    ) -> LoraGrads<Self> {
-        R::lora_linear_backward_lora(dy, x, s, lora)
+    fn lora_backward_a(x: Tensor<Self, 2>, ds: &[Tensor<Self, 2>]) -> Vec<Tensor<Self, 2>> {
+        R::lora_backward_a(x, ds)
     }
 
     fn lora_linear_backward_input(

@@ -79,7 +79,7 @@ impl<B: Backend> Head<B> {
     where
         B: Kernels,
     {
-        let logits = |shard: &Weight<B>| lora_linear(hidden.clone(), shard.to_dense(), None, None).0;
+        let logits = |shard: &Weight<B>| lora_linear(hidden.clone(), shard.to_dense(), None, None);
         Tensor::cat(self.shards.iter().map(logits).collect(), 1)
     }
 

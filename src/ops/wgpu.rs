@@ -13,46 +13,61 @@ use super::product::{Floats, Product, dims, lora_backward, output};
 use super::{cube, profile};
 
 impl Engine for WgpuRuntime {
+    fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, loras: &[&Lora<B>]) -> Vec<Tensor<B, 2>> {
+        let x = operand(x);
+        let product = |lora: &&Lora<B>| {
+            let a = input(lora.a.clone());
+            match is_narrow(&x, dims(&a)[0]) {
+                true => engine::rank_r(&x, &[a]).remove(0),
+                false => Product::new(Layout::RowsRows, &x, &a).named("lora_linear rank r").run(),
+            }
+        };
+        loras.iter().map(|lora| tensor(product(lora))).collect()
+    }
+
     fn lora_linear_forward<B: Floating<Self>>(
         x: Tensor<B, 2>,
         weight: Tensor<B, 2>,
-        lora: Option<&Lora<B>>,
+        adapter: Option<(&Lora<B>, Tensor<B, 2>)>,
         residual: Option<Tensor<B, 2>>,
-    ) -> (Tensor<B, 2>, Option<Tensor<B, 2>>) {
+    ) -> Tensor<B, 2> {
         let (x, weight) = (operand(x), operand(weight));
         let dtype = residual.as_ref().map_or(x.dtype, Tensor::dtype);
         let product =
             Product::new(Layout::RowsRows, &x, &weight).add_to(residual.map(operand)).into_dtype(dtype);
-        let Some(lora) = lora else { return (tensor(product.run()), None) };
-        let s = rank_r(&x, lora);
-        let y = product.after(&s, &input(lora.b.clone()), lora.scale).run();
-        (tensor(y), Some(tensor(s)))
+        let y = match adapter {
+            Some((lora, s)) => product.after(&input(s), &input(lora.b.clone()), lora.scale).run(),
+            None => product.run(),
+        };
+        tensor(y)
     }
 
-    fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
-        tensor(rank_r(&operand(x), lora))
-    }
-
-    fn lora_linear_backward_lora<B: Floating<Self>>(
-        dy: Tensor<B, 2>,
-        x: Tensor<B, 2>,
-        s: Tensor<B, 2>,
-        lora: &Lora<B>,
-    ) -> LoraGrads<B> {
-        let (dy, x, s) = (operand(dy), operand(x), input(s));
-        if is_narrow(&dy, lora) {
-            return engine::lora_grads(&dy, &x, &s, lora);
+    fn lora_backward_b<B: Floating<Self>>(dy: Tensor<B, 2>, s: Tensor<B, 2>, lora: &Lora<B>) -> LoraGrads<B> {
+        let (dy, s, b) = (operand(dy), input(s), input(lora.b.clone()));
+        let rank = dims(&b)[1];
+        if is_narrow(&dy, rank) {
+            return engine::backward_b(&dy, &s, &b, lora.scale);
         }
-        let b = input(lora.b.clone());
-        let (ds, db) = match RANK_QUADS.into_iter().find(|quads| dims(&b)[1] <= 4 * quads) {
+        let (ds, db) = match RANK_QUADS.into_iter().find(|quads| rank <= 4 * quads) {
             Some(rank_quads) => lora_backward(rank_quads, &dy, &b, &s, lora.scale),
             None => (
                 Product::new(Layout::RowsColumns, &dy, &b).times(lora.scale).run(),
                 Product::new(Layout::ColumnsColumns, &dy, &s).times(lora.scale).run(),
             ),
         };
-        let da = Product::new(Layout::ColumnsColumns, &ds, &x).run();
-        LoraGrads { ds: tensor(ds), da: tensor(da), db: tensor(db) }
+        LoraGrads { ds: tensor(ds), db: tensor(db) }
+    }
+
+    fn lora_backward_a<B: Floating<Self>>(x: Tensor<B, 2>, ds: &[Tensor<B, 2>]) -> Vec<Tensor<B, 2>> {
+        let x = operand(x);
+        let product = |ds: &Tensor<B, 2>| {
+            let ds = input(ds.clone());
+            match is_narrow(&x, dims(&ds)[1]) {
+                true => engine::backward_a(&x, &[ds]).remove(0),
+                false => Product::new(Layout::ColumnsColumns, &ds, &x).run(),
+            }
+        };
+        ds.iter().map(|ds| tensor(product(ds))).collect()
     }
 
     fn lora_linear_backward_input<B: Floating<Self>>(
@@ -118,17 +133,9 @@ impl Engine for WgpuRuntime {
 }
 
 /// The highest rank whose products with a matrix of tokens are made as narrow ones: they read it anew for every eight ranks.
-const NARROW: usize = 32;
+const NARROW: u32 = 32;
 
 /// Whether an adapter's products are too narrow for a GPU's tiles, and for panels that read `dy` once: either leaves most of it idle.
-fn is_narrow<B: Floating<WgpuRuntime>>(tokens: &Floats, lora: &Lora<B>) -> bool {
-    !is_software(&tokens.client) && lora.a.dims()[0] <= NARROW
-}
-
-/// `x Aᵀ`
-fn rank_r<B: Floating<WgpuRuntime>>(x: &Floats, lora: &Lora<B>) -> Floats {
-    if is_narrow(x, lora) {
-        return engine::rank_r(x, lora);
-    }
-    Product::new(Layout::RowsRows, x, &input(lora.a.clone())).named("lora_linear rank r").run()
+fn is_narrow(tokens: &Floats, rank: u32) -> bool {
+    !is_software(&tokens.client) && rank <= NARROW
 }

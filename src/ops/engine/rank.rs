@@ -5,7 +5,7 @@
 //! [`RANKS`] columns. All sums are `f32`, in one order.
 //!
 //! Where warpgroups multiply they make these products (`parts.rs`): the small matrix's lines are few beside a tile's even in parts, and
-//! the depth is cut so that there are tiles for all processors.
+//! the depth is cut so that there are tiles for all processors. One such product serves the adapters of all layers of one input.
 
 mod parts;
 
@@ -18,7 +18,6 @@ use burn_cubecl::tensor::CubeTensor;
 use super::Engine;
 use crate::ops::cube::{bytes, empty, lane_sum, one_thread_each, vector_width};
 use crate::ops::profile;
-use parts::Parts;
 
 /// Columns of the output that a workgroup makes.
 const RANKS: usize = 8;
@@ -36,27 +35,40 @@ const AHEAD: usize = 4;
 /// there are still several workgroups for each processor of a large GPU.
 const SLAB: usize = 128;
 
-/// `factor · x · rightᵀ`: `[m, depth] · [r, depth]ᵀ -> [m, r]`; `right` is `f32`.
+/// `factor · x · rightᵀ` for each of these: `[m, depth] · [depth, r] -> [m, r]`; `right: [r, depth]` is `f32`.
 pub(super) fn rows<R: Engine>(
+    name: &'static str,
+    x: &CubeTensor<R>,
+    rights: &[CubeTensor<R>],
+    factor: f32,
+) -> Vec<CubeTensor<R>> {
+    let x = into_contiguous(x.clone());
+    for right in rights {
+        assert_eq!(right.meta.shape()[1], x.meta.shape()[1], "{name}: depth of the operands");
+    }
+    let takes_parts = parts::are_taken(&x, true);
+    let of_group = |rights: &[CubeTensor<R>]| match rights[0].meta.shape()[0] {
+        rank if takes_parts && rank.is_multiple_of(2) => parts::rows(name, &x, rights, factor),
+        _ => rights.iter().map(|right| rows_of_one(name, &x, right, factor)).collect(),
+    };
+    rights.chunk_by(parts::are_alike).flat_map(of_group).collect()
+}
+
+fn rows_of_one<R: Engine>(
     name: &'static str,
     x: &CubeTensor<R>,
     right: &CubeTensor<R>,
     factor: f32,
 ) -> CubeTensor<R> {
-    let x = into_contiguous(x.clone());
     let [m, depth] = [0, 1].map(|i| x.meta.shape()[i]);
     let rank = right.meta.shape()[0];
-    assert_eq!(right.meta.shape()[1], depth, "{name}: depth of the operands");
-    if rank.is_multiple_of(2) && parts::are_taken(&x, true) {
-        return parts::rows(name, &x, right, factor);
-    }
     let right = into_contiguous(right.clone());
-    let out = empty(&x, Shape::from([m, rank]), DType::F32);
+    let out = empty(x, Shape::from([m, rank]), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
     let width = vector_width(depth);
     // Neighbours read the same rows.
     let cubes = CubeCount::Static(rank.div_ceil(RANKS) as u32, m.div_ceil(ROWS) as u32, 1);
-    profile::kernel(name, 2 * m * depth * rank, bytes(&[&x, &right, &out]), &client, || {
+    profile::kernel(name, 2 * m * depth * rank, bytes(&[x, &right, &out]), &client, || {
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: rows and ranks are held against their numbers, and a row's vectors are counted.
         unsafe {
@@ -65,7 +77,7 @@ pub(super) fn rows<R: Engine>(
                 cubes,
                 CubeDim::new_1d(ROW_THREADS as u32),
                 width,
-                x.into_array_arg(),
+                x.clone().into_array_arg(),
                 right.into_array_arg(),
                 out.clone().into_array_arg(),
                 m,
@@ -152,70 +164,106 @@ pub(super) enum Side {
     Rows,
 }
 
-/// `factor · xᵀ · left`: `[m, n]ᵀ · [m, r]`, as `[n, r]` or `[r, n]`; `left` is `f32`.
+impl Side {
+    fn shape(self, n: usize, rank: usize) -> [usize; 2] {
+        if self == Self::Rows { [rank, n] } else { [n, rank] }
+    }
+}
+
+/// `factor · xᵀ · left` for each of these: `[m, n]ᵀ · [m, r]`, as `[n, r]` or `[r, n]`; `left` is `f32`.
 pub(super) fn columns<R: Engine>(
+    name: &'static str,
+    x: &CubeTensor<R>,
+    lefts: &[CubeTensor<R>],
+    factor: f32,
+    side: Side,
+) -> Vec<CubeTensor<R>> {
+    let x = into_contiguous(x.clone());
+    for left in lefts {
+        assert_eq!(left.meta.shape()[0], x.meta.shape()[0], "{name}: depth of the operands");
+    }
+    let takes_parts = parts::are_taken(&x, false);
+    let of_group = |lefts: &[CubeTensor<R>]| match takes_parts {
+        true => parts::columns(name, &x, lefts, factor, side),
+        false => lefts.iter().map(|left| columns_of_one(name, &x, left, factor, side)).collect(),
+    };
+    lefts.chunk_by(parts::are_alike).flat_map(of_group).collect()
+}
+
+fn columns_of_one<R: Engine>(
     name: &'static str,
     x: &CubeTensor<R>,
     left: &CubeTensor<R>,
     factor: f32,
     side: Side,
 ) -> CubeTensor<R> {
-    let [x, left] = [x, left].map(|tensor| into_contiguous(tensor.clone()));
+    let left = into_contiguous(left.clone());
     let [m, n] = [0, 1].map(|i| x.meta.shape()[i]);
     let rank = left.meta.shape()[1];
-    assert_eq!(left.meta.shape()[0], m, "{name}: depth of the operands");
     let width = vector_width(n);
     let slab = SLAB * rank.div_ceil(RANKS);
-    let parts = parts::are_taken(&x, false).then(|| Parts::over_tokens(&x, rank));
-    let slabs = parts.as_ref().map_or(m.div_ceil(slab), Parts::slabs);
-    let sums = parts
-        .as_ref()
-        .map_or_else(|| empty(&x, Shape::from([slabs * rank, n]), DType::F32), |parts| parts.sums.clone());
-    let shape = if side == Side::Rows { [rank, n] } else { [n, rank] };
-    let out = empty(&x, Shape::from(shape), DType::F32);
+    let slabs = m.div_ceil(slab);
+    let sums = empty(x, Shape::from([slabs * rank, n]), DType::F32);
+    let out = empty(x, Shape::from(side.shape(n, rank)), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype);
     let cubes =
         CubeCount::Static((n / width).div_ceil(LANES) as u32, rank.div_ceil(RANKS) as u32, slabs as u32);
-    let (sum_cubes, sum_cube) = one_thread_each(&client, rank * n / width);
-    profile::kernel(name, 2 * m * n * rank, bytes(&[&x, &left, &out]), &client, || {
-        if let Some(parts) = &parts {
-            parts.sum_tokens(&left, &x);
-        }
+    profile::kernel(name, 2 * m * n * rank, bytes(&[x, &left, &out]), &client, || {
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: columns and ranks are held against their numbers, and rows are counted.
         unsafe {
-            if parts.is_none() {
-                columns_kernel::launch_unchecked::<R>(
-                    &client,
-                    cubes,
-                    CubeDim::new_1d((LANES * TURNS) as u32),
-                    width,
-                    x.into_array_arg(),
-                    left.into_array_arg(),
-                    sums.clone().into_array_arg(),
-                    m,
-                    slab,
-                    n / width,
-                    rank,
-                    dtype.into(),
-                );
-            }
-            sum_kernel::launch_unchecked::<R>(
+            columns_kernel::launch_unchecked::<R>(
                 &client,
-                sum_cubes,
-                sum_cube,
+                cubes,
+                CubeDim::new_1d((LANES * TURNS) as u32),
                 width,
-                sums.into_array_arg(),
-                out.clone().into_array_arg(),
-                slabs,
+                x.clone().into_array_arg(),
+                left.into_array_arg(),
+                sums.clone().into_array_arg(),
+                m,
+                slab,
                 n / width,
                 rank,
-                factor,
-                side,
+                dtype.into(),
             );
         }
+        sum_slabs(&sums, slabs, std::slice::from_ref(&out), factor, side);
     });
     out
+}
+
+/// Launches the sums of slabs, `[slabs, outputs, r, n] -> outputs[i][r, n]`, or turned.
+fn sum_slabs<R: Engine>(
+    sums: &CubeTensor<R>,
+    slabs: usize,
+    outputs: &[CubeTensor<R>],
+    factor: f32,
+    side: Side,
+) {
+    let [lines, n] = [0, 1].map(|i| sums.meta.shape()[i]);
+    let (ranks, width) = (lines / slabs, vector_width(n));
+    let (cubes, cube) = one_thread_each(&sums.client, ranks * n / width);
+    let mut arrays = SequenceArg::new();
+    for out in outputs {
+        arrays.push(out.clone().into_array_arg());
+    }
+    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+    // SAFETY: a rank's vectors are held against their number, and slabs are counted.
+    unsafe {
+        sum_kernel::launch_unchecked::<R>(
+            &sums.client,
+            cubes,
+            cube,
+            width,
+            sums.clone().into_array_arg(),
+            arrays,
+            slabs,
+            n / width,
+            ranks / outputs.len(),
+            factor,
+            side,
+        );
+    }
 }
 
 /// Sums of a slab's rows each, `[slabs · r, n]`.
@@ -279,27 +327,34 @@ fn columns_kernel<F: Float, N: Size>(
 #[cube(launch_unchecked)]
 fn sum_kernel<N: Size>(
     sums: &Array<Vector<f32, N>>,
-    out: &mut Array<f32>,
+    outputs: &mut Sequence<Array<f32>>,
     slabs: usize,
     row_vectors: usize,
     rank: usize,
     factor: f32,
     #[comptime] side: Side,
 ) {
-    if ABSOLUTE_POS < rank * row_vectors {
+    let ranks = outputs.len() * rank;
+    let line = ABSOLUTE_POS / row_vectors;
+    if line < ranks {
         let mut sum = sums[ABSOLUTE_POS];
         for slab in 1..slabs {
-            sum += sums[slab * rank * row_vectors + ABSOLUTE_POS];
+            sum += sums[slab * ranks * row_vectors + ABSOLUTE_POS];
         }
-        let k = ABSOLUTE_POS / row_vectors;
+        let k = line % rank;
         let column = ABSOLUTE_POS % row_vectors * sum.size();
         #[unroll]
-        for c in 0..sum.size() {
-            let at = match comptime!(side) {
-                Side::Rows => k * row_vectors * sum.size() + column + c,
-                Side::Columns => (column + c) * rank + k,
-            };
-            out[at] = sum[c] * factor;
+        for i in 0..outputs.len() {
+            if line / rank == i {
+                #[unroll]
+                for c in 0..sum.size() {
+                    let at = match comptime!(side) {
+                        Side::Rows => k * row_vectors * sum.size() + column + c,
+                        Side::Columns => (column + c) * rank + k,
+                    };
+                    outputs.index_mut(i)[at] = sum[c] * factor;
+                }
+            }
         }
     }
 }

@@ -48,7 +48,7 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
         let mut weighted = None;
         for (shard, first_id) in head.shards.iter().zip(head.first_ids()) {
             let shard = shard.to_dense();
-            let (logits, _) =
+            let logits =
                 profile::named(PRODUCTS, || B::lora_linear_forward(h.clone(), shard.clone(), None, None));
             let is_first = first_id == 0;
             let exps =

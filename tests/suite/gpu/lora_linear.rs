@@ -7,7 +7,8 @@ use burn_flex::Flex;
 use half::{bf16, f16};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::lora_linear::{
-    InputGrad, Lora, lora_linear, lora_linear_backward, lora_linear_reference,
+    InputGrad, Lora, LoraGrads, lora_backward_a, lora_backward_b, lora_linear, lora_linear_backward,
+    lora_linear_reference, lora_rank_r, output_grad,
 };
 
 use super::on::{Gpu, GpuDevice, GpuRuntime, ROUNDS_ADAPTERS, adapter, stored_types};
@@ -117,23 +118,44 @@ impl<B: Backend> Inputs<B> {
     }
 }
 
+fn rank_r<B: Kernels>(x: &Tensor<B, 2>, lora: &Lora<B>) -> Tensor<B, 2> {
+    lora_rank_r(x.clone(), &[lora]).remove(0)
+}
+
+/// The op with an adapter.
+fn adapted<B: Kernels>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    lora: &Lora<B>,
+    residual: Option<Tensor<B, 2>>,
+) -> Tensor<B, 2> {
+    let s = rank_r(&x, lora);
+    lora_linear(x, weight, Some((lora, s)), residual)
+}
+
 /// Forward and backward of the op from a random gradient by the output.
 fn run<B: Kernels>(case: Case, device: &B::Device) -> Outcome {
     let Inputs { x, weight, lora, residual, dy, sum } = Inputs::<B>::new(case, false, device);
-    let lora = case.has_adapter.then_some(&lora);
-    let (y, s) = lora_linear(x.clone(), weight.clone(), lora, case.has_residual.then_some(residual));
+    let adapter = case.has_adapter.then(|| (&lora, rank_r(&x, &lora)));
+    let residual = case.has_residual.then_some(residual);
+    let y = lora_linear(x.clone(), weight.clone(), adapter.clone(), residual);
     let input = match case.input {
-        Input::Skip => InputGrad::Skip,
-        Input::New => InputGrad::New,
-        Input::AddTo => InputGrad::AddTo(sum),
+        Input::Skip => None,
+        Input::New => Some(InputGrad::New(case.types.x)),
+        Input::AddTo => Some(InputGrad::AddTo(sum)),
     };
-    let grads = lora_linear_backward(dy, x, weight, lora, s, input);
-    let [da, db] = grads.lora.map_or([None, None], |lora| lora.map(Some));
+    let dy = output_grad(dy, case.types.x);
+    let grads = adapter.map(|(lora, s)| (lora, lora_backward_b(dy.clone(), s, lora)));
+    let [da, db] = grads.as_ref().map_or([None, None], |(_, LoraGrads { ds, db })| {
+        [lora_backward_a(x, std::slice::from_ref(ds)).remove(0), db.clone()].map(Some)
+    });
+    let adapter = grads.map(|(lora, grads)| (lora, grads.ds));
+    let dx = input.map(|input| lora_linear_backward(dy, weight, adapter, input));
     Outcome {
         y_dtype: y.dtype(),
         y: values(y),
-        dx_dtype: grads.dx.as_ref().map(Tensor::dtype),
-        dx: grads.dx.map(values),
+        dx_dtype: dx.as_ref().map(Tensor::dtype),
+        dx: dx.map(values),
         da: da.map(values),
         db: db.map(values),
     }
@@ -268,7 +290,13 @@ fn on_matrices() {
     if !has_matrices(&matrix_sizes::<GpuRuntime>(&device)) {
         return;
     }
-    for types in [F16, Types { out: DType::F32, ..F16 }, Types { dy: DType::F32, ..F16 }] {
+    let mixes = [
+        F16,
+        Types { out: DType::F32, ..F16 },
+        Types { dy: DType::F32, ..F16 },
+        Types { weight: DType::F16, ..F32 },
+    ];
+    for types in mixes {
         for (shape, input) in [
             ([65, 64, 256, 8], Input::AddTo),
             ([7, 107, 331, 5], Input::New),
@@ -295,8 +323,9 @@ fn an_adapter_has_its_bits(half: DType, device: &GpuDevice) {
     let lora = Lora { a: tensor(rank, n_in, 1.0), b: tensor(n_out, rank, 1.0), scale: scale as f32 };
     let [weight, residual] = [([n_out, n_in], half), ([tokens, n_out], DType::F32)]
         .map(|(shape, dtype)| Tensor::<Gpu, 2>::zeros(shape, device).cast(FloatDType::from(dtype)));
-    let (y, s) = lora_linear(x, weight, Some(&lora), Some(residual));
-    let (y, s, b) = (values(y), values(s.unwrap()), values(lora.b));
+    let s = rank_r(&x, &lora);
+    let y = lora_linear(x, weight, Some((&lora, s.clone())), Some(residual));
+    let (y, s, b) = (values(y), values(s), values(lora.b));
     let bits = match half {
         _ if ROUNDS_ADAPTERS => 10,
         DType::BF16 => 14,
@@ -320,10 +349,10 @@ fn a_residual_that_is_held_elsewhere_stays_as_it_is() {
             Case { shape: [65, 64, 256, 8], has_adapter: true, has_residual: true, input: Input::New, types };
         let Inputs { x, weight, lora, residual, .. } = Inputs::<Gpu>::new(case, false, &device);
         let before = residual.to_data();
-        let (held, _) = lora_linear(x.clone(), weight.clone(), Some(&lora), Some(residual.clone()));
+        let held = adapted(x.clone(), weight.clone(), &lora, Some(residual.clone()));
         let held = held.into_data();
         assert_eq!(residual.to_data(), before, "{types:?}");
-        let (given, _) = lora_linear(x, weight, Some(&lora), Some(residual));
+        let given = adapted(x, weight, &lora, Some(residual));
         assert_eq!(given.into_data(), held, "{types:?}");
     }
 }
@@ -339,7 +368,7 @@ fn from_tensors_that_are_not_contiguous() {
         };
         let (x, weight) = (turned(12, 40), turned(24, 40));
         let lora = Lora { a: turned(8, 40), b: turned(24, 8), scale: 0.5 };
-        values(lora_linear(x, weight, Some(&lora), None).0)
+        values(adapted(x, weight, &lora, None))
     }
     let got = turned::<Gpu>(&device);
     let want = turned::<Flex>(&Default::default());
@@ -359,7 +388,7 @@ fn from_slices_of_other_tensors() {
         let (x, weight) = (whole(30).slice([11..24, 0..64]), whole(40).slice([4..40, 0..64]));
         let lora =
             Lora { a: whole(12).slice([4..12, 0..64]), b: whole(36).slice([0..36, 8..16]), scale: 0.5 };
-        values(lora_linear(x, weight, Some(&lora), None).0)
+        values(adapted(x, weight, &lora, None))
     }
     let got = sliced::<Gpu>(&device);
     let want = sliced::<Flex>(&Default::default());
@@ -383,5 +412,38 @@ fn the_same_input_gives_the_same_bits() {
     }
     for (a, b) in [(first.da.unwrap(), second.da.unwrap()), (first.db.unwrap(), second.db.unwrap())] {
         assert_eq!(bits(&a), bits(&b));
+    }
+}
+
+/// Layers of one input, whose adapters' products may be made as one: of one rank, of several, and with one in another memory order.
+#[test]
+fn of_layers_that_share_their_input() {
+    let Some(device) = adapter() else { return };
+    fn shared<B: Kernels>(ranks: &[usize], half: DType, device: &B::Device) -> Vec<Vec<f32>> {
+        let [tokens, n_in] = [70, 104];
+        let mut numbers = Numbers::new(9);
+        let mut tensor = |rows: usize, columns: usize| {
+            // As both types of 16 bits hold them.
+            let values: Vec<_> = numbers.vec(rows * columns, 0.2).into_iter().map(bf16::from_f32).collect();
+            let values = values.into_iter().map(|value| f16::from_f32(value.to_f32()).to_f32()).collect();
+            Tensor::<B, 2>::from_data(TensorData::new(values, [rows, columns]), device)
+        };
+        let x = tensor(tokens, n_in).cast(FloatDType::from(half));
+        let loras: Vec<_> =
+            ranks.iter().map(|&r| Lora { a: tensor(r, n_in), b: tensor(8, r), scale: 2.0 }).collect();
+        let mut ds: Vec<_> = ranks.iter().map(|&r| tensor(tokens, r)).collect();
+        ds.push(tensor(ranks[0], tokens).transpose());
+        let s = lora_rank_r(x.clone(), &loras.iter().collect::<Vec<_>>());
+        s.into_iter().chain(lora_backward_a(x, &ds)).map(values).collect()
+    }
+    for (half, _) in stored_types() {
+        for ranks in [&[8, 8, 8][..], &[6, 6, 12], &[5, 5], &[64, 64]] {
+            let got = shared::<Gpu>(ranks, half, &device);
+            let want = shared::<Flex>(ranks, DType::F32, &Default::default());
+            assert_eq!(got.len(), 2 * ranks.len() + 1);
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert_close(got, want, ATOL, RTOL, &format!("{half:?}, ranks {ranks:?}: product {i}"));
+            }
+        }
     }
 }

@@ -7,7 +7,10 @@ use burn::tensor::{DType, Tensor, TensorData};
 use burn_flex::Flex;
 use half::f16;
 use orpo_wgpu::ops::Kernels;
-use orpo_wgpu::ops::lora_linear::{InputGrad, Lora, lora_linear, lora_linear_backward};
+use orpo_wgpu::ops::lora_linear::{
+    InputGrad, Lora, LoraGrads, lora_backward_a, lora_backward_b, lora_linear, lora_linear_backward,
+    lora_rank_r,
+};
 use orpo_wgpu::ops::quantize::{BLOCK, DYNAMIC_LEVELS, NF4_LEVELS, Packed, Scales, Storage, Weight};
 
 use super::on::{Gpu, adapter};
@@ -253,8 +256,11 @@ fn layer<B: Kernels>(
     };
     let (x, dy) = (matrix([tokens, n_in]), matrix([tokens, n_out]));
     let lora = Lora { a: matrix([rank, n_in]), b: matrix([n_out, rank]), scale: 0.5 };
-    let (y, s) = lora_linear(x.clone(), weight.to_dense(), Some(&lora), None);
-    let grads = lora_linear_backward(dy, x, weight.to_dense(), Some(&lora), s, InputGrad::New);
-    let [da, db] = grads.lora.unwrap();
-    [y, grads.dx.unwrap(), da, db].map(values)
+    let s = lora_rank_r(x.clone(), &[&lora]).remove(0);
+    let y = lora_linear(x.clone(), weight.to_dense(), Some((&lora, s.clone())), None);
+    let LoraGrads { ds, db } = lora_backward_b(dy.clone(), s, &lora);
+    let da = lora_backward_a(x, std::slice::from_ref(&ds)).remove(0);
+    let input = InputGrad::New(DType::F32);
+    let dx = lora_linear_backward(dy, weight.to_dense(), Some((&lora, ds)), input);
+    [y, dx, da, db].map(values)
 }

@@ -6,6 +6,7 @@ use burn::cubecl::prelude::*;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
+use super::{Side, sum_slabs};
 use crate::ops::cube::{bytes, empty, one_thread_each};
 use crate::ops::engine::Engine;
 use crate::ops::engine::product::turned;
@@ -36,19 +37,24 @@ pub(super) fn are_taken<R: Engine>(x: &CubeTensor<R>, is_left: bool) -> bool {
     is_taken && warpgroup::comes_out_right::<R>(&x.device, kind, TILE)
 }
 
-/// What a factor is multiplied by way of.
-pub(super) struct Parts<R: Engine> {
-    /// `[PARTS · r, length]`, in rows as the copy engine reads them.
+/// Whether factors can be multiplied as one: they lie alike, and have as many columns.
+pub(super) fn are_alike<R: Engine>(a: &CubeTensor<R>, b: &CubeTensor<R>) -> bool {
+    a.meta.shape() == b.meta.shape() && a.meta.strides() == b.meta.strides()
+}
+
+/// What factors that are [alike](are_alike) are multiplied by way of, in one product.
+struct Parts<R: Engine> {
+    /// `[PARTS · factors · r, length]`, in rows as the copy engine reads them.
     numbers: CubeTensor<R>,
     /// Of the depth.
     splits: usize,
     /// `[splits · m, n]` of the product.
-    pub(super) sums: CubeTensor<R>,
+    sums: CubeTensor<R>,
 }
 
 impl<R: Engine> Parts<R> {
-    /// Room for a product of `x` with a factor of so many columns: with the tokens as its depth, `[PARTS · r, n]`, or as its rows,
-    /// `[m, PARTS · r]`.
+    /// Room for a product of `x` with factors of so many columns in all: with the tokens as its depth, `[PARTS · r, n]`, or as its
+    /// rows, `[m, PARTS · r]`.
     fn new(x: &CubeTensor<R>, rank: usize, sums_tokens: bool) -> Self {
         let [tokens, width] = [0, 1].map(|i| x.meta.shape()[i]);
         let length = if sums_tokens { tokens } else { width };
@@ -60,35 +66,25 @@ impl<R: Engine> Parts<R> {
         Self { numbers, splits, sums: empty(x, Shape::from([splits * m, n]), DType::F32) }
     }
 
-    /// Room for sums over the tokens; [`Self::sums`] are `[slabs · r, n]`.
-    pub(super) fn over_tokens(x: &CubeTensor<R>, rank: usize) -> Self {
-        Self::new(x, rank, true)
-    }
-
-    /// Matrices `[r, n]` that [`Self::sums`] are.
-    pub(super) fn slabs(&self) -> usize {
-        PARTS * self.splits
-    }
-
-    /// Launches the sums over the tokens: those of `leftᵀ · x`.
-    pub(super) fn sum_tokens(&self, left: &CubeTensor<R>, x: &CubeTensor<R>) {
-        self.fill(left, 1);
-        self.multiply(&self.numbers, x);
-    }
-
-    /// Fills in the numbers that add up to the entries of a factor, whose columns are counted along this axis.
-    fn fill(&self, factor: &CubeTensor<R>, rank_axis: usize) {
-        let [rank, length] = [rank_axis, 1 - rank_axis].map(|axis| factor.meta.shape()[axis]);
-        let [rank_step, step] = [rank_axis, 1 - rank_axis].map(|axis| factor.meta.strides()[axis]);
-        let (cubes, cube) = one_thread_each(&factor.client, rank * length);
+    /// Fills in the numbers that add up to the entries of the factors, whose columns are counted along this axis.
+    fn fill(&self, factors: &[CubeTensor<R>], rank_axis: usize) {
+        let meta = &factors[0].meta;
+        let [rank, length] = [rank_axis, 1 - rank_axis].map(|axis| meta.shape()[axis]);
+        let [rank_step, step] = [rank_axis, 1 - rank_axis].map(|axis| meta.strides()[axis]);
+        let client = &factors[0].client;
+        let (cubes, cube) = one_thread_each(client, factors.len() * rank * length);
+        let mut arrays = SequenceArg::new();
+        for factor in factors {
+            arrays.push(factor.clone().into_array_arg());
+        }
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: ranks and entries are held against their numbers, and steps are the factor's own.
+        // SAFETY: ranks and entries are held against their numbers, and steps are the factors' own.
         unsafe {
             parts_kernel::launch_unchecked::<R>(
-                &factor.client,
+                client,
                 cubes,
                 cube,
-                factor.clone().into_array_arg(),
+                arrays,
                 self.numbers.clone().into_array_arg(),
                 length,
                 self.numbers.meta.strides()[0],
@@ -107,45 +103,81 @@ impl<R: Engine> Parts<R> {
             unreachable!("{problem}, in a product with an adapter's parts");
         }
     }
-}
 
-/// [`rows`](super::rows) of a matrix with which [parts are multiplied](are_taken); the rank is even, as the sums' rows have to be of
-/// whole pairs.
-pub(super) fn rows<R: Engine>(
-    name: &'static str,
-    x: &CubeTensor<R>,
-    right: &CubeTensor<R>,
-    factor: f32,
-) -> CubeTensor<R> {
-    let ([m, depth], rank) = ([0, 1].map(|i| x.meta.shape()[i]), right.meta.shape()[0]);
-    let parts = Parts::new(x, rank, false);
-    let out = empty(x, Shape::from([m, rank]), DType::F32);
-    let (cubes, cube) = one_thread_each(&x.client, m * rank);
-    profile::kernel(name, 2 * m * depth * rank, bytes(&[x, right, &out]), &x.client, || {
-        parts.fill(right, 0);
-        parts.multiply(x, &turned(&parts.numbers));
+    /// Launches the sums of a product whose rows are tokens, one output for each of the factors.
+    fn sum_columns(&self, outputs: &[CubeTensor<R>], factor: f32) {
+        let [m, rank] = [0, 1].map(|i| outputs[0].meta.shape()[i]);
+        let client = &self.sums.client;
+        let (cubes, cube) = one_thread_each(client, outputs.len() * m * rank);
+        let mut arrays = SequenceArg::new();
+        for out in outputs {
+            arrays.push(out.clone().into_array_arg());
+        }
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: entries are held against their number.
         unsafe {
             sum_parts_kernel::launch_unchecked::<R>(
-                &x.client,
+                client,
                 cubes,
                 cube,
-                parts.sums.clone().into_array_arg(),
-                out.clone().into_array_arg(),
-                parts.splits,
+                self.sums.clone().into_array_arg(),
+                arrays,
+                self.splits,
                 m,
                 rank,
                 factor,
             );
         }
-    });
-    out
+    }
 }
 
+/// [`rows`](super::rows) of factors that are [alike](are_alike), and of a matrix with which [parts are multiplied](are_taken); the rank
+/// is even, as the sums' rows have to be of whole pairs.
+pub(super) fn rows<R: Engine>(
+    name: &'static str,
+    x: &CubeTensor<R>,
+    rights: &[CubeTensor<R>],
+    factor: f32,
+) -> Vec<CubeTensor<R>> {
+    let ([m, depth], rank) = ([0, 1].map(|i| x.meta.shape()[i]), rights[0].meta.shape()[0]);
+    let ranks = rights.len() * rank;
+    let parts = Parts::new(x, ranks, false);
+    let outputs: Vec<_> = rights.iter().map(|_| empty(x, Shape::from([m, rank]), DType::F32)).collect();
+    let moved = bytes(&[x]) + bytes(&[&rights[0], &outputs[0]]) * rights.len();
+    profile::kernel(name, 2 * m * depth * ranks, moved, &x.client, || {
+        parts.fill(rights, 0);
+        parts.multiply(x, &turned(&parts.numbers));
+        parts.sum_columns(&outputs, factor);
+    });
+    outputs
+}
+
+/// [`columns`](super::columns) of factors that are [alike](are_alike), and of a matrix with which [parts are multiplied](are_taken).
+pub(super) fn columns<R: Engine>(
+    name: &'static str,
+    x: &CubeTensor<R>,
+    lefts: &[CubeTensor<R>],
+    factor: f32,
+    side: Side,
+) -> Vec<CubeTensor<R>> {
+    let ([m, n], rank) = ([0, 1].map(|i| x.meta.shape()[i]), lefts[0].meta.shape()[1]);
+    let ranks = lefts.len() * rank;
+    let parts = Parts::new(x, ranks, true);
+    let outputs: Vec<_> =
+        lefts.iter().map(|_| empty(x, Shape::from(side.shape(n, rank)), DType::F32)).collect();
+    let moved = bytes(&[x]) + bytes(&[&lefts[0], &outputs[0]]) * lefts.len();
+    profile::kernel(name, 2 * m * n * ranks, moved, &x.client, || {
+        parts.fill(lefts, 1);
+        parts.multiply(&parts.numbers, x);
+        sum_slabs(&parts.sums, PARTS * parts.splits, &outputs, factor, side);
+    });
+    outputs
+}
+
+/// `factors[i][rank · length] -> [PARTS, factors, rank, length]`, in rows of `pitch`.
 #[cube(launch_unchecked)]
 fn parts_kernel<F: Float>(
-    factor: &Array<f32>,
+    factors: &Sequence<Array<f32>>,
     parts: &mut Array<F>,
     length: usize,
     pitch: usize,
@@ -154,10 +186,17 @@ fn parts_kernel<F: Float>(
     rank_step: usize,
     #[define(F)] _dtype: StorageType,
 ) {
-    if ABSOLUTE_POS < rank * length {
-        let k = ABSOLUTE_POS / length;
-        let at = ABSOLUTE_POS % length;
-        let mut rest = factor[at * step + k * rank_step];
+    let ranks = factors.len() * rank;
+    let line = ABSOLUTE_POS / length;
+    let at = ABSOLUTE_POS % length;
+    if line < ranks {
+        let mut rest = 0.0f32;
+        #[unroll]
+        for i in 0..factors.len() {
+            if line / rank == i {
+                rest = factors.index(i)[at * step + line % rank * rank_step];
+            }
+        }
         #[unroll]
         for part in 0..PARTS {
             // Rounded in its bits: some compilers take a conversion there and back for nothing. The last is what is left, so that what
@@ -165,32 +204,152 @@ fn parts_kernel<F: Float>(
             let bits = u32::reinterpret(rest) + 0x8000u32;
             let rounded = f32::reinterpret(bits & 0xffff_0000u32);
             let number = if comptime!(part + 1 < PARTS) { rounded } else { rest };
-            parts[(part * rank + k) * pitch + at] = F::cast_from(number);
+            parts[(part * ranks + line) * pitch + at] = F::cast_from(number);
             rest -= number;
         }
     }
 }
 
-/// `[splits, m, PARTS · r] -> [m, r]`
+/// `[splits, m, PARTS, outputs, r] -> outputs[i][m, r]`
 #[cube(launch_unchecked)]
 fn sum_parts_kernel(
     sums: &Array<f32>,
-    out: &mut Array<f32>,
+    outputs: &mut Sequence<Array<f32>>,
     splits: usize,
     m: usize,
     rank: usize,
     factor: f32,
 ) {
-    if ABSOLUTE_POS < m * rank {
-        let row = ABSOLUTE_POS / rank;
-        let k = ABSOLUTE_POS % rank;
+    let ranks = outputs.len() * rank;
+    let row = ABSOLUTE_POS / ranks;
+    let k = ABSOLUTE_POS % ranks;
+    if row < m {
         let mut sum = 0.0f32;
         for split in 0..splits {
             #[unroll]
             for part in 0..PARTS {
-                sum += sums[((split * m + row) * PARTS + part) * rank + k];
+                sum += sums[((split * m + row) * PARTS + part) * ranks + k];
             }
         }
-        out[ABSOLUTE_POS] = sum * factor;
+        #[unroll]
+        for i in 0..outputs.len() {
+            if k / rank == i {
+                outputs.index_mut(i)[row * rank + k % rank] = sum * factor;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Tensor, TensorData};
+    use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
+
+    use super::*;
+    use crate::device::{self, DeviceChoice};
+    use crate::ops::gpu::{input, tensor};
+
+    const OUTPUTS: usize = 3;
+    const RANK: usize = 4;
+
+    /// The kernels around the product run on every device, so they are held to what they say where no warpgroups are.
+    fn device() -> Option<WgpuDevice> {
+        match device::select("wgpu").map(|selected| selected.choice) {
+            Ok(DeviceChoice::Wgpu { device, .. }) => Some(device),
+            _ if std::env::var("ORPO_WGPU_SKIP_GPU").is_ok_and(|value| value == "1") => {
+                eprintln!("LEFT OUT: an adapter's parts, as there is no wgpu adapter");
+                None
+            }
+            _ => panic!("no wgpu adapter; a software one will do, or ORPO_WGPU_SKIP_GPU=1 to leave this out"),
+        }
+    }
+
+    fn random(seed: usize, shape: [usize; 2], device: &WgpuDevice) -> (Vec<f32>, CubeTensor<WgpuRuntime>) {
+        let number = |i: usize| ((i * 7919 + seed * 13) % 10_007) as f32 / 1_000.7 - 5.0;
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(number).collect();
+        (values.clone(), input(Tensor::<Wgpu, 2>::from_data(TensorData::new(values, shape), device)))
+    }
+
+    fn values(of: &CubeTensor<WgpuRuntime>) -> Vec<f32> {
+        tensor::<WgpuRuntime, Wgpu, 2>(of.clone()).into_data().to_vec().expect("the values are f32")
+    }
+
+    #[test]
+    fn the_numbers_of_every_factor_add_up_to_it() {
+        let Some(device) = device() else { return };
+        const LENGTH: usize = 21;
+        const PITCH: usize = 24;
+        for rank_axis in [0, 1] {
+            let shape = if rank_axis == 0 { [RANK, LENGTH] } else { [LENGTH, RANK] };
+            let (wanted, factors): (Vec<_>, Vec<_>) =
+                (0..OUTPUTS).map(|seed| random(seed, shape, &device)).unzip();
+            // Numbers of 24 bits show whether those in `bf16` would be rounded.
+            let written = empty(&factors[0], Shape::from([PARTS * OUTPUTS * RANK, PITCH]), DType::F32);
+            let mut numbers = written.clone();
+            numbers.meta.shape_mut()[1] = LENGTH;
+            Parts { numbers, splits: 1, sums: written.clone() }.fill(&factors, rank_axis);
+            let numbers = values(&written);
+            for (i, wanted) in wanted.iter().enumerate() {
+                for (k, at) in (0..RANK).flat_map(|k| (0..LENGTH).map(move |at| (k, at))) {
+                    let number = |part: usize| numbers[((part * OUTPUTS + i) * RANK + k) * PITCH + at];
+                    let whole = wanted[if rank_axis == 0 { k * LENGTH + at } else { at * RANK + k }];
+                    assert_eq!(
+                        (0..PARTS).map(number).sum::<f32>(),
+                        whole,
+                        "factor {i}, rank {k}, entry {at}"
+                    );
+                    for part in 0..PARTS {
+                        assert_eq!(number(part).to_bits() & 0xffff, 0, "part {part} of {whole} is no bf16");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_all_parts_and_splits() {
+        let Some(device) = device() else { return };
+        let (m, n, splits, factor) = (5, 12, 2, 0.5);
+        let room = |shape: [usize; 2], like: &CubeTensor<WgpuRuntime>| {
+            (0..OUTPUTS).map(|_| empty(like, Shape::from(shape), DType::F32)).collect::<Vec<_>>()
+        };
+        let assert_sum = |got: f32, terms: &[f32], what: &str| {
+            let sum = factor * terms.iter().sum::<f32>();
+            assert!((got - sum).abs() < 1e-4, "{what}: {got}, not {sum}");
+        };
+
+        let ranks = OUTPUTS * RANK;
+        let (sums, of_product) = random(0, [splits * m, PARTS * ranks], &device);
+        let outputs = room([m, RANK], &of_product);
+        Parts { numbers: of_product.clone(), splits, sums: of_product }.sum_columns(&outputs, factor);
+        for (i, got) in outputs.iter().map(values).enumerate() {
+            for (row, k) in (0..m).flat_map(|row| (0..RANK).map(move |k| (row, k))) {
+                let line = |split: usize, part: usize| ((split * m + row) * PARTS + part) * ranks;
+                let terms: Vec<f32> = (0..splits)
+                    .flat_map(|split| (0..PARTS).map(move |part| line(split, part)))
+                    .map(|line| sums[line + i * RANK + k])
+                    .collect();
+                assert_sum(got[row * RANK + k], &terms, &format!("output {i}, row {row}, rank {k}"));
+            }
+        }
+
+        let slabs = PARTS * splits;
+        let (sums, of_product) = random(1, [slabs * ranks, n], &device);
+        for side in [Side::Rows, Side::Columns] {
+            let outputs = room(side.shape(n, RANK), &of_product);
+            sum_slabs(&of_product, slabs, &outputs, factor, side);
+            for (i, got) in outputs.iter().map(values).enumerate() {
+                for (k, column) in (0..RANK).flat_map(|k| (0..n).map(move |column| (k, column))) {
+                    let of_slab = |slab: usize| sums[(slab * ranks + i * RANK + k) * n + column];
+                    let terms: Vec<f32> = (0..slabs).map(of_slab).collect();
+                    let at = if side == Side::Rows { k * n + column } else { column * RANK + k };
+                    assert_sum(
+                        got[at],
+                        &terms,
+                        &format!("{side:?} of output {i}, rank {k}, column {column}"),
+                    );
+                }
+            }
+        }
     }
 }
