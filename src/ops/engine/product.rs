@@ -12,7 +12,6 @@ use burn::cubecl::prelude::*;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::kernel::{cast, into_contiguous};
-use burn_cubecl::ops::numeric;
 use burn_cubecl::tensor::CubeTensor;
 use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError};
 use cubek::matmul::launch::{Strategy, launch_ref};
@@ -55,13 +54,67 @@ pub(in crate::ops) fn product<R: Engine>(
     match rounding {
         Rounding::Whole => multiply(name, &cast(lhs.clone(), rhs.dtype), rhs, rest),
         Rounding::InParts => {
-            let high = cast(lhs.clone(), rhs.dtype);
-            let low = cast(numeric::sub(lhs.clone(), cast(high.clone(), DType::F32)), rhs.dtype);
+            let [high, low] = halves(lhs, rhs.dtype);
             let sum = Rest { adapter: None, addend: None, dtype: DType::F32 };
             let low = multiply(name, &low, rhs, sum);
             let sum = Rest { adapter: None, addend: Some(low), dtype: DType::F32 };
             rest.add_to(multiply(name, &high, rhs, sum))
         }
+    }
+}
+
+/// Two matrices of a 16-bit type that add up to one in `f32`: its entries rounded, and what that left of them.
+fn halves<R: CubeRuntime>(matrix: &CubeTensor<R>, dtype: DType) -> [CubeTensor<R>; 2] {
+    let matrix = into_contiguous(matrix.clone());
+    let [high, low] = [(); 2].map(|()| empty(&matrix, matrix.meta.shape().clone(), dtype));
+    let client = matrix.client.clone();
+    let width = vector_width(matrix.meta.num_elements());
+    let vectors = matrix.meta.num_elements() / width;
+    let (cubes, cube) = one_thread_each(&client, vectors);
+    let moved = bytes(&[&matrix, &high, &low]);
+    profile::kernel("lora_linear halves", vectors * width, moved, &client, || {
+        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+        // SAFETY: vectors are held against their number, which all matrices have.
+        unsafe {
+            halves_kernel::launch_unchecked::<R>(
+                &client,
+                cubes,
+                cube,
+                width,
+                matrix.into_array_arg(),
+                high.clone().into_array_arg(),
+                low.clone().into_array_arg(),
+                vectors,
+                excess_bits(dtype),
+                dtype.into(),
+            );
+        }
+    });
+    [high, low]
+}
+
+/// Bits of an `f32` that a 16-bit type has none for.
+pub(super) fn excess_bits(dtype: DType) -> u32 {
+    if dtype == DType::BF16 { 16 } else { 13 }
+}
+
+/// `excess`: bits of an `f32` that the outputs' type has none for.
+#[cube(launch_unchecked)]
+fn halves_kernel<F: Float, N: Size>(
+    matrix: &Array<Vector<f32, N>>,
+    high: &mut Array<Vector<F, N>>,
+    low: &mut Array<Vector<F, N>>,
+    vectors: usize,
+    #[comptime] excess: u32,
+    #[define(F)] _dtype: StorageType,
+) {
+    if ABSOLUTE_POS < vectors {
+        let whole = matrix[ABSOLUTE_POS];
+        // Rounded in its bits: some compilers take a conversion there and back for nothing.
+        let bits = Vector::<u32, N>::reinterpret(whole) + Vector::new(comptime!(1u32 << (excess - 1)));
+        let rounded = Vector::<f32, N>::reinterpret(bits & Vector::new(comptime!(u32::MAX << excess)));
+        high[ABSOLUTE_POS] = Vector::cast_from(rounded);
+        low[ABSOLUTE_POS] = Vector::cast_from(whole - rounded);
     }
 }
 

@@ -7,7 +7,7 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
 use crate::ops::cube::{bytes, empty, one_thread_each};
-use crate::ops::engine::product::turned;
+use crate::ops::engine::product::{excess_bits, turned};
 use crate::ops::profile;
 
 /// What a tail is a multiple of. Most routines have stages of 32, and check no load where the depth is whole ones.
@@ -58,7 +58,6 @@ pub(super) fn tails<R: CubeRuntime>(
     let right_tail = empty(right, Shape::from(right_shape), dtype);
     let client = &left.client;
     let (cubes, cube) = one_thread_each(client, (m + n) * depth);
-    let excess = if dtype == DType::BF16 { 16 } else { 13 };
     let moved = bytes(&[left, right, &left_tail, &right_tail]);
     profile::kernel("lora_linear tails", (m + n) * depth, moved, client, || {
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
@@ -82,7 +81,7 @@ pub(super) fn tails<R: CubeRuntime>(
                 depth,
                 scale,
                 right_along_depth,
-                excess,
+                excess_bits(dtype),
                 dtype.into(),
             );
         }
