@@ -3,7 +3,7 @@
 //! Forward keeps of each layer what [`KeepPlan`] says, at least its input; backward computes the rest again, layer by layer from the last
 //! to the first, so that the activations of one layer live at a time. Nothing here waits for the device's results.
 
-use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{Bool, Int, Tensor, TensorData, backend::Backend};
 
 use crate::data::batch::Batch;
 use crate::model::attention::AttentionLayout;
@@ -35,6 +35,10 @@ pub struct DeviceBatch<B: Backend> {
     layout: AttentionLayout<B>,
     /// The rows that are scored.
     rows: Tensor<B, 1, Int>,
+    /// For each row its place among those, or any, `[tokens]`, and whether it has none, `[tokens, 1]`: to read by places is parallel where
+    /// to add to rows need not be.
+    places: Tensor<B, 1, Int>,
+    is_unscored: Tensor<B, 2, Bool>,
 }
 
 impl<B: Kernels> DeviceBatch<B> {
@@ -42,10 +46,16 @@ impl<B: Kernels> DeviceBatch<B> {
     pub fn new(model: &Llama<B>, batch: &Batch) -> Self {
         let device = model.device();
         let rows: Vec<i32> = batch.rows.iter().map(|&row| row as i32).collect();
+        let (mut places, mut is_unscored) = (vec![0; batch.n_tokens()], vec![true; batch.n_tokens()]);
+        for (place, &row) in batch.rows.iter().enumerate() {
+            (places[row as usize], is_unscored[row as usize]) = (place as i32, false);
+        }
         Self {
             embedded: model.embed(&batch.tokens),
             layout: AttentionLayout::new(&model.config, &batch.positions, batch.visible(), &device),
             rows: Tensor::from_data(TensorData::new(rows, [batch.rows.len()]), &device),
+            places: Tensor::from_data(TensorData::new(places, [batch.n_tokens()]), &device),
+            is_unscored: Tensor::from_data(TensorData::new(is_unscored, [batch.n_tokens(), 1]), &device),
             batch: batch.clone(),
         }
     }
@@ -65,7 +75,7 @@ pub fn forward_backward<B: Kernels>(
     keep: impl Into<KeepPlan>,
 ) -> Gradients<B> {
     let device = model.device();
-    let DeviceBatch { batch, embedded, layout, rows } = batch;
+    let DeviceBatch { batch, embedded, layout, rows, places, is_unscored } = batch;
     // Below the first layer with an adapter there is nothing to learn, so nothing is kept for backward.
     let has_adapter =
         |layer: &DecoderLayer<B>| layer.linears().iter().any(|(_, linear)| linear.lora.is_some());
@@ -81,7 +91,7 @@ pub fn forward_backward<B: Kernels>(
     }
 
     // Only the scored rows meet the final norm and the head.
-    let (shape, x) = (x.dims(), x.select(0, rows.clone()));
+    let x = x.select(0, rows);
     let hidden = model.norm.forward(x.clone());
     let forward = token_logps(hidden, &model.lm_head, &batch.entries, Expected::Keep);
     let loss = orpo_loss(forward.logps.clone(), &batch.pairs);
@@ -90,7 +100,7 @@ pub fn forward_backward<B: Kernels>(
     let dhidden = token_logps_backward(dlogps, forward, &model.lm_head, &batch.entries);
     peak_bytes = peak_bytes.max(B::bytes_in_use(&device));
     let dtop = model.norm.backward(dhidden, x, None);
-    let mut dx = Tensor::<B, 2>::zeros(shape, &device).select_assign(0, rows, dtop, IndexingUpdateOp::Add);
+    let mut dx = dtop.select(0, places).mask_fill(is_unscored, 0.0);
 
     let mut grads = Vec::with_capacity(adapted.len());
     for (i, (layer, kept)) in adapted.iter().zip(kept).enumerate().rev() {
@@ -112,7 +122,7 @@ pub fn forward_backward<B: Kernels>(
 
 /// Runs a batch forward only and returns its statistics, `[pairs, 5]`.
 pub fn evaluate<B: Kernels>(model: &Llama<B>, batch: DeviceBatch<B>) -> Tensor<B, 2> {
-    let DeviceBatch { batch, embedded, layout, rows } = batch;
+    let DeviceBatch { batch, embedded, layout, rows, .. } = batch;
     let x = model.layers.iter().fold(embedded, |x, layer| layer.forward(x, &layout));
     let hidden = model.norm.forward(x.select(0, rows));
     let forward = token_logps(hidden, &model.lm_head, &batch.entries, Expected::Skip);
