@@ -235,12 +235,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const __grid_constant__ Sizes sizes) {
     extern __shared__ __align__(1024) char memory[];
     const u32 owned = shared_address(memory), walked = owned + OWNED * LINE_BYTES;
-    const u32 head = blockIdx.y * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
+    const u32 head = blockIdx.x * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
     const Lines queries = query_lines(q, sizes, head);
     const Lines keys = key_lines(k, sizes, kv_head);
     const Lines values = key_lines(v, sizes, kv_head);
-    // Later queries see more keys; the longest walks start first.
-    const u32 first = (gridDim.x - 1 - blockIdx.x) * OWNED, last = min(first + OWNED, queries.n_lines) - 1;
+    // Later queries see more keys. Workgroups start in the order of x, then of y: the longest walks first, those of all heads.
+    const u32 first = (gridDim.y - 1 - blockIdx.y) * OWNED, last = min(first + OWNED, queries.n_lines) - 1;
     const Bounds bounds(mask, sizes.n_queries, first / HEADS, last / HEADS);
     const u32 lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
     const float scale = sizes.scale * LOG2_E;
@@ -337,12 +337,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     extern __shared__ __align__(1024) char memory[];
     const u32 owned_q = shared_address(memory), owned_dout = owned_q + OWNED * LINE_BYTES;
     const u32 walked = owned_dout + OWNED * LINE_BYTES;
-    const u32 head = blockIdx.y * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
+    const u32 head = blockIdx.x * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
     const Lines queries = query_lines(q, sizes, head);
     const Lines douts = query_lines(dout, sizes, head);
     const Lines keys = key_lines(k, sizes, kv_head);
     const Lines values = key_lines(v, sizes, kv_head);
-    const u32 first = (gridDim.x - 1 - blockIdx.x) * OWNED, last = min(first + OWNED, queries.n_lines) - 1;
+    const u32 first = (gridDim.y - 1 - blockIdx.y) * OWNED, last = min(first + OWNED, queries.n_lines) - 1;
     const Bounds bounds(mask, sizes.n_queries, first / HEADS, last / HEADS);
     const u32 lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
     const float scale = sizes.scale * LOG2_E;
@@ -412,11 +412,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
     extern __shared__ __align__(1024) char memory[];
     const u32 owned_k = shared_address(memory), owned_v = owned_k + OWNED * LINE_BYTES;
     const u32 walked = owned_v + OWNED * LINE_BYTES;
-    const u32 kv_head = blockIdx.y % sizes.kv_heads, group = sizes.heads / sizes.kv_heads;
-    const u32 split = blockIdx.y / sizes.kv_heads, splits = gridDim.y / sizes.kv_heads;
+    const u32 kv_head = blockIdx.x % sizes.kv_heads, group = sizes.heads / sizes.kv_heads;
+    const u32 split = blockIdx.x / sizes.kv_heads, splits = gridDim.x / sizes.kv_heads;
     const Lines keys = key_lines(k, sizes, kv_head);
     const Lines values = key_lines(v, sizes, kv_head);
-    const u32 first = blockIdx.x * OWNED, end = first + OWNED;
+    // More queries see earlier keys: here too the longest walks start first.
+    const u32 first = blockIdx.y * OWNED, end = first + OWNED;
     const u32 lane = threadIdx.x % 32, own = threadIdx.x / 32 * 16;
     const float scale = sizes.scale * LOG2_E;
 

@@ -19,6 +19,7 @@ mod matrices;
 mod mma;
 mod reference;
 mod registers;
+mod splits;
 mod tile;
 pub mod trial;
 

@@ -181,9 +181,10 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
             return attention::attention_backward_reference(dout, q, k, v, output, mask);
         }
         let (qkv, mask) = ([q, k, v].map(operand), mask.launch_mask());
-        let tile = AttentionTile::of(&qkv[0], &qkv[1], Pass::Backward);
+        let splits = attention::launch::splits(&qkv[0], &qkv[1]);
+        let tile = AttentionTile::of(&qkv[0], &qkv[1], Pass::Backward { splits });
         let output = [operand(output.out), operand(output.lse)];
-        attention::launch::attention_backward(operand(dout), qkv, output, &mask, tile).map(tensor)
+        attention::launch::attention_backward(operand(dout), qkv, output, &mask, tile, splits).map(tensor)
     }
 
     fn orpo_loss_forward(logps: Tensor<Self, 1>, pairs: &[PairSpan]) -> Tensor<Self, 2> {

@@ -50,14 +50,14 @@ pub(super) fn backward_queries<F: Float>(
     #[define(F)] _dtype: StorageType,
 ) {
     let n_queries = n_queries as usize;
-    let head = CUBE_POS_Y as usize * form.heads;
+    let head = CUBE_POS_X as usize * form.heads;
     let kv_head = head * kv_heads as usize / heads as usize;
     let q_lines = query_lines(n_queries, heads as usize, head, form);
     let k_lines = key_lines(n_keys as usize, kv_heads as usize, kv_head, form);
 
-    // Later queries see more keys; the longest walks start first.
+    // As in forward: the longest walks start first, those of all heads.
     let blocks = q_lines.n_lines.div_ceil(tile.block_m());
-    let first = (blocks - 1 - CUBE_POS_X as usize) * tile.block_m();
+    let first = (blocks - 1 - CUBE_POS_Y as usize) * tile.block_m();
     let last = min(first + tile.block_m(), q_lines.n_lines) - 1;
     let bounds = Bounds::new(mask, n_queries, first / form.heads, last / form.heads);
 
@@ -111,20 +111,21 @@ pub(super) fn backward_queries<F: Float>(
     for i in 0..tile.lines {
         factors[i] = scale;
     }
-    room.store(&sums, &factors, dq, &q_lines, first);
+    room.store::<F>(&sums, &factors, dq, &q_lines, first);
 }
 
-/// `dK` and `dV`: a workgroup owns lines of keys and walks over the queries of every head that sees them.
+/// `dK` and `dV`: a workgroup owns lines of keys and walks over the queries of every head that sees them. In several splits of the grid
+/// these take the walks' steps in turns, and the gradients of each lie behind those of the one before.
 #[cube(launch_unchecked)]
-pub(super) fn backward_keys<F: Float>(
+pub(super) fn backward_keys<F: Float, G: Float>(
     dout: &Array<Quad<F>>,
     q: &Array<Quad<F>>,
     k: &Array<Quad<F>>,
     v: &Array<Quad<F>>,
     stats: &Array<f32>,
     mask: &Array<Quad<u32>>,
-    dk: &mut Array<Quad<F>>,
-    dv: &mut Array<Quad<F>>,
+    dk: &mut Array<Quad<G>>,
+    dv: &mut Array<Quad<G>>,
     n_queries: u32,
     n_keys: u32,
     n_seen: u32,
@@ -134,12 +135,16 @@ pub(super) fn backward_keys<F: Float>(
     #[comptime] form: Form,
     #[comptime] tile: Tile,
     #[define(F)] _dtype: StorageType,
+    #[define(G)] _grads_dtype: StorageType,
 ) {
     let n_queries = n_queries as usize;
-    let kv_head = CUBE_POS_Y as usize;
+    let kv_head = (CUBE_POS_X % kv_heads) as usize;
+    let split = (CUBE_POS_X / kv_heads) as usize;
+    let splits = (CUBE_COUNT_X / kv_heads) as usize;
     let group = (heads / kv_heads) as usize;
     let k_lines = key_lines(n_keys as usize, kv_heads as usize, kv_head, form);
-    let first = CUBE_POS_X as usize * tile.block_m();
+    // More queries see earlier keys: here too the longest walks start first.
+    let first = CUBE_POS_Y as usize * tile.block_m();
     let end = first + tile.block_m();
     let (start_query, end_query) = seeing(mask, n_queries, n_seen as usize, first, end - 1);
     let step = comptime!(tile.block_n() / form.heads);
@@ -154,7 +159,7 @@ pub(super) fn backward_keys<F: Float>(
     for part in 0..group / form.heads {
         let head = kv_head * group + part * form.heads;
         let q_lines = query_lines(n_queries, heads as usize, head, form);
-        let mut query = start_query / step * step;
+        let mut query = (start_query / step + split) * step;
         while query < end_query {
             let last = min(query + step, n_queries) - 1;
             let bounds = Bounds::new(mask, n_queries, query, last);
@@ -206,7 +211,7 @@ pub(super) fn backward_keys<F: Float>(
                 room.walk(&queries);
                 room.accumulate(&queries, &mut k_sums);
             }
-            query += step;
+            query += splits * step;
         }
     }
 
@@ -215,10 +220,12 @@ pub(super) fn backward_keys<F: Float>(
     for i in 0..tile.lines {
         factors[i] = 1.0f32;
     }
-    room.store(&v_sums, &factors, dv, &k_lines, first);
+    let first_head = split * n_keys as usize * kv_heads as usize + kv_head;
+    let out_lines = key_lines(n_keys as usize, kv_heads as usize, first_head, form);
+    room.store::<G>(&v_sums, &factors, dv, &out_lines, first);
     #[unroll]
     for i in 0..tile.lines {
         factors[i] = scale;
     }
-    room.store(&k_sums, &factors, dk, &k_lines, first);
+    room.store::<G>(&k_sums, &factors, dk, &out_lines, first);
 }

@@ -26,14 +26,14 @@ pub(super) fn forward<F: Float>(
     #[comptime] tile: Tile,
     #[define(F)] _dtype: StorageType,
 ) {
-    let head = CUBE_POS_Y as usize * form.heads;
+    let head = CUBE_POS_X as usize * form.heads;
     let kv_head = head * kv_heads as usize / heads as usize;
     let q_lines = query_lines(n_queries as usize, heads as usize, head, form);
     let k_lines = key_lines(n_keys as usize, kv_heads as usize, kv_head, form);
 
-    // Later queries see more keys; the longest walks start first.
+    // Later queries see more keys. Workgroups start in the order of x, then of y: the longest walks first, those of all heads.
     let blocks = q_lines.n_lines.div_ceil(tile.block_m());
-    let first = (blocks - 1 - CUBE_POS_X as usize) * tile.block_m();
+    let first = (blocks - 1 - CUBE_POS_Y as usize) * tile.block_m();
     let thread_first = first + thread_m(tile) * tile.lines;
     let last = min(first + tile.block_m(), q_lines.n_lines) - 1;
     let bounds = Bounds::new(mask, n_queries as usize, first / form.heads, last / form.heads);
@@ -134,5 +134,5 @@ pub(super) fn forward<F: Float>(
             lse[line / form.heads * heads as usize + head + line % form.heads] = maxima[i] + total.ln();
         }
     }
-    room.store(&sums, &factors, out, &q_lines, first);
+    room.store::<F>(&sums, &factors, out, &q_lines, first);
 }

@@ -12,6 +12,7 @@ use super::backward;
 use super::forward;
 use super::matrices::shared_bytes;
 use super::mma;
+use super::splits;
 use super::tile::{Form, Tile, Units};
 use super::trial::{Pass, is_right};
 use crate::ops::cube::{bytes, empty, is_software, matrix_units, one_thread_each};
@@ -69,7 +70,7 @@ pub fn attention_forward<R: Engine>(
     let (client, dtype) = (q.client.clone(), q.dtype.into());
     let flops = 4 * mask.n_visible * sizes.heads * sizes.head_dim;
     profile::kernel("attention forward", flops, bytes(&[&q, &k, &v, &out, &lse]), &q.client.clone(), || {
-        if let Units::Mma { .. } = tile.units {
+        if tile.units == Units::Mma {
             mma::forward(&sizes, mask, [&q, &k, &v], &out, &lse);
             return;
         }
@@ -78,7 +79,7 @@ pub fn attention_forward<R: Engine>(
         unsafe {
             forward::forward::launch_unchecked::<R>(
                 &client,
-                CubeCount::Static(blocks as u32, (sizes.heads / form.heads) as u32, 1),
+                CubeCount::Static((sizes.heads / form.heads) as u32, blocks as u32, 1),
                 CubeDim::new_1d((tile.threads_m * tile.threads_n) as u32),
                 q.into_array_arg(),
                 k.into_array_arg(),
@@ -100,13 +101,15 @@ pub fn attention_forward<R: Engine>(
     (out, lse)
 }
 
-/// Computes `[dq, dk, dv]`, cut by this tile; `head_dim` is a multiple of four.
+/// Computes `[dq, dk, dv]`, cut by this tile, the latter two in so many splits of the walks over the queries; `head_dim` is a multiple of
+/// four.
 pub fn attention_backward<R: Engine>(
     dout: CubeTensor<R>,
     [q, k, v]: [CubeTensor<R>; 3],
     [out, lse]: [CubeTensor<R>; 2],
     mask: &Mask<R>,
     tile: Tile,
+    splits: usize,
 ) -> [CubeTensor<R>; 3] {
     let [dout, q, k, v, out, lse] = [dout, q, k, v, out, lse].map(into_contiguous);
     let sizes = Sizes::of(&q, &k);
@@ -114,10 +117,8 @@ pub fn attention_backward<R: Engine>(
     let n_lines = sizes.n_queries * sizes.heads;
     let stats = empty(&q, Shape::from([n_lines, 2]), DType::F32);
     let [dq, dk, dv] = [&q, &k, &v].map(|like| empty(like, like.meta.shape().clone(), like.dtype));
-    let parts = match tile.units {
-        Units::Mma { splits } if splits > 1 => Some(mma::parts(&k, splits)),
-        _ => None,
-    };
+    let parts = (splits > 1).then(|| splits::parts(&k, splits));
+    let [dk_parts, dv_parts] = parts.as_ref().map_or([&dk, &dv], |parts| parts.each_ref());
     let (client, dtype): (_, StorageType) = (q.client.clone(), q.dtype.into());
     let threads = CubeDim::new_1d((tile.threads_m * tile.threads_n) as u32);
     let scalars = [sizes.n_queries, sizes.n_keys, sizes.heads, sizes.kv_heads].map(|n| n as u32);
@@ -141,57 +142,70 @@ pub fn attention_backward<R: Engine>(
                 form.quads,
                 dtype,
             );
-            if let Units::Mma { .. } = tile.units {
-                let parts = parts.as_ref();
-                mma::backward(&sizes, mask, [&dout, &q, &k, &v, &stats], [&dq, &dk, &dv], parts);
-                return;
+            if tile.units == Units::Mma {
+                let grads = [&dq, dk_parts, dv_parts];
+                mma::backward(&sizes, mask, [&dout, &q, &k, &v, &stats], grads, splits);
+            } else {
+                let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
+                backward::backward_queries::launch_unchecked::<R>(
+                    &client,
+                    CubeCount::Static((sizes.heads / form.heads) as u32, blocks as u32, 1),
+                    threads,
+                    dout.clone().into_array_arg(),
+                    q.clone().into_array_arg(),
+                    k.clone().into_array_arg(),
+                    v.clone().into_array_arg(),
+                    stats.clone().into_array_arg(),
+                    mask.table.clone().into_array_arg(),
+                    dq.clone().into_array_arg(),
+                    n_queries,
+                    n_keys,
+                    heads,
+                    kv_heads,
+                    sizes.scale(),
+                    form,
+                    tile,
+                    dtype,
+                );
+                backward::backward_keys::launch_unchecked::<R>(
+                    &client,
+                    CubeCount::Static(
+                        splits as u32 * kv_heads,
+                        sizes.n_keys.div_ceil(tile.block_m()) as u32,
+                        1,
+                    ),
+                    threads,
+                    dout.into_array_arg(),
+                    q.into_array_arg(),
+                    k.into_array_arg(),
+                    v.into_array_arg(),
+                    stats.into_array_arg(),
+                    mask.table.clone().into_array_arg(),
+                    dk_parts.clone().into_array_arg(),
+                    dv_parts.clone().into_array_arg(),
+                    n_queries,
+                    n_keys,
+                    mask.n_seen as u32,
+                    heads,
+                    kv_heads,
+                    sizes.scale(),
+                    form,
+                    tile,
+                    dtype,
+                    dk_parts.dtype.into(),
+                );
             }
-            let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
-            backward::backward_queries::launch_unchecked::<R>(
-                &client,
-                CubeCount::Static(blocks as u32, (sizes.heads / form.heads) as u32, 1),
-                threads,
-                dout.clone().into_array_arg(),
-                q.clone().into_array_arg(),
-                k.clone().into_array_arg(),
-                v.clone().into_array_arg(),
-                stats.clone().into_array_arg(),
-                mask.table.clone().into_array_arg(),
-                dq.clone().into_array_arg(),
-                n_queries,
-                n_keys,
-                heads,
-                kv_heads,
-                sizes.scale(),
-                form,
-                tile,
-                dtype,
-            );
-            backward::backward_keys::launch_unchecked::<R>(
-                &client,
-                CubeCount::Static(sizes.n_keys.div_ceil(tile.block_m()) as u32, kv_heads, 1),
-                threads,
-                dout.into_array_arg(),
-                q.into_array_arg(),
-                k.into_array_arg(),
-                v.into_array_arg(),
-                stats.into_array_arg(),
-                mask.table.clone().into_array_arg(),
-                dk.clone().into_array_arg(),
-                dv.clone().into_array_arg(),
-                n_queries,
-                n_keys,
-                mask.n_seen as u32,
-                heads,
-                kv_heads,
-                sizes.scale(),
-                form,
-                tile,
-                dtype,
-            );
+        }
+        if let Some(parts) = &parts {
+            splits::add_up(parts, [&dk, &dv]);
         }
     });
     [dq, dk, dv]
+}
+
+/// In how many splits the gradients by keys and values are made.
+pub fn splits<R: CubeRuntime>(q: &CubeTensor<R>, k: &CubeTensor<R>) -> usize {
+    splits::splits(&Sizes::of(q, k), &q.client)
 }
 
 impl Tile {
@@ -209,17 +223,12 @@ impl Tile {
 
     /// The tile for queries and keys like these.
     pub fn of<R: Engine>(q: &CubeTensor<R>, k: &CubeTensor<R>, pass: Pass) -> Self {
-        let sizes = Sizes::of(q, k);
-        let Sizes { heads, kv_heads, head_dim, .. } = sizes;
+        let Sizes { heads, kv_heads, head_dim, .. } = Sizes::of(q, k);
         let is_right =
             |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
         match head_dim {
             _ if !is_software(&q.client) => {
-                let splits = match pass {
-                    Pass::Forward => 1,
-                    Pass::Backward => mma::splits(&sizes, &q.client),
-                };
-                let on_matrices = [Self::mma(q, head_dim, splits), Self::on_matrices(q, head_dim)];
+                let on_matrices = [Self::mma(q, head_dim), Self::on_matrices(q, head_dim)];
                 on_matrices.into_iter().flatten().find(is_right).unwrap_or(Self::GPU)
             }
             0..=64 => Self::SOFTWARE[0],
@@ -229,7 +238,7 @@ impl Tile {
     }
 
     /// The tile of `attention_mma.cu`, where it takes tensors of this type and heads of this width.
-    pub fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize, splits: usize) -> Option<Self> {
+    pub fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
         let is_taken = tensor.dtype != DType::F32 && mma::HEAD_DIMS.contains(&head_dim);
         let may_multiply =
             !matrix_units(&tensor.client, tensor.dtype).is_empty() && R::has_mma(&tensor.client);
@@ -238,7 +247,7 @@ impl Tile {
             threads_n: 8,
             lines: mma::OWNED / 16,
             columns: 8,
-            units: Units::Mma { splits },
+            units: Units::Mma,
         })
     }
 

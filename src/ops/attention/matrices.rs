@@ -236,11 +236,11 @@ impl<F: Float> MatrixRoom<F> {
         }
     }
 
-    pub(super) fn store(
+    pub(super) fn store<O: Float>(
         &mut self,
         sums: &MatrixSums,
         factors: &Array<f32>,
-        out: &mut Array<Quad<F>>,
+        out: &mut Array<Quad<O>>,
         lines: &Lines,
         first: usize,
     ) {

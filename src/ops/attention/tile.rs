@@ -22,10 +22,7 @@ pub enum Units {
         side: usize,
     },
     /// `attention_mma.cu`, whose kernels stand for themselves.
-    Mma {
-        /// Splits of the gradients by keys and values, each with sums of its own.
-        splits: usize,
-    },
+    Mma,
 }
 
 /// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four.
@@ -105,7 +102,7 @@ impl<F: Float> Room<F> {
         match comptime!(tile.units) {
             Units::Registers { stage } => Room::new_Registers(RegisterRoom::new(stage, form, tile)),
             Units::Matrices { side } => Room::new_Matrices(MatrixRoom::<F>::new(n_owned, side, form, tile)),
-            Units::Mma { .. } => unreachable!(),
+            Units::Mma => unreachable!(),
         }
     }
 
@@ -182,19 +179,21 @@ impl<F: Float> Room<F> {
     }
 
     /// Writes the sums of a thread's lines, each times its line's factor.
-    pub(super) fn store(
+    pub(super) fn store<O: Float>(
         &mut self,
         sums: &Sums,
         factors: &Array<f32>,
-        out: &mut Array<Quad<F>>,
+        out: &mut Array<Quad<O>>,
         lines: &Lines,
         first: usize,
     ) {
         match (self, sums) {
             (Room::Registers(room), Sums::Registers(sums)) => {
-                room.store::<F>(sums, factors, out, lines, first);
+                room.store::<O>(sums, factors, out, lines, first);
             }
-            (Room::Matrices(room), Sums::Matrices(sums)) => room.store(sums, factors, out, lines, first),
+            (Room::Matrices(room), Sums::Matrices(sums)) => {
+                room.store::<O>(sums, factors, out, lines, first);
+            }
             _ => unreachable!(),
         }
     }

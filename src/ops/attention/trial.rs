@@ -30,8 +30,11 @@ const LSE_TOLERANCE: f32 = 1e-3;
 pub enum Pass {
     /// The output and the log-sum-exp.
     Forward,
-    /// The gradients.
-    Backward,
+    /// The gradients, those by keys and values in so many splits.
+    Backward {
+        /// Of the walks over the queries.
+        splits: usize,
+    },
 }
 
 /// What a trial tells of: the runtime, the device, the tensors' type, `[heads, kv_heads, head_dim]`, the tile and the pass.
@@ -118,12 +121,12 @@ impl<R: Engine> Sequence<R> {
                 let (got_out, got_lse) = forward(tile);
                 self.are_lines_close(&got_out, &out) && is_lse_close(&got_lse, &lse)
             }
-            Pass::Backward => {
-                let backward = |tile| {
+            Pass::Backward { splits } => {
+                let backward = |tile, splits| {
                     let saved = [out.clone(), lse.clone()];
-                    attention_backward(self.dout.clone(), self.qkv.clone(), saved, &self.mask, tile)
+                    attention_backward(self.dout.clone(), self.qkv.clone(), saved, &self.mask, tile, splits)
                 };
-                let (got, want) = (backward(tile), backward(Tile::GPU));
+                let (got, want) = (backward(tile, splits), backward(Tile::GPU, 1));
                 got.iter().zip(&want).all(|(got, want)| self.are_lines_close(got, want))
             }
         }

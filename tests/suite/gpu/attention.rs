@@ -125,23 +125,27 @@ struct Outcome {
     grads: [Vec<f32>; 3],
 }
 
-/// Forward and backward of the op; of the kernels with this tile, where one is given.
-fn run(case: &Case, tile: Option<Tile>, device: &GpuDevice) -> Outcome {
+/// How the kernels cut their work: the tile, and the splits of the walks over the queries.
+type Cut = (Tile, usize);
+
+/// Forward and backward of the op; of the kernels cut so, where that is given.
+fn run(case: &Case, cut: Option<Cut>, device: &GpuDevice) -> Outcome {
     let inputs = Inputs::new(case);
     let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<Gpu, 3>(t, device).cast(case.dtype));
     let dout = tensor::<Gpu, 2>(&inputs.dout, device).cast(case.dtype);
     let mask = AttentionMask::new(case.visible.clone(), device);
-    let (output, grads) = match tile {
+    let (output, grads) = match cut {
         None => {
             let output = attention(q.clone(), k.clone(), v.clone(), &mask);
             (output.clone(), attention_backward(dout, q, k, v, output, &mask))
         }
-        Some(tile) => {
+        Some((tile, splits)) => {
             let mask = mask.launch_mask::<GpuRuntime>();
             let qkv = [q, k, v].map(|t| t.into_primitive().tensor());
             let (out, lse) = launch::attention_forward(qkv.clone(), &mask, tile);
             let dout = dout.into_primitive().tensor();
-            let grads = launch::attention_backward(dout, qkv, [out.clone(), lse.clone()], &mask, tile);
+            let saved = [out.clone(), lse.clone()];
+            let grads = launch::attention_backward(dout, qkv, saved, &mask, tile, splits);
             let [out, lse] = [out, lse].map(|t| Tensor::from_primitive(TensorPrimitive::Float(t)));
             (AttentionOutput { out, lse }, grads.map(|t| Tensor::from_primitive(TensorPrimitive::Float(t))))
         }
@@ -203,12 +207,12 @@ fn is_burns_alone(head_dim: usize) -> bool {
     !head_dim.is_multiple_of(4)
 }
 
-fn compare(case: &Case, tile: Option<Tile>, device: &GpuDevice) {
-    let got = run(case, tile, device);
+fn compare(case: &Case, cut: Option<Cut>, device: &GpuDevice) {
+    let got = run(case, cut, device);
     let want = run_reference(case);
     let Case { heads, kv_heads, head_dim, visible, size, dtype } = case;
     let name = format!(
-        "{} rows, {heads}/{kv_heads} heads of {head_dim}, size {size}, {dtype:?}, {tile:?}",
+        "{} rows, {heads}/{kv_heads} heads of {head_dim}, size {size}, {dtype:?}, {cut:?}",
         visible.len()
     );
     let (atol, rtol) = match halves().into_iter().find(|half| half.0 == *dtype) {
@@ -286,13 +290,17 @@ fn from_halves() {
 #[test]
 fn tiles_of_gpus() {
     let Some(device) = adapter() else { return };
-    let tile = Some(Tile::GPU);
-    compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), tile, &device);
-    compare(&Case::new(4, 4, 64, causal(70, 9)), tile, &device);
+    let in_splits = |splits| Some((Tile::GPU, splits));
+    compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), in_splits(3), &device);
+    compare(&Case::new(4, 4, 64, causal(70, 9)), in_splits(1), &device);
+    // More splits than steps.
+    compare(&Case::new(4, 4, 16, causal(0, 3)), in_splits(4), &device);
     for (dtype, _) in halves() {
-        compare(&Case::new(4, 1, 128, pairs(&[[20, 33, 40]])).stored(dtype), tile, &device);
+        compare(&Case::new(4, 1, 128, pairs(&[[20, 33, 40]])).stored(dtype), in_splits(2), &device);
     }
 }
+
+const PASSES: [Pass; 3] = [Pass::Forward, Pass::Backward { splits: 1 }, Pass::Backward { splits: 4 }];
 
 /// Tensors of 16-bit types on the device's matrix units.
 #[test]
@@ -321,8 +329,10 @@ fn on_matrices() {
                 left_out_without_matrices("attention takes matrix units where planes have one size alone");
                 return;
             }
-            assert!(tile.is_some(), "the device's matrices take heads of {}", case.head_dim);
-            compare(&case.stored(dtype), tile, &device);
+            let tile =
+                tile.unwrap_or_else(|| panic!("the device's matrices take no heads of {}", case.head_dim));
+            let splits = if case.kv_heads == 2 { 2 } else { 1 };
+            compare(&case.stored(dtype), Some((tile, splits)), &device);
         }
         if GpuRuntime::has_mma(&like.client) {
             for case in [
@@ -339,28 +349,27 @@ fn on_matrices() {
             ] {
                 let case = case.stored(dtype);
                 for splits in [1, 3] {
-                    let tile = Tile::mma(&like, case.head_dim, splits);
-                    assert!(tile.is_some(), "heads of {}", case.head_dim);
-                    compare(&case, tile, &device);
+                    let tile = Tile::mma(&like, case.head_dim).expect("there are kernels for these heads");
+                    compare(&case, Some((tile, splits)), &device);
                 }
             }
-            for (head_dim, pass, splits) in [64, 128].into_iter().flat_map(|head_dim| {
-                [(head_dim, Pass::Forward, 1), (head_dim, Pass::Backward, 1), (head_dim, Pass::Backward, 4)]
-            }) {
-                let tile = Tile::mma(&like, head_dim, splits).expect("it was there before");
+            for (head_dim, pass) in
+                [64, 128].into_iter().flat_map(|head_dim| PASSES.map(|pass| (head_dim, pass)))
+            {
+                let tile = Tile::mma(&like, head_dim).expect("it was there before");
                 let is_right = trial::is_right::<GpuRuntime>(&device, dtype, [8, 2, head_dim], tile, pass);
                 assert!(is_right, "{tile:?}, {pass:?}, heads of {head_dim}");
             }
         }
         let tile = Tile::on_matrices(&like, 64).expect("it was there before");
         let is_right = |tile, pass| trial::is_right::<GpuRuntime>(&device, dtype, [8, 2, 64], tile, pass);
-        for pass in [Pass::Forward, Pass::Backward] {
+        for pass in PASSES {
             assert!(is_right(tile, pass), "{tile:?}, {pass:?}");
         }
         // What a GPU does with planes that are half of its own is anything; a processor has planes of up to 16.
         if like.client.properties().hardware.plane_size_max <= 16 {
             let wrong = Tile { threads_n: tile.threads_n / 2, ..tile };
-            for pass in [Pass::Forward, Pass::Backward] {
+            for pass in PASSES {
                 assert!(!is_right(wrong, pass), "{wrong:?}, {pass:?}");
             }
             assert!(notes::take().iter().any(|note| note.contains("attention")));
