@@ -6,14 +6,21 @@
 // order. Lines of queries are those of HEADS query heads that share a key head, token by token; the mask's table is that of `mask.rs`.
 // Walked lines are copied a step ahead.
 //
-// Set by `kernel/cuda/mma.rs`: OWNED and WALKED, multiples of 16; HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16 or
-// else f16; one of FORWARD, QUERIES and KEYS; IN_SPLITS, whether the keys' gradients are those of splits, in f32.
+// On compute capability 9.0 the four warps of a workgroup multiply as one (`wgmma`), as FlashAttention-3 (arXiv:2407.08608) does: what is
+// staged goes into products as it lies, once for all four, where `mma` has each load it into registers.
+//
+// Set by `kernel/cuda/mma.rs`: OWNED, 64, and WALKED, a multiple of 16; HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16
+// or else f16; one of FORWARD, QUERIES and KEYS; IN_SPLITS, whether the keys' gradients are those of splits, in f32; WARPGROUP, whether
+// warps multiply as one, and for these SCORES_… and SUMS_…, which name the operands of their two products; WORKGROUPS, how many are to
+// fit a processor.
 //
 // Layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type". A thread has rows `lane / 4` and 8 below it, of
-// each 8 columns those of `lane % 4 * 2` and the next.
+// each 8 columns those of `lane % 4 * 2` and the next. Those of `wgmma` are the same in each of its warps; what it reads of workgroup
+// memory has the 128-byte swizzle of "Asynchronous Warpgroup Level Matrix Instructions".
 
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 
 #define THREADS (OWNED / 16 * 32)
 // Of a line: bytes, pieces of 16 bytes, and products along it.
@@ -54,6 +61,9 @@ template <int N> struct Sums {
 
 __device__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 
+// Where the swizzle's pattern begins.
+__device__ u32 aligned(const void *at) { return (shared_address(at) + 1023) & ~1023u; }
+
 __device__ void load_matrices(u32 (&to)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
@@ -77,8 +87,15 @@ __device__ u32 pair(float first, float second) {
     return both;
 }
 
-// Where a piece of a staged line lies: neighbours of a column are in banks of their own.
-__device__ u32 piece(u32 line, u32 i) { return line * LINE_BYTES + ((i ^ (line & 7)) << 4); }
+// Where a piece of one of LINES staged lines lies: neighbours of a column are in banks of their own. For whole warpgroups rows are of 64
+// entries, those of all lines behind each other.
+template <u32 LINES> __device__ u32 piece(u32 line, u32 i) {
+#if WARPGROUP
+    return (i / 8 * LINES + line) * 128 + ((i % 8 ^ (line & 7)) << 4);
+#else
+    return line * LINE_BYTES + ((i ^ (line & 7)) << 4);
+#endif
+}
 
 // Lines of one tensor: of `per_token` heads from one on, token by token.
 struct Lines {
@@ -99,12 +116,12 @@ __device__ Lines key_lines(const u16 *tensor, const Sizes &sizes, u32 kv_head) {
 }
 
 // Begins to copy lines; those past the end are the last one.
-template <int N> __device__ void copy(u32 to, const Lines &lines, u32 first) {
+template <u32 N> __device__ void copy(u32 to, const Lines &lines, u32 first) {
 #pragma unroll
     for (u32 item = threadIdx.x; item < N * PIECES; item += THREADS) {
         const u32 line = item / PIECES, i = item % PIECES;
         const u16 *from = lines.first + lines.start(min(first + line, lines.n_lines - 1)) + i * 8;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + piece(line, i)), "l"(from) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + piece<N>(line, i)), "l"(from) : "memory");
     }
 }
 
@@ -112,24 +129,101 @@ __device__ void copied() { asm volatile("cp.async.commit_group;" ::: "memory"); 
 
 template <int PENDING> __device__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#if WARPGROUP
+    // What threads wrote, for products that read past them.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
+
+// Of weights as a product's sums have them, those of 16 walked lines as a left operand.
+__device__ void pack(u32 (&to)[4], const Sums<WALKED / 8> &weights, u32 k) {
+    const float(&a)[4] = weights.at[2 * k], (&b)[4] = weights.at[2 * k + 1];
+    to[0] = pair(a[0], a[1]), to[1] = pair(a[2], a[3]), to[2] = pair(b[0], b[1]), to[3] = pair(b[2], b[3]);
+}
+
+#if WARPGROUP
+// Of a matrix of 64 lines or entries in rows of 128 bytes: where it begins, and bytes between its neighbours of 8 rows (`stride`) and of 64
+// entries (`leading`).
+__device__ u64 descriptor(u32 address, u64 leading, u64 stride) {
+    const u64 swizzle_128 = 1ull << 62;
+    return swizzle_128 | (stride >> 4) << 32 | (leading >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+
+// sums = left · rightᵀ, 64 lines and WALKED along 16 entries, added to what they are where `adds`.
+__device__ void multiply_lines(Sums<WALKED / 8> &sums, u64 left, u64 right, u32 adds) {
+    asm volatile(
+        "{\n"
+        ".reg .pred adds;\n"
+        "setp.ne.b32 adds, " SCORES_ADDS ", 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n" SCORES_COLUMNS "k16.f32." TYPE "." TYPE " " SCORES_REGISTERS ", " SCORES_LEFT ", " SCORES_RIGHT
+        ", adds, 1, 1, 0, 0;\n"
+        "}\n" : SCORES_OPERANDS : "l"(left), "l"(right), "r"(adds));
+}
+
+// sums += left · right, 64 lines of 16 weights and HEAD_DIM entries of 16 lines.
+__device__ void multiply_weights(Sums<HEAD_DIM / 8> &sums, const u32 (&left)[4], u64 right) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n" SUMS_COLUMNS "k16.f32." TYPE "." TYPE " " SUMS_REGISTERS ", " SUMS_LEFT ", " SUMS_RIGHT
+        ", 1, 1, 1, 1;\n" : SUMS_OPERANDS : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
+}
+
+// Before products of registers that were written meanwhile.
+__device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+template <int N> __device__ void finish_products(Sums<N> &sums) {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    // No compiler may read them before.
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) asm volatile("" : "+f"(sums.at[n][i])::"memory");
+    }
+}
+
+// products[64, WALKED] = owned · walkedᵀ, of which a warp has its 16 owned lines; between `begin_products` and `finish_products`.
+__device__ void products(Sums<WALKED / 8> &sums, u32 owned, u32, u32 walked) {
+#pragma unroll
+    for (u32 step = 0; step < DEPTH_STEPS; step++) {
+        const u32 row = step / 4, entry = step % 4 * 32;
+        multiply_lines(sums, descriptor(owned + row * OWNED * 128 + entry, 16, 1024),
+                       descriptor(walked + row * WALKED * 128 + entry, 16, 1024), step);
+    }
+}
+
+// sums[64, HEAD_DIM] += weights[64, WALKED] · walked
+__device__ void accumulate(Sums<HEAD_DIM / 8> &sums, const Sums<WALKED / 8> &weights, u32 walked) {
+    u32 left[WALKED / 16][4];
+#pragma unroll
+    for (u32 k = 0; k < WALKED / 16; k++) pack(left[k], weights, k);
+    begin_products();
+#pragma unroll
+    for (u32 k = 0; k < WALKED / 16; k++) {
+        multiply_weights(sums, left[k], descriptor(walked + k * 16 * 128, WALKED * 128, 1024));
+    }
+    finish_products(sums);
+}
+#else
+__device__ void begin_products() {}
+
+template <int N> __device__ void finish_products(Sums<N> &) {}
 
 // The part of a left operand of 16 lines from `line` on and 16 entries.
 __device__ void load_left(u32 (&to)[4], u32 lines, u32 line, u32 step) {
     const u32 lane = threadIdx.x % 32;
-    load_matrices(to, lines + piece(line + lane % 16, 2 * step + lane / 16));
+    load_matrices(to, lines + piece<OWNED>(line + lane % 16, 2 * step + lane / 16));
 }
 
 // Of 16 lines from `line` on, as columns of a right operand: entries along the depth.
 __device__ void load_right(u32 (&to)[4], u32 lines, u32 line, u32 step) {
     const u32 lane = threadIdx.x % 32;
-    load_matrices(to, lines + piece(line + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    load_matrices(to, lines + piece<WALKED>(line + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
 }
 
 // Of 16 lines from `line` on, as the depth of a right operand: 16 of their entries as columns.
 __device__ void load_right_turned(u32 (&to)[4], u32 lines, u32 line, u32 step) {
     const u32 lane = threadIdx.x % 32;
-    load_turned(to, lines + piece(line + lane % 16, 2 * step + lane / 16));
+    load_turned(to, lines + piece<WALKED>(line + lane % 16, 2 * step + lane / 16));
 }
 
 // products[16, WALKED] = owned · walkedᵀ, of the warp's 16 owned lines.
@@ -153,8 +247,8 @@ __device__ void products(Sums<WALKED / 8> &sums, u32 owned, u32 owned_line, u32 
 __device__ void accumulate(Sums<HEAD_DIM / 8> &sums, const Sums<WALKED / 8> &weights, u32 walked) {
 #pragma unroll
     for (u32 k = 0; k < WALKED / 16; k++) {
-        const float(&a)[4] = weights.at[2 * k], (&b)[4] = weights.at[2 * k + 1];
-        const u32 left[4] = {pair(a[0], a[1]), pair(a[2], a[3]), pair(b[0], b[1]), pair(b[2], b[3])};
+        u32 left[4];
+        pack(left, weights, k);
 #pragma unroll
         for (u32 n = 0; n < DEPTH_STEPS; n++) {
             u32 right[4];
@@ -164,6 +258,7 @@ __device__ void accumulate(Sums<HEAD_DIM / 8> &sums, const Sums<WALKED / 8> &wei
         }
     }
 }
+#endif
 
 // The keys that any and that all of some neighbouring queries see; `bounds.rs`.
 struct Bounds {
@@ -226,15 +321,12 @@ __device__ float sum_of_row(float value) {
     return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// Three workgroups beside each other leave a thread 168 registers, which is what the passes by queries need, or two less.
-#define WORKGROUPS 3
-
 #if FORWARD
 extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const u16 *q, const u16 *k, const u16 *v, const Visible *mask, u16 *out, float *lse,
     const __grid_constant__ Sizes sizes) {
     extern __shared__ __align__(1024) char memory[];
-    const u32 owned = shared_address(memory), walked = owned + OWNED * LINE_BYTES;
+    const u32 owned = aligned(memory), walked = owned + OWNED * LINE_BYTES;
     const u32 head = blockIdx.x * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
     const Lines queries = query_lines(q, sizes, head);
     const Lines keys = key_lines(k, sizes, kv_head);
@@ -270,7 +362,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
         if (next < bounds.any.w) copy<WALKED>(room(turn + 2), keys, next);
         copied();
         Sums<WALKED / 8> scores;
+        begin_products();
         products(scores, owned, own, room(turn));
+        finish_products(scores);
         const bool is_masked = !bounds.all_see(key, key + WALKED);
         float factors[2];
 #pragma unroll
@@ -335,7 +429,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, u16 *dq,
     const __grid_constant__ Sizes sizes) {
     extern __shared__ __align__(1024) char memory[];
-    const u32 owned_q = shared_address(memory), owned_dout = owned_q + OWNED * LINE_BYTES;
+    const u32 owned_q = aligned(memory), owned_dout = owned_q + OWNED * LINE_BYTES;
     const u32 walked = owned_dout + OWNED * LINE_BYTES;
     const u32 head = blockIdx.x * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
     const Lines queries = query_lines(q, sizes, head);
@@ -375,8 +469,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
         }
         copied();
         Sums<WALKED / 8> scores, dweights;
+        begin_products();
         products(scores, owned_q, own, k_room);
         products(dweights, owned_dout, own, v_room);
+        finish_products(scores);
+        finish_products(dweights);
         const bool is_masked = !bounds.all_see(key, key + WALKED);
 #pragma unroll
         for (u32 n = 0; n < WALKED / 8; n++) {
@@ -406,12 +503,14 @@ typedef u16 Grad;
 
 // The walks over the queries are shared out among splits of the grid, which take their steps in turns; the gradients of each lie behind
 // those of the one before.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
+extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, Grad *dk, Grad *dv,
     const __grid_constant__ Sizes sizes) {
     extern __shared__ __align__(1024) char memory[];
-    const u32 owned_k = shared_address(memory), owned_v = owned_k + OWNED * LINE_BYTES;
+    const u32 owned_k = aligned(memory), owned_v = owned_k + OWNED * LINE_BYTES;
     const u32 walked = owned_v + OWNED * LINE_BYTES;
+    // Behind the rooms, the walked lines' (lse, D).
+    const float2 *line_stats = (const float2 *)(memory + (walked - shared_address(memory)) + 4 * WALKED * LINE_BYTES);
     const u32 kv_head = blockIdx.x % sizes.kv_heads, group = sizes.heads / sizes.kv_heads;
     const u32 split = blockIdx.x / sizes.kv_heads, splits = gridDim.x / sizes.kv_heads;
     const Lines keys = key_lines(k, sizes, kv_head);
@@ -440,15 +539,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
         const Lines queries = query_lines(q, sizes, head);
         const Lines douts = query_lines(dout, sizes, head);
         const u32 step = WALKED / HEADS, stride = splits * step;
+        bool is_next_masked = false;
         const auto next_of = [&](u32 query) {
             while (query < end_query) {
                 const Bounds bounds(mask, sizes.n_queries, query, min(query + step, sizes.n_queries) - 1);
+                is_next_masked = !bounds.all_see(first, end) || query + step > sizes.n_queries;
                 if (bounds.any_sees(first, end)) break;
                 query += stride;
             }
             return query;
         };
         const auto copy_lines = [&](u32 query, u32 turn) {
+            if (threadIdx.x < WALKED) {
+                const u32 line = min(query * HEADS + threadIdx.x, queries.n_lines - 1);
+                const float2 *from = stats + line / HEADS * sizes.heads + head + line % HEADS;
+                const u32 to = shared_address(line_stats + turn * WALKED + threadIdx.x);
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+            }
             copy<WALKED>(walked + turn * WALKED * LINE_BYTES, queries, query * HEADS);
             copy<WALKED>(walked + (2 + turn) * WALKED * LINE_BYTES, douts, query * HEADS);
         };
@@ -458,26 +565,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_mma(
         copied();
         while (query < end_query) {
             const u32 q_room = walked + turn * WALKED * LINE_BYTES, dout_room = q_room + 2 * WALKED * LINE_BYTES;
+            const bool is_masked = is_next_masked;
             const u32 next = next_of(query + stride);
             wait_for_copies<0>();
             __syncthreads();
             if (next < end_query) copy_lines(next, turn ^ 1);
             copied();
             Sums<WALKED / 8> weights, dweights;
+            begin_products();
             products(weights, owned_k, own, q_room);
             products(dweights, owned_v, own, dout_room);
-            const Bounds bounds(mask, sizes.n_queries, query, min(query + step, sizes.n_queries) - 1);
-            const bool is_masked = !bounds.all_see(first, end) || query + step > sizes.n_queries;
+            finish_products(weights);
+            finish_products(dweights);
+            const float2 *of_lines = line_stats + turn * WALKED;
 #pragma unroll
             for (u32 n = 0; n < WALKED / 8; n++) {
 #pragma unroll
                 for (u32 c = 0; c < 2; c++) {
-                    const u32 line = query * HEADS + 8 * n + lane % 4 * 2 + c;
+                    const u32 walked_line = 8 * n + lane % 4 * 2 + c, line = query * HEADS + walked_line;
                     const bool is_line = line < queries.n_lines;
-                    const u32 token = min(line, queries.n_lines - 1) / HEADS;
-                    const float2 of_line = stats[token * sizes.heads + head + line % HEADS];
+                    const float2 of_line = of_lines[walked_line];
                     Visible visible;
-                    if (is_masked) visible = mask[token];
+                    if (is_masked) visible = mask[min(line, queries.n_lines - 1) / HEADS];
 #pragma unroll
                     for (u32 half = 0; half < 2; half++) {
                         float &weight = weights.at[n][2 * half + c], &dweight = dweights.at[n][2 * half + c];

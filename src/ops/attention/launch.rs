@@ -70,8 +70,8 @@ pub fn attention_forward<R: Engine>(
     let (client, dtype) = (q.client.clone(), q.dtype.into());
     let flops = 4 * mask.n_visible * sizes.heads * sizes.head_dim;
     profile::kernel("attention forward", flops, bytes(&[&q, &k, &v, &out, &lse]), &q.client.clone(), || {
-        if tile.units == Units::Mma {
-            mma::forward(&sizes, mask, [&q, &k, &v], &out, &lse);
+        if let Units::Mma { is_warpgroup } = tile.units {
+            mma::forward(is_warpgroup, &sizes, mask, [&q, &k, &v], &out, &lse);
             return;
         }
         #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
@@ -142,9 +142,9 @@ pub fn attention_backward<R: Engine>(
                 form.quads,
                 dtype,
             );
-            if tile.units == Units::Mma {
+            if let Units::Mma { is_warpgroup } = tile.units {
                 let grads = [&dq, dk_parts, dv_parts];
-                mma::backward(&sizes, mask, [&dout, &q, &k, &v, &stats], grads, splits);
+                mma::backward(is_warpgroup, &sizes, mask, [&dout, &q, &k, &v, &stats], grads, splits);
             } else {
                 let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
                 backward::backward_queries::launch_unchecked::<R>(
@@ -228,8 +228,8 @@ impl Tile {
             |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
         match head_dim {
             _ if !is_software(&q.client) => {
-                let on_matrices = [Self::mma(q, head_dim), Self::on_matrices(q, head_dim)];
-                on_matrices.into_iter().flatten().find(is_right).unwrap_or(Self::GPU)
+                let on_matrices = Self::mma(q, head_dim).into_iter().chain(Self::on_matrices(q, head_dim));
+                on_matrices.into_iter().find(is_right).unwrap_or(Self::GPU)
             }
             0..=64 => Self::SOFTWARE[0],
             65..=128 => Self::SOFTWARE[1],
@@ -237,18 +237,21 @@ impl Tile {
         }
     }
 
-    /// The tile of `attention_mma.cu`, where it takes tensors of this type and heads of this width.
-    pub fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
+    /// The tiles of `attention_mma.cu`, the faster first, where it takes tensors of this type and heads of this width.
+    pub fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Vec<Self> {
         let is_taken = tensor.dtype != DType::F32 && mma::HEAD_DIMS.contains(&head_dim);
-        let may_multiply =
-            !matrix_units(&tensor.client, tensor.dtype).is_empty() && R::has_mma(&tensor.client);
-        (is_taken && may_multiply).then_some(Self {
+        if !is_taken || matrix_units(&tensor.client, tensor.dtype).is_empty() || !R::has_mma(&tensor.client) {
+            return Vec::new();
+        }
+        let has_warpgroups = R::warpgroup_processors(&tensor.client).is_some();
+        let tile = |is_warpgroup: bool| Self {
             threads_m: 16,
             threads_n: 8,
             lines: mma::OWNED / 16,
             columns: 8,
-            units: Units::Mma,
-        })
+            units: Units::Mma { is_warpgroup },
+        };
+        [true, false].into_iter().filter(|is_warpgroup| has_warpgroups || !is_warpgroup).map(tile).collect()
     }
 
     /// The tile for the device's matrix units, if it has any for tensors of this type and heads of this width.

@@ -22,7 +22,10 @@ pub enum Units {
         side: usize,
     },
     /// `attention_mma.cu`, whose kernels stand for themselves.
-    Mma,
+    Mma {
+        /// Whether a workgroup's warps multiply as one.
+        is_warpgroup: bool,
+    },
 }
 
 /// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four.
@@ -102,7 +105,7 @@ impl<F: Float> Room<F> {
         match comptime!(tile.units) {
             Units::Registers { stage } => Room::new_Registers(RegisterRoom::new(stage, form, tile)),
             Units::Matrices { side } => Room::new_Matrices(MatrixRoom::<F>::new(n_owned, side, form, tile)),
-            Units::Mma => unreachable!(),
+            Units::Mma { .. } => unreachable!(),
         }
     }
 

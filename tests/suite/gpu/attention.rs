@@ -348,17 +348,19 @@ fn on_matrices() {
                 Case { size: 60.0, ..Case::new(8, 2, 64, pairs(&[[40, 50, 60]])) },
             ] {
                 let case = case.stored(dtype);
-                for splits in [1, 3] {
-                    let tile = Tile::mma(&like, case.head_dim).expect("there are kernels for these heads");
+                let tiles = Tile::mma(&like, case.head_dim);
+                assert!(!tiles.is_empty(), "there are kernels for heads of {}", case.head_dim);
+                for (tile, splits) in tiles.into_iter().flat_map(|tile| [(tile, 1), (tile, 3)]) {
                     compare(&case, Some((tile, splits)), &device);
                 }
             }
-            for (head_dim, pass) in
-                [64, 128].into_iter().flat_map(|head_dim| PASSES.map(|pass| (head_dim, pass)))
-            {
-                let tile = Tile::mma(&like, head_dim).expect("it was there before");
-                let is_right = trial::is_right::<GpuRuntime>(&device, dtype, [8, 2, head_dim], tile, pass);
-                assert!(is_right, "{tile:?}, {pass:?}, heads of {head_dim}");
+            for head_dim in [64, 128] {
+                let tiles = Tile::mma(&like, head_dim).into_iter();
+                for (tile, pass) in tiles.flat_map(|tile| PASSES.map(|pass| (tile, pass))) {
+                    let is_right =
+                        trial::is_right::<GpuRuntime>(&device, dtype, [8, 2, head_dim], tile, pass);
+                    assert!(is_right, "{tile:?}, {pass:?}, heads of {head_dim}");
+                }
             }
         }
         let tile = Tile::on_matrices(&like, 64).expect("it was there before");
