@@ -298,6 +298,9 @@ def run(args: argparse.Namespace) -> None:
         results.append(train_with(engine, args))
         took = f"{time.monotonic() - started:.0f} s"
         print(f"{results[-1].title}: {results[-1].failure or took}", file=sys.stderr)
+        if not args.parity:
+            # What was measured so far stays where a later engine, or the time for all of them, does not get through.
+            print(speed_table(results, args), file=sys.stderr, flush=True)
     if not args.parity:
         print(speed_table(results, args))
     print(parity_tables(results))
