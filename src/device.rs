@@ -20,6 +20,7 @@ pub use adapter::{Adapter, DeviceType, adapters, api};
 pub use cuda::driver_and_compiler;
 pub use cuda::{CudaGpu, CudaGpus, Missing, gpus};
 pub use guard::{doing, guard};
+pub use room::peak_resident;
 pub use self_test::self_test;
 
 use crate::error::{Error, Result};

@@ -141,6 +141,8 @@ impl BenchArgs {
             loss_compat: LossCompat::Swift,
             choice,
             memory: self.max_memory.map(|size| size.0).or_else(|| choice.total_memory()),
+            // The CPU's random one is f32, and no other is counted.
+            embedding_width: size_of::<f32>(),
         };
         let setting = Setting {
             dtype: self.precision.dtype.clone(),
@@ -285,14 +287,15 @@ fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choi
             size(choice.memory_bytes())
         ),
         None => say!(
-            "{} of memory predicted; the process has {} resident",
+            "{} of memory predicted; the process had {} resident at the fullest",
             bytes(predicted),
-            size(choice.memory_bytes())
+            size(device::peak_resident())
         ),
     }
     say!(
-        "  predicted: weights {}, adapters {}, gradients {}, kept for backward {}, one layer {}, scratch {}, head {}",
+        "  predicted: weights {}, embedding {}, adapters {}, gradients {}, kept for backward {}, one layer {}, scratch {}, head {}",
         bytes(memory.weights),
+        bytes(memory.embedding),
         bytes(memory.adapters),
         bytes(memory.gradients),
         bytes(memory.kept),

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::model::LlamaConfig;
 use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
 use crate::model::parts::logits_bytes;
-use crate::train::cost::{StepMemory, StepShape, largest_tensor};
+use crate::train::cost::{Place, StepMemory, StepShape, largest_tensor};
 
 /// The share of a device's memory that a run may be predicted to fill: drivers, displays and fragments take the rest.
 pub const USABLE: f64 = 0.85;
@@ -116,6 +116,8 @@ pub struct Case<'a> {
     pub choice: &'a DeviceChoice,
     /// The memory that there is, in bytes, where it is known.
     pub memory: Option<u64>,
+    /// Bytes of a value of the embedding, as it is stored.
+    pub embedding_width: usize,
 }
 
 /// What is kept for backward, and the memory that the longest step is predicted to take.
@@ -152,7 +154,14 @@ impl<'a> Case<'a> {
             loss_compat: args.loss_compat.parse()?,
             choice,
             memory: args.max_memory.map(|size| size.0).or_else(|| choice.total_memory()),
+            // As Llama is published.
+            embedding_width: size_of::<u16>(),
         })
+    }
+
+    /// The case of a model that is stored with so many bytes a value.
+    pub fn stored_with(self, embedding_width: usize) -> Self {
+        Self { embedding_width, ..self }
     }
 
     /// The case with pairs to evaluate on.
@@ -202,14 +211,28 @@ impl<'a> Case<'a> {
         }
         let logits = logits_bytes(self.config, precision, self.choice.shard_bytes(), batch.rows.len());
         let accumulates = setting.gradient_accumulation_steps > 1;
-        let keeping =
-            |keep: KeepPlan| StepShape::of(&batch, self.ranks, precision, keep, accumulates, logits);
+        let keeping = |keep: KeepPlan| {
+            StepShape::of(&batch, self.ranks, precision, keep, accumulates, logits, self.place())
+        };
         if !setting.gradient_checkpointing {
             return Ok(Some(keeping(Keep::All.into())));
         }
         let total = |keep| StepMemory::of(self.config, &keeping(keep)).total() as u64;
         let keep = keep_for_speed(self.choice, self.memory, self.config.num_hidden_layers, total);
         Ok(Some(keeping(keep)))
+    }
+
+    /// Bytes of the embedding.
+    pub fn embedding_bytes(&self) -> usize {
+        self.embedding_width * self.config.vocab_size * self.config.hidden_size
+    }
+
+    /// Whose memory it takes.
+    pub fn place(&self) -> Place {
+        match self.choice {
+            DeviceChoice::Cpu => Place::Cpu { embedding_bytes: self.embedding_bytes() },
+            _ => Place::Gpu,
+        }
     }
 
     /// What such a step takes.

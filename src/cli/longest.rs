@@ -18,8 +18,7 @@ use crate::train::step::{DeviceBatch, forward_backward};
 /// The share of the CPU's memory from which on a prediction is worth a trial.
 ///
 /// On a GPU the trial compiles what the first step would compile, and takes as long as one micro-batch. On the CPU the longest pair can
-/// take minutes, and where it is far from filling the machine's memory that tells nothing. What is predicted for the CPU is too little, as
-/// it computes attention in tables of scores, so that the share is small.
+/// take minutes, and where it is far from filling the machine's memory that tells nothing.
 const CPU_SHARE: f64 = 0.25;
 
 /// Whether the longest micro-batch is tried ahead of a run.

@@ -85,6 +85,25 @@ impl OpenModel {
         matches!(self.source, Source::Demo)
     }
 
+    /// Bytes of a value of the weights, as the model's `config.json` tells.
+    ///
+    /// # Errors
+    /// If that cannot be read.
+    pub fn width(&self) -> Result<usize> {
+        #[derive(Deserialize)]
+        struct Stored {
+            #[serde(alias = "dtype")]
+            torch_dtype: Option<String>,
+        }
+        let Source::Folder(folder) = &self.source else { return Ok(size_of::<half::f16>()) };
+        let path = folder.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let stored: Stored = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
+        // A model that does not say is most likely one of f32, transformers' default.
+        let is_half = stored.torch_dtype.is_some_and(|dtype| dtype.ends_with("float16"));
+        Ok(if is_half { size_of::<u16>() } else { size_of::<f32>() })
+    }
+
     /// Checks by its configuration that an adapter is one that is computed, and that it is not another model's where none is named.
     ///
     /// # Errors

@@ -50,7 +50,9 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let is_elsewhere = is_elsewhere && choice != DeviceChoice::Cpu;
     let ranks = train::ranks(args)?;
     let rows = source.pairs.as_deref().map_or(Rows::Longest, Rows::Known);
-    let case = Case::new(args, &source.config, ranks, rows, &choice)?.with_val(&source.val);
+    let case = Case::new(args, &source.config, ranks, rows, &choice)?
+        .with_val(&source.val)
+        .stored_with(source.embedding_width);
     let base = Setting::of(args);
     let none = || Error::config("no row is left to train on");
     let chosen = case.predict(&base)?.ok_or_else(none)?;
@@ -97,6 +99,8 @@ fn tell(label: &str, text: &str) {
 struct Source {
     name: String,
     config: LlamaConfig,
+    /// Bytes of a value of the embedding, as it is stored.
+    embedding_width: usize,
     /// Pairs to train on; none where no tokenizer is at hand.
     pairs: Option<Vec<TokenizedPair>>,
     /// Pairs to evaluate on.
@@ -119,6 +123,7 @@ impl Source {
             return Ok(Self {
                 name: format!("{name}, the published shape"),
                 config,
+                embedding_width: size_of::<u16>(),
                 pairs: None,
                 val: Vec::new(),
                 n_pairs: count_rows(args)?,
@@ -126,11 +131,13 @@ impl Source {
             });
         }
         let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
+        let embedding_width = open.width()?;
         train::adapter_of(args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
         let Data { train, val, skipped } = Data::load(args, &open)?;
         Ok(Self {
             name: open.name.clone(),
             config: open.config,
+            embedding_width,
             n_pairs: Some(train.len()),
             pairs: Some(train),
             val,
@@ -201,12 +208,13 @@ fn too_large(case: &Case<'_>, budget: &Budget) -> String {
 
 /// The memory of the chosen settings by part.
 fn print_memory(case: &Case<'_>, chosen: &Budget) {
-    let StepMemory { weights, adapters, gradients, kept, layer, scratch, head } = chosen.memory;
+    let StepMemory { weights, embedding, adapters, gradients, kept, layer, scratch, head } = chosen.memory;
     let (total, tokens) = (size(chosen.memory.total() as u64), thousands(chosen.tokens));
     tell("memory", &format!("{total} at the fullest, in a step with the longest pairs ({tokens} tokens)"));
     let kept_what = format!("kept for backward ({})", runs_again(chosen.keep, case.config.num_hidden_layers));
     for (bytes, what) in [
         (weights, "weights"),
+        (embedding, "the embedding, as it is stored"),
         (adapters + gradients, "LoRA and optimizer"),
         (kept, &kept_what),
         (layer, "one live layer"),
@@ -217,13 +225,9 @@ fn print_memory(case: &Case<'_>, chosen: &Budget) {
             say!("  {:>10}  {what}", size(bytes as u64));
         }
     }
-    let embedding = size(2 * (case.config.vocab_size * case.config.hidden_size) as u64);
-    tell(
-        "besides",
-        &format!("in the computer's own memory the embedding, {embedding} where the file has it in 16 bits"),
-    );
-    if *case.choice == DeviceChoice::Cpu {
-        tell("", "and more on the CPU, whose attention is computed in tables of scores");
+    if *case.choice != DeviceChoice::Cpu {
+        let embedding = size(case.embedding_bytes() as u64);
+        tell("besides", &format!("in the computer's own memory the embedding, {embedding} as it is stored"));
     }
 }
 

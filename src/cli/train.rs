@@ -54,7 +54,9 @@ pub fn run(args: TrainArgs) -> Result<()> {
         tell("device", note);
     }
     let choice = &selected.choice;
-    let case = Case::new(&args, &open.config, ranks, Rows::Known(&data.train), choice)?.with_val(&data.val);
+    let case = Case::new(&args, &open.config, ranks, Rows::Known(&data.train), choice)?
+        .with_val(&data.val)
+        .stored_with(open.width()?);
     device::guard("training", choice, || match choice {
         DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &case),
         DeviceChoice::Wgpu { device, .. } => {

@@ -60,7 +60,7 @@ impl Work {
         };
         let keep = chosen.keep;
         let flops_of = |batch: &Batch| {
-            let shape = StepShape::of(batch, case.ranks, precision, keep, false, 0);
+            let shape = StepShape::of(batch, case.ranks, precision, keep, false, 0, case.place());
             StepFlops::of(case.config, &shape).total()
         };
         // Everything that is counted grows with tokens, rows and visible pairs, so that an epoch is one long step.
@@ -130,7 +130,7 @@ impl Work {
     }
 
     fn shape(&self, case: &Case<'_>) -> StepShape {
-        StepShape::of(&self.typical.0, case.ranks, self.precision, self.keep, false, 0)
+        StepShape::of(&self.typical.0, case.ranks, self.precision, self.keep, false, 0, case.place())
     }
 
     fn best_product(&self, choice: &DeviceChoice) -> Result<Product> {

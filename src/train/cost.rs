@@ -1,4 +1,4 @@
-//! What a training step costs: floating-point operations and device memory, from the model's shape and the batch's alone.
+//! What a training step costs: floating-point operations and memory, from the model's shape and the batch's alone.
 //!
 //! Both are formulas over what [`step`](super::step) and the ops do, so that a run can be judged before it starts. Letters: `T` tokens
 //! of the packed batch, `R` scored rows, `e` bytes of an activation; sizes of the model as in its configuration.
@@ -9,6 +9,18 @@ use crate::model::parts::MAX_SHARD_ROWS;
 use crate::model::{LlamaConfig, Precision};
 use crate::ops::attention::Visible;
 use crate::ops::quantize::Storage;
+
+/// Whose memory a step takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A GPU's: the embedding is in the computer's own memory, and a kernel holds nothing between its input and its output.
+    Gpu,
+    /// The computer's own, where the references compute.
+    Cpu {
+        /// The embedding as it is stored.
+        embedding_bytes: usize,
+    },
+}
 
 /// What the costs depend on besides the model.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -29,6 +41,8 @@ pub struct StepShape {
     pub accumulates: bool,
     /// The most bytes that a chunk of logits takes; see [`Head::logits_bytes`](crate::ops::token_logps::Head::logits_bytes).
     pub logits_bytes: usize,
+    /// Whose memory it takes.
+    pub place: Place,
 }
 
 impl StepShape {
@@ -40,6 +54,7 @@ impl StepShape {
         keep: impl Into<KeepPlan>,
         accumulates: bool,
         logits_bytes: usize,
+        place: Place,
     ) -> Self {
         let visible = batch.visible().iter().map(Visible::n_keys).sum();
         Self {
@@ -51,6 +66,7 @@ impl StepShape {
             keep: keep.into(),
             accumulates,
             logits_bytes,
+            place,
         }
     }
 }
@@ -106,19 +122,21 @@ fn adapter_values(config: &LlamaConfig, shape: &StepShape) -> usize {
     config.linear_shapes().iter().zip(shape.ranks).map(|([n_out, n_in], rank)| (n_out + n_in) * rank).sum()
 }
 
-/// Device memory of a run in bytes, at its fullest: in the head, or in the backward of one of the layers. Those above it have given up
+/// Memory of a run in bytes, at its fullest: in the head, or in the backward of one of the layers. Those above it have given up
 /// what was kept for them by then, and left their gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepMemory {
-    /// Frozen weights; the embedding stays in host memory.
+    /// Frozen weights but for the embedding.
     pub weights: usize,
+    /// The embedding, where it is in the same memory.
+    pub embedding: usize,
     /// The adapters, as they are and as they began, and their two moments.
     pub adapters: usize,
     /// The adapters' gradients that exist by then, those of an earlier micro-batch included.
     pub gradients: usize,
     /// What forward keeps of the layers, and what all of them share.
     pub kept: usize,
-    /// The activations of the one layer that backward is in, and the gradient that comes into it.
+    /// The activations of the one layer that backward is in, the gradient that comes into it, and what a reference holds meanwhile.
     pub layer: usize,
     /// What lives as long as a product: the largest matrix as it is multiplied, where it is stored otherwise, and the product in the
     /// engine's own type, where that is another.
@@ -159,10 +177,16 @@ impl StepMemory {
         let n_again = shape.keep.n_again(layers);
         let kept_below = |n: usize| n.min(n_again) * kept + n.saturating_sub(n_again) * whole;
         let rope = F32 * tokens * config.head_dim;
+        let (embedding, between) = match shape.place {
+            Place::Gpu => (0, 0),
+            // The reference of SwiGLU's backward has the sigmoid and both factors of `dgate` beside what it is given.
+            Place::Cpu { embedding_bytes } => (embedding_bytes, 3 * F32 * tokens * inner),
+        };
         let in_head = Self {
             weights: layers * matrices
                 + head.bytes(config.vocab_size * hidden)
                 + F32 * (2 * layers + 1) * hidden,
+            embedding,
             adapters: 4 * layers * adapter,
             gradients: waiting,
             kept: kept_below(layers) + rope,
@@ -174,7 +198,7 @@ impl StepMemory {
         let in_layer = |layer: usize| Self {
             gradients: waiting + (layers - layer) * adapter,
             kept: kept_below(layer + 1) + rope,
-            layer: stream + if layer < n_again { live } else { 0 },
+            layer: stream + between + if layer < n_again { live } else { 0 },
             scratch,
             head: 0,
             ..in_head
@@ -184,7 +208,8 @@ impl StepMemory {
 
     /// All of it.
     pub fn total(&self) -> usize {
-        self.weights + self.adapters + self.gradients + self.kept + self.layer + self.scratch + self.head
+        let Self { weights, embedding, adapters, gradients, kept, layer, scratch, head } = self;
+        weights + embedding + adapters + gradients + kept + layer + scratch + head
     }
 }
 
@@ -219,6 +244,7 @@ mod tests {
             keep: keep.into(),
             accumulates: true,
             logits_bytes: 64 << 20,
+            place: Place::Gpu,
         }
     }
 

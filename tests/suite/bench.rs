@@ -40,6 +40,29 @@ fn the_cpu_is_measured() {
     assert!(fastest.iter().any(|says| output.contains(says)), "{output}");
 }
 
+/// Bytes of `62.5 MiB` before `what`.
+fn bytes(output: &str, what: &str) -> f64 {
+    let before = output.split(what).next().unwrap_or_default();
+    assert!(before.len() < output.len(), "no `{what}` in {output}");
+    let mut words = before.split_whitespace().rev();
+    let unit = words.next().unwrap();
+    let power = ["B", "KiB", "MiB", "GiB"].iter().position(|name| *name == unit).unwrap();
+    words.next().unwrap().parse::<f64>().unwrap() * 1024f64.powi(power as i32)
+}
+
+/// Of a short step weights and the embedding are nearly all, of a long one the MLP's activations half.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_cpu_takes_what_is_predicted_and_the_program_itself() {
+    for flags in [["--max_length", "24"], ["--max_length", "1536"]] {
+        let output = bench(&[&["--device", "cpu", "--gradient_checkpointing", "true"], &flags[..]].concat());
+        let predicted = bytes(&output, " of memory predicted");
+        let itself = bytes(&output, " resident at the fullest") - predicted;
+        let mib = f64::from(1 << 20);
+        assert!((0.0..50.0 * mib).contains(&itself), "{flags:?}: {} MiB: {output}", itself / mib);
+    }
+}
+
 #[test]
 fn the_adapter_is_measured_kernel_by_kernel_and_its_memory_predicted() {
     if adapter().is_none() {

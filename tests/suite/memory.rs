@@ -13,7 +13,7 @@ use orpo_wgpu::model::presets::preset;
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::quantize::Storage;
 use orpo_wgpu::ops::{Kernels, profile};
-use orpo_wgpu::train::cost::{StepMemory, StepShape};
+use orpo_wgpu::train::cost::{Place, StepMemory, StepShape};
 use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::gpu::product::matrix_sizes;
@@ -83,7 +83,7 @@ impl<B: Kernels> Run<B> {
         let logits = self.model.lm_head.logits_bytes(batch.rows.len());
         let ranks = [self.rank; LINEAR_NAMES.len()];
         let precision = self.model.precision;
-        let shape = StepShape::of(batch, ranks, precision, keep, accumulates, logits);
+        let shape = StepShape::of(batch, ranks, precision, keep, accumulates, logits, Place::Gpu);
         let predicted = StepMemory::of(&self.model.config, &shape).total() as f64;
         Bytes { measured: measured.unwrap() as f64, told, predicted }
     }

@@ -169,6 +169,28 @@ fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     assert!(left_out > 0 && printed.contains(&says), "{printed}");
 }
 
+#[test]
+fn train_predicts_for_the_cpu_what_plan_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, pairs) = (fixture("gqa/model"), fixture("gqa/pairs.jsonl"));
+    let paths = [model.to_str().unwrap(), pairs.to_str().unwrap()];
+    let printed = plan(&[
+        "--device",
+        "cpu",
+        "--model_id_or_path",
+        paths[0],
+        "--dataset",
+        paths[1],
+        "--warmup_ratio",
+        "0",
+    ]);
+    assert!(printed.contains("  the embedding, as it is stored"), "{printed}");
+    let trained = train_gqa(folder.path(), &["--device", "cpu", "--max_steps", "1"]);
+    let message = text(&trained.stderr);
+    let total = &row(&printed, "as chosen")[2];
+    assert!(message.contains(&format!("memory   {total} of ")), "no {total} in {message}");
+}
+
 /// As behind `| head`.
 #[test]
 fn a_reader_that_goes_away_is_no_error() {
