@@ -74,6 +74,10 @@ pub struct TrainData<'a> {
 pub trait Observer {
     /// An optimizer step begins, the `step`-th from 1, on these rows.
     fn before_step(&mut self, step: usize, rows: &[&Location]);
+    /// The first rows of the next step, the `step`-th from 1, are sent to the device, which is at work on the one before.
+    fn before_prefetch(&mut self, _step: usize, _rows: &[&Location]) {}
+    /// They are sent, and the step before is waited for.
+    fn after_prefetch(&mut self) {}
     /// The validation rows are evaluated after `step` steps.
     fn before_evaluation(&mut self, step: usize);
     /// An optimizer step is done; `tokens_per_second` is that since the last line of the log.
@@ -152,8 +156,7 @@ pub fn train<B: Kernels>(
     for step in first_step..max_steps {
         let (planned, first) = prefetched.take().unzip();
         let micro_batches = planned.unwrap_or_else(|| settings.plan.micro_batches(step));
-        let locations = micro_batches.iter().flatten().map(|&i| &data.train[i].location);
-        observer.before_step(step + 1, &locations.collect::<Vec<_>>());
+        observer.before_step(step + 1, &locations(data.train, &micro_batches.concat()));
         let scale = loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
         let (step_started, tokens_before) = (Instant::now(), window.n_tokens);
         let (grads, stats) =
@@ -164,8 +167,12 @@ pub fn train<B: Kernels>(
         // The device is at work until the step is read.
         if step + 1 < max_steps {
             let next = settings.plan.micro_batches(step + 1);
-            let first = next.first().map(|indices| upload(model, data.train, indices, settings.loss_compat));
-            prefetched = first.map(|first| (next, first));
+            if let Some(indices) = next.first() {
+                observer.before_prefetch(step + 2, &locations(data.train, indices));
+                let first = upload(model, data.train, indices, settings.loss_compat);
+                observer.after_prefetch();
+                prefetched = Some((next, first));
+            }
         }
         let (metrics, scaled_norm) = read_step(stats, norm, settings.beta, &mut window)?;
         let grad_norm = scaled_norm / scale;
@@ -366,6 +373,10 @@ fn read_step<B: Kernels>(
     Ok((mean, norm))
 }
 
+fn locations<'a>(rows: &'a [TokenizedPair], indices: &[usize]) -> Vec<&'a Location> {
+    indices.iter().map(|&i| &rows[i].location).collect()
+}
+
 fn upload<B: Kernels>(
     model: &Llama<B>,
     rows: &[TokenizedPair],
@@ -413,8 +424,8 @@ fn check_finite(
     if value.is_finite() {
         return Ok(());
     }
-    let locations: Vec<String> = indices.iter().map(|&i| rows[i].location.to_string()).collect();
-    Err(Error::NonFinite { step: n_steps, quantity, value, rows: locations.join(", ") })
+    let rows: Vec<String> = locations(rows, indices).iter().map(ToString::to_string).collect();
+    Err(Error::NonFinite { step: n_steps, quantity, value, rows: rows.join(", ") })
 }
 
 /// A run that moved nothing has trained nothing, whatever its log says.

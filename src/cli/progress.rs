@@ -43,6 +43,8 @@ pub struct Progress<'a> {
     /// Steps between lines of the log.
     logging_steps: usize,
     left: Duration,
+    /// The step under way, in words.
+    step: String,
     /// The step whose kernels are timed, and when it began.
     profiled: Option<(usize, Instant)>,
     /// Whether a signal came, so that the next one ends the program.
@@ -81,6 +83,7 @@ impl<'a> Progress<'a> {
             max_steps,
             logging_steps,
             left: Duration::ZERO,
+            step: String::new(),
             profiled: profile.then_some(((done + 2).min(max_steps), now)),
             is_interrupted,
         }
@@ -93,12 +96,18 @@ impl<'a> Progress<'a> {
     }
 }
 
+/// `step 12 (pairs.jsonl:3)`
+fn in_words(step: usize, rows: &[&Location]) -> String {
+    let (shown, others) = rows.split_at(rows.len().min(SHOWN_ROWS));
+    let shown: Vec<String> = shown.iter().map(ToString::to_string).collect();
+    let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
+    format!("step {step} ({}{others})", shown.join(", "))
+}
+
 impl Observer for Progress<'_> {
     fn before_step(&mut self, step: usize, rows: &[&Location]) {
-        let (shown, others) = rows.split_at(rows.len().min(SHOWN_ROWS));
-        let shown: Vec<String> = shown.iter().map(ToString::to_string).collect();
-        let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
-        device::doing(format!("step {step} ({}{others})", shown.join(", ")));
+        self.step = in_words(step, rows);
+        device::doing(self.step.as_str());
         self.started.get_or_insert_with(Instant::now);
         if let Some((profiled, started)) = &mut self.profiled
             && *profiled == step
@@ -106,6 +115,14 @@ impl Observer for Progress<'_> {
             *started = Instant::now();
             profile::start();
         }
+    }
+
+    fn before_prefetch(&mut self, step: usize, rows: &[&Location]) {
+        device::doing(format!("{}, sent ahead", in_words(step, rows)));
+    }
+
+    fn after_prefetch(&mut self) {
+        device::doing(self.step.as_str());
     }
 
     fn before_evaluation(&mut self, step: usize) {

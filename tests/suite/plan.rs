@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use burn_flex::Flex;
+use orpo_wgpu::cli::progress::Progress;
 use orpo_wgpu::data::batch::LossCompat;
 use orpo_wgpu::data::dataset::{self, Location, Shuffle, Strictness};
 use orpo_wgpu::data::template::Template;
-use orpo_wgpu::data::tokenize::{TextTokenizer, TruncationStrategy, tokenize_rows};
+use orpo_wgpu::data::tokenize::{TextTokenizer, TokenizedPair, TruncationStrategy, tokenize_rows};
 use orpo_wgpu::device::{self, DeviceChoice};
 use orpo_wgpu::error::{Error, Result};
 use orpo_wgpu::lora::{self, LoraConfig};
@@ -311,14 +312,20 @@ impl Observer for FullDevice {
     }
 }
 
-/// Runs the `gqa` case for six steps on a device that is full before the fourth, with a checkpoint every two.
-fn train_until_full(folder: &Path, choice: &DeviceChoice, thread: String) -> Result<()> {
+/// Runs the `gqa` case's rows, edited, for six steps on a device that fails before the end, with a checkpoint every two.
+fn train_until_failure(
+    folder: &Path,
+    choice: &DeviceChoice,
+    observer: &mut dyn Observer,
+    edit: impl FnOnce(&mut [TokenizedPair]),
+) -> Result<()> {
     let model_folder = fixture("gqa/model");
     let tokenizer = TextTokenizer::from_folder(&model_folder)?;
     let specs = [fixture("gqa/pairs.jsonl").display().to_string()];
     let rows = dataset::load(&specs, &Default::default(), Strictness::Strict, 1)?.rows;
     let (cut, strict) = (TruncationStrategy::Delete, Strictness::Strict);
-    let (rows, _) = tokenize_rows(&rows, &tokenizer, Template::Llama3, 512, cut, None, strict)?;
+    let (mut rows, _) = tokenize_rows(&rows, &tokenizer, Template::Llama3, 512, cut, None, strict)?;
+    edit(&mut rows);
     let config = LlamaConfig::read(&model_folder.join("config.json"))?;
     let precision = Precision::dense(burn::tensor::DType::F32);
     let checkpoint = Checkpoint::open_folder(&model_folder)?;
@@ -356,10 +363,9 @@ fn train_until_full(folder: &Path, choice: &DeviceChoice, thread: String) -> Res
     };
     let texts = CheckpointTexts { base_model: "gqa".to_owned(), args: "{}".to_owned(), card: String::new() };
     let mut run = RunFolder::create(folder, texts, 2, Vec::new(), Tracker::None)?;
-    let mut full = FullDevice { step: 4, thread };
     let data = TrainData { train: &rows, val: &[] };
     device::guard("training", choice, || {
-        train(&mut model, &lora_config, data, &settings, &mut run, None, &mut full).map(drop)
+        train(&mut model, &lora_config, data, &settings, &mut run, None, observer).map(drop)
     })
 }
 
@@ -373,7 +379,8 @@ fn a_device_that_runs_out_of_memory_is_an_error_and_the_last_checkpoint_stays() 
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     let thread = format!("DSD-{}-{}", id.type_id, id.index_id);
-    let error = train_until_full(&run, &choice, thread).unwrap_err();
+    let mut full = FullDevice { step: 4, thread };
+    let error = train_until_failure(&run, &choice, &mut full, |_| ()).unwrap_err();
     assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
     assert_eq!(error.exit_code(), 1);
     let message = error.to_string();
@@ -389,4 +396,19 @@ fn a_device_that_runs_out_of_memory_is_an_error_and_the_last_checkpoint_stays() 
     let precision = Precision::dense(burn::tensor::DType::F32);
     let mut model = load_llama::<Flex>(&weights, &config, precision, 1 << 30, &Default::default()).unwrap();
     lora::load(&mut model, &checkpoint).unwrap();
+}
+
+/// While a step is computed the next one's rows are looked up and sent.
+#[test]
+fn what_fails_ahead_of_its_step_is_told_of_by_its_own_number_and_rows() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut progress = Progress::new(6, 0, 1, false, &|| 0);
+    // A token that the embedding has no row for.
+    let edit = |rows: &mut [TokenizedPair]| rows[3].chosen[0] = 1 << 20;
+    let error = train_until_failure(&folder.path().join("run"), &DeviceChoice::Cpu, &mut progress, edit);
+    let message = error.unwrap_err().to_string();
+    assert!(
+        message.contains("device cpu: step 4 (") && message.contains("pairs.jsonl:4), sent ahead failed: "),
+        "{message}"
+    );
 }
