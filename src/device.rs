@@ -25,6 +25,17 @@ pub use self_test::self_test;
 
 use crate::error::{Error, Result};
 
+/// What `--device` takes in this build.
+const NAMES: &str = match cfg!(feature = "cuda") {
+    true => "auto, cpu, wgpu, wgpu:0, …, cuda, cuda:0, …",
+    false => "auto, cpu, wgpu, wgpu:0, …",
+};
+/// Where there is more.
+const WHERE_CUDA_IS: &str = match cfg!(feature = "cuda") {
+    true => "",
+    false => "; cuda, cuda:0, … are of a build with `--features cuda`",
+};
+
 /// What `--device` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceRequest {
@@ -53,8 +64,8 @@ impl FromStr for DeviceRequest {
             ("wgpu", Some(Ok(index))) => Ok(Self::Wgpu(Some(index))),
             ("cuda", None) => Ok(Self::Cuda(None)),
             ("cuda", Some(Ok(index))) => Ok(Self::Cuda(Some(index))),
-            _ => Err(Error::config(format!("--device `{text}`: expected auto, cpu, wgpu, wgpu:0, …"))
-                .with_hint("`orpo-wgpu devices` lists what is there")),
+            _ => Err(Error::config(format!("--device `{text}`: expected {NAMES}"))
+                .with_hint(format!("`orpo-wgpu devices` lists what is there{WHERE_CUDA_IS}"))),
         }
     }
 }
@@ -209,7 +220,7 @@ fn take_cuda(index: Option<usize>, gpus: &CudaGpus) -> Result<Selected> {
         problem,
         hint: Some(hint.to_owned()),
     };
-    let gpus = gpus.as_ref().map_err(|missing| fails(missing.problem.clone(), missing.hint))?;
+    let gpus = gpus.as_ref().map_err(|missing| fails(missing.problem.clone(), &missing.hint))?;
     let found = || gpus.iter().map(|gpu| format!("cuda:{} ({})", gpu.index, gpu.name)).collect::<Vec<_>>();
     let gpu = gpus.iter().find(|gpu| index.is_none_or(|index| gpu.index == index)).ok_or_else(|| {
         let problem = format!("there is no such GPU, only {}", found().join(", "));
@@ -292,7 +303,7 @@ mod tests {
     }
 
     fn no_cuda() -> CudaGpus {
-        Err(Missing { problem: "no driver".to_owned(), hint: "install it" })
+        Err(Missing { problem: "no driver".to_owned(), hint: "install it".to_owned() })
     }
 
     fn taken(request: &str, adapters: &[Adapter]) -> String {
@@ -306,6 +317,9 @@ mod tests {
         for text in ["", "gpu", "auto:0", "cpu:1", "wgpu:", "wgpu:-1", "wgpu:x"] {
             assert_eq!(text.parse::<DeviceRequest>().unwrap_err().exit_code(), 2, "{text}");
         }
+        let error = "gpu".parse::<DeviceRequest>().unwrap_err();
+        let says = format!("{error}; {}", error.hint().unwrap());
+        assert!(says.contains("cuda:0"), "in a build with it or without: {says}");
     }
 
     #[test]

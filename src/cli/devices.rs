@@ -1,11 +1,13 @@
 //! `orpo-wgpu devices`: what there is to compute on, and what `--device auto` takes.
 
+use std::num::NonZero;
+
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 
 use super::words::paragraph;
-use crate::device::{self, Adapter, CudaGpu, DeviceRequest, Selected, size};
-use crate::error::Result;
+use crate::device::{self, Adapter, CudaGpu, DeviceChoice, DeviceRequest, Selected, size};
+use crate::error::{Result, counted};
 
 /// What `orpo-wgpu devices` is told.
 #[derive(Debug, Clone, clap::Args)]
@@ -26,7 +28,12 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
     if args.json {
         say!(
             "{:#}",
-            json!({ "adapters": adapters, "cuda": gpus.unwrap_or_default(), "auto": selected.choice.to_string() })
+            json!({
+                "adapters": adapters,
+                "cuda": gpus.unwrap_or_default(),
+                "cpu": { "threads": threads(), "memory_bytes": DeviceChoice::Cpu.total_memory() },
+                "auto": selected.choice.to_string(),
+            })
         );
         return Ok(());
     }
@@ -43,8 +50,24 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
             say!("{}\n", paragraph(&format!("hint: {}", missing.hint)));
         }
     }
+    say!("{}\n", cpu_table());
     say!("{}", paragraph(&auto(&selected)));
     Ok(())
+}
+
+/// Those that the CPU computes with.
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+fn cpu_table() -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["--device", "name", "memory", "kernels"]);
+    let memory = DeviceChoice::Cpu.total_memory().map_or_else(|| "unknown".to_owned(), |n| size(n) + " free");
+    let name = format!("the CPU, {}", counted(threads(), "thread"));
+    table.add_row(["cpu".to_owned(), name, memory, "f32, also of weights in fp16".to_owned()]);
+    table
 }
 
 fn auto(Selected { choice, note }: &Selected) -> String {

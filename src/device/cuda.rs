@@ -44,10 +44,10 @@ impl CudaGpu {
 /// What is missing for CUDA.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Missing {
-    /// What there is not.
+    /// What there is not; all of it.
     pub problem: String,
     /// How to come by it.
-    pub hint: &'static str,
+    pub hint: String,
 }
 
 /// The GPUs, or why there are none.
@@ -61,7 +61,8 @@ pub type CudaGpus = Result<Vec<CudaGpu>, Missing>;
 pub fn gpus() -> CudaGpus {
     Err(Missing {
         problem: "this build has no CUDA".to_owned(),
-        hint: "`cargo build --release --features cuda` builds it in; --device wgpu runs NVIDIA GPUs without",
+        hint: "`cargo build --release --features cuda` builds it in; --device wgpu runs NVIDIA GPUs without"
+            .to_owned(),
     })
 }
 
@@ -71,6 +72,7 @@ pub use found::{driver_and_compiler, gpus};
 #[cfg(feature = "cuda")]
 mod found {
     use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::path::PathBuf;
 
     use burn::cubecl::cuda::install;
     use cudarc::driver::result::{self as driver, DriverError};
@@ -95,7 +97,7 @@ mod found {
         // cudarc panics over a library that lacks a symbol, as that of a very old driver may.
         catch_unwind(AssertUnwindSafe(find)).unwrap_or_else(|_| {
             let problem = "the NVIDIA driver lacks functions of CUDA 12.8".to_owned();
-            Err(Missing { problem, hint: "update the driver" })
+            Err(Missing { problem, hint: "update the driver".to_owned() })
         })
     }
 
@@ -115,34 +117,39 @@ mod found {
     }
 
     fn find() -> CudaGpus {
-        let missing = |problem: String, hint| Err(Missing { problem, hint });
         #[expect(unsafe_code, reason = "loading a library runs its initialisers")]
         // SAFETY: they are NVIDIA's own, which every use of CUDA runs.
         let (has_driver, has_nvrtc) = unsafe { (sys::is_culib_present(), nvrtc::sys::is_culib_present()) };
-        if !has_driver {
-            return missing("there is no NVIDIA driver (libcuda)".to_owned(), DRIVER);
-        }
-        let gpus = match list() {
-            Ok(gpus) if gpus.is_empty() => return missing("CUDA finds no GPU".to_owned(), DRIVER),
-            Ok(gpus) => gpus,
-            Err(error) => return missing(format!("the NVIDIA driver does not answer: {error}"), DRIVER),
+        let gpus = match has_driver.then(list) {
+            None => Err("there is no NVIDIA driver (libcuda)".to_owned()),
+            Some(Err(error)) => Err(format!("the NVIDIA driver does not answer: {error}")),
+            Some(Ok(gpus)) if gpus.is_empty() => Err("CUDA finds no GPU".to_owned()),
+            Some(Ok(gpus)) => Ok(gpus),
         };
-        if !has_nvrtc {
-            return missing(
-                "there is no NVRTC of CUDA 12 or 13 (libnvrtc), which compiles the kernels".to_owned(),
-                TOOLKIT,
-            );
-        }
-        let Some(path) = install::cuda_path() else {
-            return missing("there are no CUDA headers, which the kernels need".to_owned(), TOOLKIT);
+        let no_nvrtc = "there is no NVRTC of CUDA 12 or 13 (libnvrtc), which compiles the kernels";
+        let toolkit = [(!has_nvrtc).then(|| no_nvrtc.to_owned()), missing_header(install::cuda_path())];
+        all_of(gpus, &toolkit.into_iter().flatten().collect::<Vec<_>>())
+    }
+
+    /// What is missing of the headers in CUDA's folder.
+    fn missing_header(cuda: Option<PathBuf>) -> Option<String> {
+        let Some(cuda) = cuda else {
+            return Some("there are no CUDA headers, which the kernels need".to_owned());
         };
-        match HEADERS.iter().find(|header| !path.join("include").join(header).exists()) {
-            Some(header) => missing(
-                format!("{} has no include/{header}, which the kernels need", path.display()),
-                TOOLKIT,
-            ),
-            None => Ok(gpus),
-        }
+        let header = HEADERS.iter().find(|header| !cuda.join("include").join(header).exists())?;
+        Some(format!("{} has no include/{header}, which the kernels need", cuda.display()))
+    }
+
+    /// The GPUs, where nothing of the toolkit is missing; else all that is missing, so that it can be installed at once.
+    fn all_of(gpus: Result<Vec<CudaGpu>, String>, toolkit: &[String]) -> CudaGpus {
+        let driver = match gpus {
+            Ok(gpus) if toolkit.is_empty() => return Ok(gpus),
+            gpus => gpus.err(),
+        };
+        let problems: Vec<String> = driver.iter().chain(toolkit).cloned().collect();
+        let hints = [driver.map(|_| DRIVER), (!toolkit.is_empty()).then_some(TOOLKIT)];
+        let hints: Vec<&str> = hints.into_iter().flatten().collect();
+        Err(Missing { problem: problems.join("; "), hint: hints.join("; ") })
     }
 
     fn list() -> Result<Vec<CudaGpu>, DriverError> {
@@ -169,5 +176,21 @@ mod found {
             memory_bytes,
             compute_capability: (major.unsigned_abs(), minor.unsigned_abs()),
         })
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn all_that_is_missing_is_told_at_once() {
+            let toolkit = ["no NVRTC", "no headers"].map(str::to_owned);
+            let missing = all_of(Err("no driver".to_owned()), &toolkit).unwrap_err();
+            assert_eq!(missing.problem, "no driver; no NVRTC; no headers");
+            assert_eq!(missing.hint, format!("{DRIVER}; {TOOLKIT}"));
+            let missing = all_of(Ok(Vec::new()), &toolkit[1..]).unwrap_err();
+            assert_eq!((missing.problem.as_str(), missing.hint.as_str()), ("no headers", TOOLKIT));
+            assert_eq!(all_of(Ok(Vec::new()), &[]), Ok(Vec::new()));
+        }
     }
 }

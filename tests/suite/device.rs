@@ -1,8 +1,11 @@
 //! Devices on the adapter at hand, and what a driver's failure turns into.
 
+use std::process::Command;
+
 use burn::tensor::{DType, Tensor};
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::device::{self, DeviceChoice};
+use serde_json::Value;
 
 use crate::support::adapter;
 
@@ -50,4 +53,17 @@ fn does_not_fit(choice: &DeviceChoice, device: &WgpuDevice, shard_bytes: usize) 
         assert!(message.contains(says), "no `{says}` in {message}");
     }
     assert!(error.hint().unwrap().contains("--batch_size"), "a full device has its own hint");
+}
+
+#[test]
+fn the_cpu_is_listed_as_well() {
+    let devices = |flags: &[&str]| {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_orpo-wgpu")).arg("devices").args(flags).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let table = devices(&[]);
+    assert!(table.lines().any(|line| line.starts_with(" cpu ") && line.contains("thread")), "{table}");
+    let json: Value = serde_json::from_str(&devices(&["--json"])).unwrap();
+    assert!(json["cpu"]["threads"].as_u64() > Some(0), "{json}");
 }
