@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 pub use byte_size::ByteSize;
 
 use crate::error::{Error, Result};
+use crate::lora::MAX_RANK;
 use crate::train::loss_scale::{LossScaleConfig, MAX_SCALE, MIN_SCALE};
 use crate::train::schedule::LrSchedulerType;
 
@@ -44,7 +45,7 @@ pub struct TrainArgs {
     /// Modules that carry an adapter: ALL (every linear but lm_head) or names such as q_proj,v_proj
     #[arg(long, value_delimiter = ',', default_value = "ALL", help_heading = "Model")]
     pub lora_target_modules: Vec<String>,
-    /// Rank of the adapters
+    /// Rank of the adapters, at most 256
     #[arg(long, default_value_t = Self::default().lora_rank, help_heading = "Model")]
     pub lora_rank: usize,
     /// The update is scaled by lora_alpha / lora_rank
@@ -340,6 +341,12 @@ impl TrainArgs {
         for (name, value) in positive {
             require(value > 0, format!("--{name} is 0, expected at least 1"));
         }
+        // An adapter that there is already keeps its own.
+        let is_new = self.adapters.is_none() && self.resume_from_checkpoint.is_none();
+        require(
+            !is_new || self.lora_rank <= MAX_RANK,
+            format!("--lora_rank is {}, expected at most {MAX_RANK}", self.lora_rank),
+        );
         let in_range = [
             ("dataset_test_ratio", self.dataset_test_ratio),
             ("warmup_ratio", self.warmup_ratio),
@@ -456,7 +463,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("run.toml");
         std::fs::write(&file, "betta = 1\n").unwrap();
-        let flags = ["train", "--learning_rate", "nan", "--batch_size", "0", "--lora_alpha", "-1"];
+        let flags = "train --learning_rate nan --batch_size 0 --lora_alpha -1 --lora_rank 257".split(' ');
         let matches = train_command().try_get_matches_from(flags).unwrap();
         let error = TrainArgs::resolve(&matches, Some(&file), &Map::new()).unwrap_err();
         let message = error.to_string();
@@ -465,6 +472,7 @@ mod tests {
             "--learning_rate is no finite number",
             "--batch_size is 0, expected at least 1",
             "--lora_alpha is -1, expected more than 0",
+            "--lora_rank is 257, expected at most 256",
         ] {
             assert!(message.contains(says), "no `{says}` in {message}");
         }

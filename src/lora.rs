@@ -19,6 +19,8 @@ use crate::model::load::Checkpoint;
 use crate::model::{Linear, Llama};
 use crate::ops::lora_linear::Lora;
 
+/// The highest rank of a new adapter. Of more, an adapter is no longer small beside the matrices that it is added to.
+pub const MAX_RANK: usize = 256;
 /// The file of an adapter's tensors.
 pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 /// The file of an adapter's settings.

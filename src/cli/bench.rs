@@ -20,7 +20,7 @@ use crate::data::dataset::Location;
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy};
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result, counted};
-use crate::lora::{self, LoraConfig};
+use crate::lora::{self, LoraConfig, MAX_RANK};
 use crate::model::llama::{KeepPlan, LINEAR_NAMES};
 use crate::model::presets::{PRESETS, preset};
 use crate::model::{Llama, LlamaConfig, Precision};
@@ -52,7 +52,7 @@ pub struct BenchArgs {
     batch_size: usize,
     #[command(flatten)]
     precision: PrecisionArgs,
-    /// Rank of the adapters
+    /// Rank of the adapters, at most 256
     #[arg(long, default_value_t = 8)]
     lora_rank: usize,
     /// Run each layer again in backward instead of keeping its activations
@@ -113,6 +113,9 @@ impl BenchArgs {
             if value < least {
                 problems.push(format!("--{name} is {value}, expected at least {least}"));
             }
+        }
+        if self.lora_rank > MAX_RANK {
+            problems.push(format!("--lora_rank is {}, expected at most {MAX_RANK}", self.lora_rank));
         }
         let Some(config) = preset(&self.model_type) else {
             let names = PRESETS.map(|(name, _)| name).join(", ");
