@@ -168,10 +168,10 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
     }
     let strictness = if args.strict { Strictness::Strict } else { Strictness::Lenient };
     let columns = args.columns.clone().unwrap_or_default();
-    let Dataset { rows, unused_renames, .. } = dataset::load(&args.dataset, &columns, strictness, args.seed)?;
+    let Dataset { rows, unused, .. } = dataset::load(&args.dataset, &columns, strictness, args.seed)?;
     let is_split = args.val_dataset.is_empty();
     if is_split {
-        dataset::check_renames_of(&[&unused_renames])?;
+        dataset::check_renames_of(&[&unused])?;
     }
     let rows = if is_split { dataset::split(rows, args.dataset_test_ratio, shuffle(args)).0 } else { rows };
     Ok(Some(rows.len()))

@@ -7,7 +7,7 @@ use super::open::OpenModel;
 use super::words::thousands;
 use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
-use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
+use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness, UnusedRenames};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
 use crate::error::{Error, Result};
@@ -39,25 +39,26 @@ impl Data {
         let load = |specs: &[String]| {
             dataset::load(specs, &args.columns.clone().unwrap_or_default(), strictness, args.seed)
         };
-        let Dataset { rows, mut skipped, unused_renames } = match args.dataset.as_slice() {
+        let Dataset { rows, mut skipped, unused } = match args.dataset.as_slice() {
             [] if args.model_id_or_path.is_some() => {
                 return Err(Error::config("--dataset is missing: what is the model to learn from?").with_hint(
                     "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
                 ));
             }
             _ if is_demo_data(args) => {
-                let renames = args.columns.iter().flatten().map(|(theirs, _)| theirs.clone());
-                Dataset { unused_renames: renames.collect(), ..demo::pairs()? }
+                let names = args.columns.iter().flatten().map(|(theirs, _)| theirs.clone()).collect();
+                let pairs = demo::pairs()?;
+                Dataset { unused: UnusedRenames { names, ..pairs.unused }, ..pairs }
             }
             specs => load(specs)?,
         };
         let shuffle = shuffle(args);
         let (train, val) = if args.val_dataset.is_empty() {
-            dataset::check_renames_of(&[&unused_renames])?;
+            dataset::check_renames_of(&[&unused])?;
             dataset::split(rows, args.dataset_test_ratio, shuffle)
         } else {
             let val = load(&args.val_dataset)?;
-            dataset::check_renames_of(&[&unused_renames, &val.unused_renames])?;
+            dataset::check_renames_of(&[&unused, &val.unused])?;
             skipped.extend(val.skipped);
             (rows, val.rows)
         };

@@ -13,6 +13,7 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::SliceRandom;
 use serde_json::Value;
 
+use super::source::edits;
 use super::{json, row, source};
 use crate::error::{Error, Result};
 
@@ -80,22 +81,48 @@ pub struct Dataset {
     pub rows: Vec<Row>,
     /// The rows that were left out, in file order.
     pub skipped: Vec<Skipped>,
-    /// Columns that were to be renamed and that no row has.
-    pub unused_renames: BTreeSet<String>,
+    /// What `--columns` renames in vain.
+    pub unused: UnusedRenames,
+}
+
+/// Columns that were to be renamed and that no row has.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UnusedRenames {
+    /// They.
+    pub names: BTreeSet<String>,
+    /// The columns of the first row, as its file has them.
+    pub columns: Vec<String>,
+}
+
+impl UnusedRenames {
+    /// That they are unused, and which columns there are; none where all are used.
+    fn told(&self) -> Option<(String, String)> {
+        let name = self.names.first()?;
+        let names: Vec<_> = self.names.iter().map(|name| format!("`{name}`")).collect();
+        let problem = format!("--columns renames {}, which no row has", names.join(", "));
+        let has = format!("the first row has {}", self.columns.join(", "));
+        let hint = match self.columns.iter().map(|column| (edits(name, column), column)).min() {
+            Some((distance, column)) if distance * 4 <= name.len() => {
+                format!("did you mean `{column}`? {has}")
+            }
+            _ => has,
+        };
+        Some((problem, hint))
+    }
 }
 
 /// Holds renames against all data of a run.
 ///
 /// # Errors
 /// [`Error::Config`] for those that none of it has a use for.
-pub fn check_renames_of(sets: &[&BTreeSet<String>]) -> Result<()> {
+pub fn check_renames_of(sets: &[&UnusedRenames]) -> Result<()> {
     let [first, others @ ..] = sets else { return Ok(()) };
-    let unused: Vec<_> = first.iter().filter(|name| others.iter().all(|set| set.contains(*name))).collect();
-    if unused.is_empty() {
-        return Ok(());
+    let mut unused = (*first).clone();
+    unused.names.retain(|name| others.iter().all(|set| set.names.contains(name)));
+    match unused.told() {
+        Some((problem, hint)) => Err(Error::config(problem).with_hint(hint)),
+        None => Ok(()),
     }
-    let names: Vec<_> = unused.iter().map(|name| format!("`{name}`")).collect();
-    Err(Error::config(format!("--columns renames {}, which no row has", names.join(", "))))
 }
 
 /// What happens to a row that cannot be used.
@@ -146,16 +173,21 @@ pub fn load(
     seed: u64,
 ) -> Result<Dataset> {
     row::check_renames(columns)?;
-    let mut unseen: BTreeSet<&str> = columns.keys().map(String::as_str).collect();
+    let mut unused = unused_at_first(columns);
     let mut dataset = Dataset::default();
     for (i, source) in source::resolve(specs, Path::new(""))?.into_iter().enumerate() {
         let mut part = Dataset::default();
         for file in &source.files {
             let text = json::read_text(file)?;
-            collect(&text, file, columns, strict, &mut part, &mut unseen)?;
+            collect(&text, file, columns, strict, &mut part, &mut unused)?;
         }
         if part.rows.is_empty() {
-            return Err(no_usable_rows(&source.path, &part.skipped, columns));
+            let error = no_usable_rows(&source.path, &part.skipped, columns);
+            // A name that is not there is likelier wrong than missing.
+            return Err(match unused.told().filter(|_| specs.len() == 1 && !part.skipped.is_empty()) {
+                Some((problem, hint)) => error.with_hint(format!("{problem}; {hint}")),
+                None => error,
+            });
         }
         if let Some(n) = source.sample {
             part.rows = sample(part.rows, n, &mut rng(seed, Draw::Sample, i as u64));
@@ -163,7 +195,7 @@ pub fn load(
         dataset.rows.append(&mut part.rows);
         dataset.skipped.append(&mut part.skipped);
     }
-    dataset.unused_renames = unseen.into_iter().map(str::to_owned).collect();
+    dataset.unused = unused;
     Ok(dataset)
 }
 
@@ -182,22 +214,32 @@ pub fn parse_rows(
 ) -> Result<Dataset> {
     row::check_renames(columns)?;
     let mut dataset = Dataset::default();
-    collect(text, path, columns, strict, &mut dataset, &mut BTreeSet::new())?;
+    let mut unused = unused_at_first(columns);
+    collect(text, path, columns, strict, &mut dataset, &mut unused)?;
+    dataset.unused = unused;
     Ok(dataset)
 }
 
-/// Appends a text's rows to `dataset` and takes the renamed columns that it has from `unseen`.
+/// Before a row is seen.
+fn unused_at_first(columns: &BTreeMap<String, String>) -> UnusedRenames {
+    UnusedRenames { names: columns.keys().cloned().collect(), columns: Vec::new() }
+}
+
+/// Appends a text's rows to `dataset` and takes the renamed columns that it has from `unused`.
 fn collect(
     text: &str,
     path: &Path,
     columns: &BTreeMap<String, String>,
     strict: Strictness,
     dataset: &mut Dataset,
-    unseen: &mut BTreeSet<&str>,
+    unused: &mut UnusedRenames,
 ) -> Result<()> {
     let path: Arc<Path> = path.into();
     json::each_value(text, &path, |line, value| {
-        unseen.retain(|name| value.get(name).is_none());
+        unused.names.retain(|name| value.get(name).is_none());
+        if let (Value::Object(row), true) = (&value, unused.columns.is_empty()) {
+            unused.columns = row.keys().cloned().collect();
+        }
         let location = Location { path: path.clone(), line };
         match row::parse(value, columns, location.clone()) {
             Ok(row) => dataset.rows.push(row),
@@ -430,10 +472,18 @@ mod tests {
         assert_eq!(sampled.rows[2].query, "4");
 
         let alone = load(std::slice::from_ref(&set), &columns, Strictness::Lenient, 42).unwrap();
-        check_renames_of(&[&alone.unused_renames, &dataset.unused_renames]).unwrap();
-        let error = check_renames_of(&[&alone.unused_renames]).unwrap_err();
+        check_renames_of(&[&alone.unused, &dataset.unused]).unwrap();
+        let error = check_renames_of(&[&alone.unused]).unwrap_err();
         assert!(error.to_string().contains("--columns renames `frage`, which no row has"), "{error}");
         assert!(matches!(error, Error::Config { .. }), "{error:?}");
+        assert_eq!(error.hint(), Some("the first row has query, response, rejected_response"));
+        let columns = BTreeMap::from([("respones".to_owned(), "response".to_owned())]);
+        let misspelt = load(&[set], &columns, Strictness::Lenient, 42).unwrap();
+        let error = check_renames_of(&[&misspelt.unused]).unwrap_err();
+        assert!(
+            error.hint().unwrap().starts_with("did you mean `response`? the first row has "),
+            "{error:?}"
+        );
     }
 
     #[test]
@@ -451,6 +501,13 @@ mod tests {
         assert!(error.to_string().starts_with(&expected), "{error}");
         assert!(error.to_string().ends_with("found a number; …"), "three reasons: {error}");
         assert!(error.hint().unwrap().contains("--columns"), "{error:?}");
+
+        std::fs::write(&file, GOOD.replace("query", "qusetion")).unwrap();
+        let columns = BTreeMap::from([("question".to_owned(), "query".to_owned())]);
+        let error = load(&spec, &columns, Strictness::Lenient, 42).unwrap_err();
+        let hint = "--columns renames `question`, which no row has; did you mean `qusetion`? the first row has qusetion, \
+                    response, rejected_response";
+        assert_eq!(error.hint(), Some(hint));
 
         std::fs::write(&file, "\n").unwrap();
         let error = load(&spec, &none(), Strictness::Lenient, 42).unwrap_err();
