@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::open::OpenModel;
-use super::words::thousands;
+use super::words::{millions, thousands};
 use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness, UnusedRenames};
@@ -52,6 +52,12 @@ impl Data {
             }
             specs => load(specs)?,
         };
+        if open.is_demo() && !is_demo_data(args) {
+            note!(
+                "note: no model is named, and the demo's own is taken, of {} weights; --model_id_or_path DIR names yours",
+                millions(open.config.n_weights())
+            );
+        }
         let shuffle = shuffle(args);
         let (train, val) = if args.val_dataset.is_empty() {
             dataset::check_renames_of(&[&unused])?;

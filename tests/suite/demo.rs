@@ -95,3 +95,16 @@ fn newest_checkpoint(folder: &Path) -> std::path::PathBuf {
     let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse::<usize>().ok();
     checkpoints.filter(|p| step(p).is_some()).max_by_key(|p| step(p)).unwrap()
 }
+
+#[test]
+fn the_demo_s_model_is_not_trained_on_other_rows_without_a_word() {
+    let folder = tempfile::tempdir().unwrap();
+    let pairs = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa/pairs.jsonl");
+    let says = |dataset: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
+        command.args(["train", "--device", "cpu", "--max_steps", "1", "--dataset"]).arg(dataset);
+        let output = command.current_dir(folder.path()).output().unwrap();
+        String::from_utf8_lossy(&output.stderr).contains("--model_id_or_path DIR names yours")
+    };
+    assert_eq!([pairs.as_path(), Path::new("demo")].map(says), [true, false]);
+}
