@@ -101,7 +101,7 @@ struct Source {
     config: LlamaConfig,
     /// Bytes of a value of the embedding, as it is stored.
     embedding_width: usize,
-    /// Pairs to train on; none where no tokenizer is at hand.
+    /// Pairs to train on; none where no tokenizer or no data set is at hand.
     pairs: Option<Vec<TokenizedPair>>,
     /// Pairs to evaluate on.
     val: Vec<TokenizedPair>,
@@ -112,7 +112,7 @@ struct Source {
 }
 
 impl Source {
-    /// A model folder with its data, the shape of a published model, or the demo.
+    /// A model folder, with its data where they are named, the shape of a published model, or the demo.
     fn open(args: &TrainArgs) -> Result<Self> {
         if let (Some(name), None) = (&args.model_type, &args.model_id_or_path) {
             let Some(config) = preset(name) else {
@@ -133,6 +133,17 @@ impl Source {
         let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
         let embedding_width = open.width()?;
         train::adapter_of(args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
+        if args.dataset.is_empty() && !open.is_demo() {
+            return Ok(Self {
+                name: open.name.clone(),
+                config: open.config,
+                embedding_width,
+                pairs: None,
+                val: Vec::new(),
+                n_pairs: None,
+                n_left_out: 0,
+            });
+        }
         let Data { train, val, skipped } = Data::load(args, &open)?;
         Ok(Self {
             name: open.name.clone(),
@@ -147,9 +158,10 @@ impl Source {
 
     fn print_data(&self, args: &TrainArgs) {
         let Some(pairs) = &self.pairs else {
+            let lacks = if args.model_id_or_path.is_none() { "the model's tokenizer" } else { "a --dataset" };
             let what = format!(
                 "every pair is taken as two sequences of {} tokens with nothing in common, the most that --max_length lets through; \
-                 without the model's tokenizer nothing shorter is known",
+                 without {lacks} nothing shorter is known",
                 thousands(args.max_length)
             );
             tell("data", &what);

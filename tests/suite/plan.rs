@@ -170,6 +170,20 @@ fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     assert!(left_out > 0 && printed.contains(&says), "{printed}");
 }
 
+#[test]
+fn a_folder_is_planned_without_data_for_the_longest_pairs() {
+    let model = fixture("gqa/model");
+    let flags = ["--model_id_or_path", model.to_str().unwrap(), "--device", "cpu", "--max_length", "64"];
+    let printed = unwrapped(&plan(&flags));
+    for says in [
+        "two sequences of 64 tokens with nothing in common",
+        "without a --dataset nothing shorter is known",
+        "1,000 pairs, as neither --dataset nor --max_steps says how many",
+    ] {
+        assert!(printed.contains(says), "no `{says}` in {printed}");
+    }
+}
+
 /// A step of it is too long to be timed.
 #[test]
 fn a_large_model_on_the_cpu_is_estimated_at_the_cpu_s_share() {
