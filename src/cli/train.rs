@@ -18,6 +18,7 @@ use super::tune;
 use super::words::noted;
 use crate::config::TrainArgs;
 use crate::data::batch::LossCompat;
+use crate::data::source;
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
@@ -379,6 +380,22 @@ fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
     folder.join(format!("v{next}-{}", jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")))
 }
 
+/// The same settings with paths in full, so that a run's record can be read from every folder.
+fn in_full(args: &TrainArgs) -> TrainArgs {
+    let full = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    let specs = |specs: &[String]| specs.iter().map(|spec| source::in_full(spec)).collect();
+    TrainArgs {
+        model_id_or_path: args.model_id_or_path.as_ref().map(full),
+        adapters: args.adapters.as_ref().map(full),
+        // The demo's data are by their name, whatever else is called so.
+        dataset: if is_demo_data(args) { args.dataset.clone() } else { specs(&args.dataset) },
+        val_dataset: specs(&args.val_dataset),
+        output_dir: full(&args.output_dir),
+        resume_from_checkpoint: args.resume_from_checkpoint.as_ref().map(full),
+        ..args.clone()
+    }
+}
+
 fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> CheckpointTexts {
     let base_model = match &args.model_id_or_path {
         // PEFT resolves the name from wherever it runs, so a folder is named in full.
@@ -387,7 +404,7 @@ fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> Checkp
     };
     if open.is_demo() {
         let card = "# ORPO adapter for the demo of orpo-wgpu\n\nIts base model is inside the program: `orpo-wgpu infer --adapters .`\n";
-        return CheckpointTexts { base_model, args: args.to_json(), card: card.to_owned() };
+        return CheckpointTexts { base_model, args: in_full(args).to_json(), card: card.to_owned() };
     }
     let card = format!(
         "---\nbase_model: {base_model}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- orpo\n- lora\n---\n\n\
@@ -403,5 +420,5 @@ fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> Checkp
         args.learning_rate,
         args.loss_compat,
     );
-    CheckpointTexts { base_model, args: args.to_json(), card }
+    CheckpointTexts { base_model, args: in_full(args).to_json(), card }
 }

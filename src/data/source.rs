@@ -107,6 +107,16 @@ fn resolve_one(spec: &str, base: &Path) -> Result<std::result::Result<Source, Mi
     Ok(Ok(Source { path, files, sample }))
 }
 
+/// The spec with the path of what it is on disk in full.
+pub(crate) fn in_full(spec: &str) -> String {
+    let full = |name: &str| {
+        let path = std::path::absolute(find(name, Path::new(""))?).ok()?;
+        path.into_os_string().into_string().ok()
+    };
+    let sampled = || spec.rsplit_once('#').and_then(|(name, n)| Some(format!("{}#{n}", full(name)?)));
+    full(spec).or_else(sampled).unwrap_or_else(|| spec.to_owned())
+}
+
 const CONVERT: &str = "in Python, datasets.load_dataset(…)[\"train\"].to_json(\"data.jsonl\") writes any data set as JSON \
                        lines (force_ascii=False keeps it readable)";
 

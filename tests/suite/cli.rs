@@ -478,7 +478,10 @@ fn args_json_repeats_the_run() {
         "q_proj,down_proj",
     ];
     assert!(workplace.train(&flags).status.success());
-    let output = workplace.train(&["--config", "out/args.json", "--output_dir", "again"]);
+    // From another folder, where no path is what it was.
+    let (args, again) = (workplace.path("out/args.json"), workplace.path("again"));
+    let mut train = orpo_wgpu(&["train", "--config", args.to_str().unwrap(), "--output_dir"]);
+    let output = train.arg(again).current_dir(workplace.path("model")).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     let figures = |folder: &str| -> Vec<(f64, f64)> {
         let log = fs::read_to_string(workplace.path(folder).join("logging.jsonl")).unwrap();
@@ -500,7 +503,8 @@ fn a_configuration_file_takes_what_flags_take() {
     assert!(output.status.success(), "{}", stderr(&output));
     let resolved = fs::read_to_string(workplace.path("out/args.json")).unwrap();
     let resolved: Value = serde_json::from_str(&resolved).unwrap();
-    assert_eq!(resolved["dataset"], json!(["pairs.jsonl", "pairs.jsonl#2"]));
+    let pairs = workplace.path("pairs.jsonl").display().to_string();
+    assert_eq!(resolved["dataset"], json!([pairs, pairs + "#2"]));
     assert_eq!(resolved["lora_target_modules"], json!(["q_proj", "v_proj"]));
     assert_eq!(resolved["columns"], json!({"query": "query"}));
 }
