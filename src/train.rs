@@ -107,9 +107,9 @@ pub struct Summary {
     pub n_steps: usize,
     /// Those of them that were skipped, as their gradients overflowed in fp16.
     pub n_skipped: usize,
-    /// Metrics before the first step and after the last: of the validation rows, or of the first and last logged steps.
-    pub before: StepMetrics,
-    /// See `before`.
+    /// Metrics before the first step, of the validation rows, else of the first line of the log, where that is not the last one as well.
+    pub before: Option<StepMetrics>,
+    /// Metrics after the last step, of the validation rows, else of the last line of the log.
     pub after: StepMetrics,
     /// Whether the two are of the validation rows.
     pub is_validation: bool,
@@ -151,6 +151,7 @@ pub fn train<B: Kernels>(
     let skipped_before = n_skipped(&loss_scale);
     let mut before = evaluate_all(model, data.val, settings, first_step, observer)?;
     let is_validation = before.is_some();
+    let mut n_logged = 0;
     let mut window = Window::default();
     let mut prefetched = None;
     for step in first_step..max_steps {
@@ -218,6 +219,7 @@ pub fn train<B: Kernels>(
             Result::Ok(mean)
         };
         if done.is_multiple_of(settings.logging_steps) || is_last {
+            n_logged += 1;
             before.get_or_insert(log(&mut window, run, observer)?);
         }
         let save = |run: &mut RunFolder, observer: &mut dyn Observer| -> Result<()> {
@@ -270,7 +272,7 @@ pub fn train<B: Kernels>(
     Ok(Summary {
         n_steps: max_steps - first_step,
         n_skipped: n_skipped(&loss_scale) - skipped_before,
-        before,
+        before: (is_validation || n_logged > 1).then_some(before),
         after,
         is_validation,
         checkpoint: checkpoint.to_owned(),

@@ -11,6 +11,7 @@ use crate::model::Llama;
 use crate::ops::Kernels;
 use crate::shell::pasted;
 use crate::train::Summary;
+use crate::train::metrics::StepMetrics;
 
 /// Answers of the demo that are shown; all are counted.
 const SHOWN_ANSWERS: usize = 6;
@@ -38,7 +39,7 @@ pub fn answers<B: Kernels>(
         .collect()
 }
 
-fn table(header: [&str; 3]) -> Table {
+fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(header);
@@ -50,7 +51,7 @@ pub fn print_answers(questions: &[&str], start: &str, before: &[String], after: 
     if questions.is_empty() {
         return;
     }
-    let mut table = table(["question (not in the training data)", start, "after"]);
+    let mut table = table(&["question (not in the training data)", start, "after"]);
     for ((question, before), after) in questions.iter().zip(before).zip(after).take(SHOWN_ANSWERS) {
         table.add_row([question, before.as_str(), after.as_str()]);
     }
@@ -64,21 +65,25 @@ pub fn print_answers(questions: &[&str], start: &str, before: &[String], after: 
 
 /// Shows the metrics before and after, where the adapter is, and how to talk to it.
 pub fn print_summary(summary: &Summary, args: &TrainArgs) {
-    let (b, a) = (&summary.before, &summary.after);
-    let mut table = table(match summary.is_validation {
-        true => ["validation rows", "before", "after"],
-        false => ["training rows", "first logged steps", "last logged steps"],
+    let mut table = table(match (summary.is_validation, &summary.before) {
+        (true, _) => &["validation rows", "before", "after"],
+        (false, Some(_)) => &["training rows", "first logged steps", "last logged steps"],
+        (false, None) => &["training rows", "all steps"],
     });
-    let figures = [
-        ("loss", b.loss, a.loss),
-        ("nll_loss", b.nll_loss, a.nll_loss),
-        ("log_odds_chosen", b.log_odds_chosen, a.log_odds_chosen),
-        ("rewards/accuracies", b.rewards_accuracies, a.rewards_accuracies),
-        ("logps/chosen", b.logps_chosen, a.logps_chosen),
-        ("logps/rejected", b.logps_rejected, a.logps_rejected),
-    ];
-    for (name, before, after) in figures {
-        table.add_row([name.to_owned(), format!("{before:.4}"), format!("{after:.4}")]);
+    let figures = |m: &StepMetrics| {
+        [
+            ("loss", m.loss),
+            ("nll_loss", m.nll_loss),
+            ("log_odds_chosen", m.log_odds_chosen),
+            ("rewards/accuracies", m.rewards_accuracies),
+            ("logps/chosen", m.logps_chosen),
+            ("logps/rejected", m.logps_rejected),
+        ]
+    };
+    let before = summary.before.as_ref().map(figures);
+    for (i, (name, after)) in figures(&summary.after).into_iter().enumerate() {
+        let cells = before.map(|before| before[i].1).into_iter().chain([after]);
+        table.add_row(std::iter::once(name.to_owned()).chain(cells.map(|figure| format!("{figure:.4}"))));
     }
     say!("{table}");
     if summary.n_skipped > 0 {

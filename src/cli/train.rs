@@ -35,6 +35,9 @@ use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState
 use crate::train::schedule::Schedule;
 use crate::train::{TrainData, TrainSettings, train};
 
+/// Steps of a run up to which the first of a warm-up, whose rate is 0, is a tenth of it or more.
+const SHORT_RUN: usize = 10;
+
 /// Runs the subcommand.
 ///
 /// # Errors
@@ -352,6 +355,12 @@ fn describe<B: Kernels>(
             args.learning_rate
         ),
     );
+    let Schedule { warmup_steps, max_steps, .. } = settings.schedule;
+    if warmup_steps > 0 && max_steps <= SHORT_RUN {
+        note!(
+            "note: the first of {max_steps} steps has a learning rate of 0, where a warm-up begins; --warmup_ratio 0 lets it learn as well"
+        );
+    }
     if longest > open.config.max_position_embeddings {
         note!(
             "note: the longest prompt + answer has {longest} tokens, the model was made for {} (max_position_embeddings)",

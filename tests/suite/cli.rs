@@ -634,6 +634,35 @@ fn one_step_trains_whatever_the_warm_up() {
     assert_eq!(line["learning_rate"], 1e-4);
 }
 
+#[test]
+fn a_short_run_says_that_its_warm_up_begins_at_a_rate_of_0() {
+    let workplace = Workplace::new();
+    let says = |flags: &[&str]| {
+        let output = workplace.train(flags);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output).contains("the first of 2 steps has a learning rate of 0")
+    };
+    assert_eq!([says(&["--warmup_ratio", "0.05"]), says(&[])], [true, false]);
+}
+
+#[test]
+fn one_line_of_the_log_is_summed_up_once() {
+    let workplace = Workplace::new();
+    let header = |logging_steps: &str| {
+        let output = workplace.train(&["--logging_steps", logging_steps]);
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        let header = printed.lines().find(|line| line.contains("training rows")).expect(&printed);
+        header
+            .split("  ")
+            .map(str::trim)
+            .filter(|cell| !cell.is_empty())
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(header("2"), ["training rows", "all steps"]);
+    assert_eq!(header("1"), ["training rows", "first logged steps", "last logged steps"]);
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_is_saved_and_can_go_on() {
