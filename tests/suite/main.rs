@@ -2,9 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it stands")]
 
 mod adapters;
+mod bad_input;
 mod bench;
 mod checkpoints;
-mod cli;
+mod configuration;
 mod convergence;
 mod demo;
 mod device;
@@ -82,6 +83,7 @@ mod cuda {
     mod training;
 }
 mod infer;
+mod interrupts;
 mod load;
 mod memory;
 mod packing;
@@ -90,6 +92,8 @@ mod plain_runtime;
 mod plan;
 mod quantized;
 mod rows;
+mod run_folder;
 mod shaders;
 mod support;
 mod tidy;
+mod workplace;

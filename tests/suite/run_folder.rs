@@ -1,0 +1,206 @@
+//! What a run writes and says: its files, its first and last words, and output that goes nowhere.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::workplace::{Workplace, fixture, orpo_wgpu, stderr, write_pairs};
+
+#[test]
+fn a_run_writes_the_files_that_it_promises() {
+    let workplace = Workplace::new();
+    let output = workplace.train(&["--logging_steps", "1", "--save_steps", "1", "--save_total_limit", "1"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let written = workplace.written();
+    let checkpoint = [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "args.json",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ];
+    for file in checkpoint {
+        assert!(written.contains(&format!("checkpoint-2/{file}")), "{file} is missing in {written:?}");
+    }
+    assert!(!written.iter().any(|f| f.contains("checkpoint-1") || f.contains("partial")), "{written:?}");
+    let log = fs::read_to_string(workplace.path("out/logging.jsonl")).unwrap();
+    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().map(|l| l["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for key in [
+        "epoch",
+        "loss",
+        "nll_loss",
+        "log_odds_ratio",
+        "log_odds_chosen",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "memory_bytes",
+    ] {
+        assert!(lines[0][key].is_number(), "{key} is missing in {}", lines[0]);
+    }
+    // What PEFT reads: the tensors' names are those of an adapter that PEFT wrote, and so are the settings that matter to it.
+    let names = |path: &Path| -> Vec<String> {
+        let checkpoint = orpo_wgpu::model::load::Checkpoint::open_file(path).unwrap();
+        checkpoint.names().map(str::to_owned).collect()
+    };
+    let (ours, theirs) = (workplace.path("out/checkpoint-2"), fixture("gqa/adapter"));
+    assert_eq!(
+        names(&ours.join("adapter_model.safetensors")),
+        names(&theirs.join("adapter_model.safetensors"))
+    );
+    let config = |folder: &Path| -> Value {
+        serde_json::from_str(&fs::read_to_string(folder.join("adapter_config.json")).unwrap()).unwrap()
+    };
+    let (ours, theirs) = (config(&ours), config(&theirs));
+    for key in
+        ["peft_type", "task_type", "r", "bias", "fan_in_fan_out", "use_rslora", "use_dora", "modules_to_save"]
+    {
+        assert_eq!(ours[key], theirs[key], "{key} of adapter_config.json");
+    }
+    // The summary's last line is the command to talk to the result.
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        stdout.contains("orpo-wgpu infer --model_id_or_path model --adapters out/checkpoint-2"),
+        "{stdout}"
+    );
+    // The run stands for its newest checkpoint.
+    let flags = ["--model_id_or_path", "model", "--adapters", "out", "--max_new_tokens", "1"];
+    let mut infer = orpo_wgpu(&["infer", "--device", "cpu", "hi"]);
+    let output = infer.args(flags).current_dir(workplace.0.path()).output().unwrap();
+    assert!(stderr(&output).contains("model with out/checkpoint-2"), "{}", stderr(&output));
+}
+
+#[test]
+fn the_first_step_is_told_of_before_the_log_has_a_line() {
+    let workplace = Workplace::new();
+    let steps = |flags: &[&str]| -> Vec<String> {
+        let message = stderr(&workplace.train(flags));
+        message.lines().filter(|line| line.starts_with("step ")).map(str::to_owned).collect()
+    };
+    let lines = steps(&["--max_steps", "4", "--logging_steps", "3"]);
+    assert!(lines[0].starts_with("step 1/4  loss "), "{lines:?}");
+    assert!(lines[0].ends_with(" s left; the next line comes after step 3"), "{lines:?}");
+    let numbers: Vec<_> = lines.iter().map(|line| line.split("  ").next().unwrap()).collect();
+    assert_eq!(numbers, ["step 1/4", "step 3/4", "step 4/4"]);
+    let lines = steps(&["--max_steps", "2", "--logging_steps", "50"]);
+    assert!(lines[0].ends_with("; the next line comes after step 2") && lines.len() == 2, "{lines:?}");
+    assert_eq!(steps(&["--max_steps", "2", "--logging_steps", "1"]).len(), 2);
+}
+
+#[test]
+fn one_row_and_one_step_are_counted_as_one() {
+    let workplace = Workplace::new();
+    let first = fs::read_to_string(workplace.path("pairs.jsonl")).unwrap().lines().next().unwrap().to_owned();
+    write_pairs(&workplace, &format!("{first}\n{{\"query\":\"q\"}}\n"));
+    let flags = ["--max_steps", "1", "--gradient_accumulation_steps", "1", "--max_memory", "1TB"];
+    let output = workplace.train(&flags);
+    let message = stderr(&output);
+    for says in [
+        "\ndata     1 row to train on, 0 to evaluate on, 1 left out; ",
+        "\ntraining 1 step of 1 pair, loss swift ",
+        "\nleft out: the row is in out/left_out.txt",
+    ] {
+        assert!(message.contains(says), "no `{says}` in {message}");
+    }
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(printed.contains("\n1 step in "), "{printed}");
+}
+
+#[test]
+fn one_step_trains_whatever_the_warm_up() {
+    let workplace = Workplace::new();
+    let output = workplace.train(&["--max_steps", "1", "--warmup_ratio", "0.05", "--learning_rate", "1e-4"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let log = fs::read_to_string(workplace.path("out/logging.jsonl")).unwrap();
+    let line: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+    assert_eq!(line["learning_rate"], 1e-4);
+}
+
+#[test]
+fn a_short_run_says_that_its_warm_up_begins_at_a_rate_of_0() {
+    let workplace = Workplace::new();
+    let says = |flags: &[&str]| {
+        let output = workplace.train(flags);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output).contains("the first of 2 steps has a learning rate of 0")
+    };
+    assert_eq!([says(&["--warmup_ratio", "0.05"]), says(&[])], [true, false]);
+}
+
+#[test]
+fn one_line_of_the_log_is_summed_up_once() {
+    let workplace = Workplace::new();
+    let header = |logging_steps: &str| {
+        let output = workplace.train(&["--logging_steps", logging_steps]);
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        let header = printed.lines().find(|line| line.contains("training rows")).expect(&printed);
+        header
+            .split("  ")
+            .map(str::trim)
+            .filter(|cell| !cell.is_empty())
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(header("2"), ["training rows", "all steps"]);
+    assert_eq!(header("1"), ["training rows", "first logged steps", "last logged steps"]);
+}
+
+#[test]
+fn a_run_goes_on_when_nobody_reads_what_it_says() {
+    let workplace = Workplace::new();
+    let mut command = workplace.train_command(&["--logging_steps", "1"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop((child.stdout.take(), child.stderr.take()));
+    assert!(child.wait().unwrap().success());
+    assert!(workplace.path("out/checkpoint-2/adapter_model.safetensors").exists());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    for args in [&["bench", "--model_type", "list"][..], &["--version"], &["train", "--help"]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = orpo_wgpu(args).stdout(full).output().unwrap();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
+        assert!(message.contains("cannot write standard output: No space left"), "{args:?}: {message}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_save_that_fails_leaves_the_last_checkpoint_and_nothing_half_written() {
+    let workplace = Workplace::new();
+    assert!(workplace.train(&["--save_steps", "1", "--report_to", "none"]).status.success());
+    let before = workplace.written();
+    // Files may not grow beyond 16 blocks: the adapter does not fit, as on a disk that is full.
+    let command = workplace.train_command(&[
+        "--max_steps",
+        "4",
+        "--adapters",
+        "out/checkpoint-2",
+        "--report_to",
+        "none",
+    ]);
+    let words: Vec<String> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    let script = format!("trap '' XFSZ; ulimit -f 16; exec {}", words.join(" "));
+    let output = Command::new("sh").args(["-c", &script]).current_dir(workplace.0.path()).output().unwrap();
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("cannot write") && message.contains("adapter_model.safetensors"), "{message}");
+    assert!(!message.contains("panicked"), "{message}");
+    assert_eq!(workplace.written(), before, "what was there stays, and nothing is added");
+}
