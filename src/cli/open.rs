@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::progress::loading_bar;
 use crate::data::template::Template;
@@ -90,17 +91,13 @@ impl OpenModel {
     /// # Errors
     /// If that cannot be read.
     pub fn width(&self) -> Result<usize> {
-        #[derive(Deserialize)]
-        struct Stored {
-            #[serde(alias = "dtype")]
-            torch_dtype: Option<String>,
-        }
         let Source::Folder(folder) = &self.source else { return Ok(size_of::<half::f16>()) };
         let path = folder.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let stored: Stored = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
+        let config: Value = serde_json::from_str(&text).map_err(|e| Error::file(&path, e.to_string()))?;
         // A model that does not say is most likely one of f32, transformers' default.
-        let is_half = stored.torch_dtype.is_some_and(|dtype| dtype.ends_with("float16"));
+        let dtype = ["dtype", "torch_dtype"].iter().find_map(|name| config[name].as_str());
+        let is_half = dtype.is_some_and(|dtype| dtype.ends_with("float16"));
         Ok(if is_half { size_of::<u16>() } else { size_of::<f32>() })
     }
 
@@ -247,6 +244,29 @@ mod tests {
         ] {
             let error = of(name).unwrap_err();
             assert!(error.contains(says), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_width_of_the_weights_is_what_the_config_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa/model");
+        std::fs::copy(model.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+        let config = std::fs::read_to_string(model.join("config.json")).unwrap();
+        let config: serde_json::Map<String, Value> = serde_json::from_str(&config).unwrap();
+        // Newer versions of transformers have another name for it, and a file may have both.
+        for (names, dtype, width) in [
+            (&["torch_dtype"][..], Value::from("bfloat16"), 2),
+            (&["dtype", "torch_dtype"], Value::from("float16"), 2),
+            (&["dtype"], Value::from("float32"), 4),
+            (&["torch_dtype"], Value::Null, 4),
+        ] {
+            let mut config = config.clone();
+            config.remove("torch_dtype");
+            config.extend(names.iter().map(|name| ((*name).to_owned(), dtype.clone())));
+            std::fs::write(folder.path().join("config.json"), Value::Object(config).to_string()).unwrap();
+            let open = OpenModel::open(Some(folder.path()), "llama3").unwrap();
+            assert_eq!(open.width().unwrap(), width, "{names:?} {dtype}");
         }
     }
 

@@ -54,7 +54,7 @@ fn bytes(output: &str, what: &str) -> f64 {
 #[cfg(target_os = "linux")]
 #[test]
 fn the_cpu_takes_what_is_predicted_and_the_program_itself() {
-    for flags in [["--max_length", "24"], ["--max_length", "1536"]] {
+    for flags in [["--max_length", "24"], ["--max_length", "768"]] {
         let output = bench(&[&["--device", "cpu", "--gradient_checkpointing", "true"], &flags[..]].concat());
         let predicted = bytes(&output, " of memory predicted");
         let itself = bytes(&output, " resident at the fullest") - predicted;
