@@ -6,8 +6,8 @@
 // order. Lines of queries are those of HEADS query heads that share a key head, token by token; the mask's table is that of `mask.rs`.
 // Walked lines are copied a step ahead.
 //
-// On compute capability 9.0 the four warps of a workgroup multiply as one (`wgmma`), as FlashAttention-3 (arXiv:2407.08608) does: what is
-// staged goes into products as it lies, once for all four, where `mma` has each load it into registers.
+// Or else the four warps of a workgroup have their products together (`wgmma`, of compute capability 9.0, as in FlashAttention-3,
+// arXiv:2407.08608): what is staged goes into these as it lies, once for all four, where for `mma` each loads it into registers.
 //
 // Set by `kernel/cuda/mma.rs`: OWNED, 64, and WALKED, a multiple of 16; HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16
 // or else f16; one of FORWARD, QUERIES and KEYS; IN_SPLITS, whether the keys' gradients are those of splits, in f32; WARPGROUP, whether
@@ -61,8 +61,8 @@ template <int N> struct Sums {
 
 __device__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 
-// Where the swizzle's pattern begins.
-__device__ u32 aligned(const void *at) { return (shared_address(at) + 1023) & ~1023u; }
+// Where the first room begins: at a multiple of the swizzle's pattern, where that is the hardware's.
+__device__ u32 aligned(const void *at) { return WARPGROUP ? (shared_address(at) + 1023) & ~1023u : shared_address(at); }
 
 __device__ void load_matrices(u32 (&to)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -167,18 +167,22 @@ __device__ void multiply_weights(Sums<HEAD_DIM / 8> &sums, const u32 (&left)[4],
         ", 1, 1, 1, 1;\n" : SUMS_OPERANDS : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
 }
 
+// No compiler may move what writes or reads the sums across this.
+template <int N> __device__ void pin(Sums<N> &sums) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) asm volatile("" : "+f"(sums.at[n][i])::"memory");
+    }
+}
+
 // Before products of registers that were written meanwhile.
 __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 template <int N> __device__ void finish_products(Sums<N> &sums) {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    // No compiler may read them before.
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) asm volatile("" : "+f"(sums.at[n][i])::"memory");
-    }
+    pin(sums);
 }
 
 // products[64, WALKED] = owned · walkedᵀ, of which a warp has its 16 owned lines; between `begin_products` and `finish_products`.
@@ -195,7 +199,12 @@ __device__ void products(Sums<WALKED / 8> &sums, u32 owned, u32, u32 walked) {
 __device__ void accumulate(Sums<HEAD_DIM / 8> &sums, const Sums<WALKED / 8> &weights, u32 walked) {
     u32 left[WALKED / 16][4];
 #pragma unroll
-    for (u32 k = 0; k < WALKED / 16; k++) pack(left[k], weights, k);
+    for (u32 k = 0; k < WALKED / 16; k++) {
+        pack(left[k], weights, k);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) asm volatile("" : "+r"(left[k][i])::"memory");
+    }
+    pin(sums);
     begin_products();
 #pragma unroll
     for (u32 k = 0; k < WALKED / 16; k++) {
@@ -325,7 +334,7 @@ __device__ float sum_of_row(float value) {
 extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const u16 *q, const u16 *k, const u16 *v, const Visible *mask, u16 *out, float *lse,
     const __grid_constant__ Sizes sizes) {
-    extern __shared__ __align__(1024) char memory[];
+    extern __shared__ __align__(16) char memory[];
     const u32 owned = aligned(memory), walked = owned + OWNED * LINE_BYTES;
     const u32 head = blockIdx.x * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
     const Lines queries = query_lines(q, sizes, head);
@@ -428,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
 extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, u16 *dq,
     const __grid_constant__ Sizes sizes) {
-    extern __shared__ __align__(1024) char memory[];
+    extern __shared__ __align__(16) char memory[];
     const u32 owned_q = aligned(memory), owned_dout = owned_q + OWNED * LINE_BYTES;
     const u32 walked = owned_dout + OWNED * LINE_BYTES;
     const u32 head = blockIdx.x * HEADS, kv_head = head * sizes.kv_heads / sizes.heads;
@@ -506,7 +515,7 @@ typedef u16 Grad;
 extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
     const u16 *dout, const u16 *q, const u16 *k, const u16 *v, const float2 *stats, const Visible *mask, Grad *dk, Grad *dv,
     const __grid_constant__ Sizes sizes) {
-    extern __shared__ __align__(1024) char memory[];
+    extern __shared__ __align__(16) char memory[];
     const u32 owned_k = aligned(memory), owned_v = owned_k + OWNED * LINE_BYTES;
     const u32 walked = owned_v + OWNED * LINE_BYTES;
     // Behind the rooms, the walked lines' (lse, D).

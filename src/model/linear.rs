@@ -81,20 +81,21 @@ impl<B: Kernels> Linear<B> {
     ) -> (Option<Tensor<B, 2>>, Vec<Tensor<B, 2>>) {
         let dtype = x.dtype();
         let dys = dys.map(|dy| output_grad(dy, dtype));
-        let (mut ds, mut dbs) = (Vec::new(), Vec::new());
+        let mut adapters = Vec::with_capacity(N);
         for ((linear, dy), s) in linears.iter().zip(&dys).zip(s) {
-            if let Some((lora, s)) = linear.lora.as_ref().zip(s) {
-                let grads = lora_backward_b(dy.clone(), s, lora);
-                ds.push(grads.ds);
-                dbs.push(grads.db);
-            }
+            adapters.push(linear.lora.as_ref().map(|lora| {
+                let s = s.expect("forward with an adapter gives the rank-r tensor");
+                (lora, lora_backward_b(dy.clone(), s, lora))
+            }));
         }
+        let of_adapters = || adapters.iter().flatten().map(|(_, grads)| grads);
         // The input is the last one's to read here, and gone before the frozen products.
-        let das = lora_backward_a(x, &ds);
-        let lora_grads = das.into_iter().zip(dbs).flat_map(|(da, db)| [da, db]).collect();
-        let (mut dx, mut ds) = (None, ds.into_iter());
-        for (linear, dy) in linears.into_iter().zip(dys).filter(|_| needs_dx) {
-            let adapter = linear.lora.as_ref().and_then(|lora| Some((lora, ds.next()?)));
+        let das = lora_backward_a(x, &of_adapters().map(|grads| grads.ds.clone()).collect::<Vec<_>>());
+        let lora_grads = das.into_iter().zip(of_adapters()).flat_map(|(da, grads)| [da, grads.db.clone()]);
+        let lora_grads = lora_grads.collect();
+        let mut dx = None;
+        for ((linear, dy), adapter) in linears.into_iter().zip(dys).zip(adapters).filter(|_| needs_dx) {
+            let adapter = adapter.map(|(lora, grads)| (lora, grads.ds));
             let input = dx.map_or(InputGrad::New(dtype), InputGrad::AddTo);
             dx = Some(lora_linear_backward(dy, linear.weight.to_dense(), adapter, input));
         }

@@ -32,7 +32,7 @@ pub use mask::{AttentionMask, Visible};
 pub use mma::{MmaLaunch, MmaPass, OWNED as MMA_OWNED};
 pub use reference::attention_reference;
 pub(super) use reference::{attention_backward_reference, attention_forward_reference};
-pub use tile::{Tile, Units};
+pub use tile::{MmaUnit, Tile, Units};
 
 /// What attention computes, and backward needs.
 #[derive(Debug, Clone)]

@@ -8,6 +8,8 @@
 //! CUDA takes them as they are, with a product and attention of its own on the GPUs that have `wgmma` and `mma` (`cuda.rs`); wgpu has
 //! shaders for the products, but for a GPU's narrow ones, and for the loss instead (`wgpu.rs`).
 
+#[cfg(test)]
+mod any_device;
 mod extended;
 mod odds;
 mod product;

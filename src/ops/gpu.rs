@@ -182,7 +182,8 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
         }
         let (qkv, mask) = ([q, k, v].map(operand), mask.launch_mask());
         let splits = attention::launch::splits(&qkv[0], &qkv[1]);
-        let tile = AttentionTile::of(&qkv[0], &qkv[1], Pass::Backward { splits });
+        let pass = if splits > 1 { Pass::BackwardInSplits } else { Pass::Backward };
+        let tile = AttentionTile::of(&qkv[0], &qkv[1], pass);
         let output = [operand(output.out), operand(output.lse)];
         attention::launch::attention_backward(operand(dout), qkv, output, &mask, tile, splits).map(tensor)
     }

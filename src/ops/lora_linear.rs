@@ -8,8 +8,8 @@
 //! dA = dsᵀ x             dx = dy W + ds A        the same prologue as forward
 //! ```
 //!
-//! Layers of one input share the reads of `x`, of which each rank-r tensor and each `dA` is a thin product: [`lora_rank_r`] and
-//! [`lora_backward_a`] take the adapters of all of them at once.
+//! Each rank-r tensor and each `dA` is a thin product of `x`. Those of layers of one input can be made as one, so [`lora_rank_r`] and
+//! [`lora_backward_a`] take the adapters of all of them.
 //!
 //! Forward may add a residual, and backward to what `dx` already sums, in the same pass. Saved for backward: `x` and `s`. `x`, `dy`
 //! and the weight are `f32`, `f16` or `bf16`, each on its own, but that `dy` becomes `bf16` with `x`; the adapter, `s` and its gradients
@@ -85,7 +85,7 @@ pub fn lora_rank_r<B: Kernels>(x: Tensor<B, 2>, loras: &[&Lora<B>]) -> Vec<Tenso
     for lora in loras {
         assert_eq!(x.dims()[1], lora.a.dims()[1], "lora_linear: columns of x against lora_A");
     }
-    B::lora_rank_r(x, loras)
+    if loras.is_empty() { Vec::new() } else { B::lora_rank_r(x, loras) }
 }
 
 /// The gradient by the output of a layer with an input in this dtype, as backward's products take it: for bf16 rounded to it, as in
@@ -117,7 +117,7 @@ pub fn lora_backward_a<B: Kernels>(x: Tensor<B, 2>, ds: &[Tensor<B, 2>]) -> Vec<
             "lora_linear: rows of x against the gradient by the rank-r tensor"
         );
     }
-    B::lora_backward_a(x, ds)
+    if ds.is_empty() { Vec::new() } else { B::lora_backward_a(x, ds) }
 }
 
 /// Computes the gradient by `x`, `dy W + ds A`, with that by the adapter's rank-r tensor where there is an adapter.

@@ -13,8 +13,8 @@ use super::forward;
 use super::matrices::shared_bytes;
 use super::mma;
 use super::splits;
-use super::tile::{Form, Tile, Units};
-use super::trial::{Pass, is_right};
+use super::tile::{Form, MmaUnit, Tile, Units};
+use super::trial::{Pass, fastest, is_right};
 use crate::ops::cube::{bytes, empty, is_software, matrix_units, one_thread_each};
 use crate::ops::engine::Engine;
 use crate::ops::profile;
@@ -27,6 +27,9 @@ pub struct Mask<R: CubeRuntime> {
     pub(super) n_visible: usize,
     pub(super) n_seen: usize,
 }
+
+/// Of the pair that tiles are timed on, which has three of them: near 2 x 1024 tokens that share half.
+const TIMED_STEP: usize = 512;
 
 /// The sizes of one call.
 #[derive(Clone, Copy)]
@@ -70,8 +73,8 @@ pub fn attention_forward<R: Engine>(
     let (client, dtype) = (q.client.clone(), q.dtype.into());
     let flops = 4 * mask.n_visible * sizes.heads * sizes.head_dim;
     profile::kernel("attention forward", flops, bytes(&[&q, &k, &v, &out, &lse]), &q.client.clone(), || {
-        if let Units::Mma { is_warpgroup } = tile.units {
-            mma::forward(is_warpgroup, &sizes, mask, [&q, &k, &v], &out, &lse);
+        if let Units::Mma(unit) = tile.units {
+            mma::forward(unit, &sizes, mask, [&q, &k, &v], &out, &lse);
             return;
         }
         #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
@@ -142,9 +145,9 @@ pub fn attention_backward<R: Engine>(
                 form.quads,
                 dtype,
             );
-            if let Units::Mma { is_warpgroup } = tile.units {
+            if let Units::Mma(unit) = tile.units {
                 let grads = [&dq, dk_parts, dv_parts];
-                mma::backward(is_warpgroup, &sizes, mask, [&dout, &q, &k, &v, &stats], grads, splits);
+                mma::backward(unit, &sizes, mask, [&dout, &q, &k, &v, &stats], grads, splits);
             } else {
                 let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
                 backward::backward_queries::launch_unchecked::<R>(
@@ -228,8 +231,19 @@ impl Tile {
             |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
         match head_dim {
             _ if !is_software(&q.client) => {
-                let on_matrices = Self::mma(q, head_dim).into_iter().chain(Self::on_matrices(q, head_dim));
-                on_matrices.into_iter().find(is_right).unwrap_or(Self::GPU)
+                let right: Vec<Self> = Self::mma(q, head_dim).into_iter().filter(is_right).collect();
+                match right[..] {
+                    [] => Self::on_matrices(q, head_dim).filter(is_right).unwrap_or(Self::GPU),
+                    [tile] => tile,
+                    _ => fastest::<R>(
+                        &q.device,
+                        q.dtype,
+                        [heads, kv_heads, head_dim],
+                        &right,
+                        pass,
+                        TIMED_STEP,
+                    ),
+                }
             }
             0..=64 => Self::SOFTWARE[0],
             65..=128 => Self::SOFTWARE[1],
@@ -237,21 +251,21 @@ impl Tile {
         }
     }
 
-    /// The tiles of `attention_mma.cu`, the faster first, where it takes tensors of this type and heads of this width.
+    /// The tiles of `attention_mma.cu`, in the order in which they are tried, where it takes tensors of this type and heads of this width.
     pub fn mma<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Vec<Self> {
         let is_taken = tensor.dtype != DType::F32 && mma::HEAD_DIMS.contains(&head_dim);
         if !is_taken || matrix_units(&tensor.client, tensor.dtype).is_empty() || !R::has_mma(&tensor.client) {
             return Vec::new();
         }
-        let has_warpgroups = R::warpgroup_processors(&tensor.client).is_some();
-        let tile = |is_warpgroup: bool| Self {
+        let warpgroup = R::warpgroup_processors(&tensor.client).map(|_| MmaUnit::Warpgroup);
+        let tile = |unit: MmaUnit| Self {
             threads_m: 16,
             threads_n: 8,
             lines: mma::OWNED / 16,
             columns: 8,
-            units: Units::Mma { is_warpgroup },
+            units: Units::Mma(unit),
         };
-        [true, false].into_iter().filter(|is_warpgroup| has_warpgroups || !is_warpgroup).map(tile).collect()
+        warpgroup.into_iter().chain([MmaUnit::Warp]).map(tile).collect()
     }
 
     /// The tile for the device's matrix units, if it has any for tensors of this type and heads of this width.

@@ -4,6 +4,7 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::launch::{Mask, Sizes};
+use super::tile::MmaUnit;
 use crate::ops::engine::Engine;
 
 /// Lines that a workgroup owns.
@@ -27,8 +28,8 @@ pub enum MmaPass {
 pub struct MmaLaunch<'a, R: CubeRuntime> {
     /// Along the heads, for each split, and the owned lines.
     pub workgroups: [usize; 2],
-    /// Whether the warps of a workgroup multiply as one.
-    pub is_warpgroup: bool,
+    /// What multiplies.
+    pub unit: MmaUnit,
     /// In the order of the kernel's arguments.
     pub buffers: &'a [&'a CubeTensor<R>],
     /// Query heads that share a tile.
@@ -45,7 +46,7 @@ pub struct MmaLaunch<'a, R: CubeRuntime> {
 
 fn launch<R: Engine>(
     pass: MmaPass,
-    is_warpgroup: bool,
+    unit: MmaUnit,
     splits: usize,
     sizes: &Sizes,
     mask: &Mask<R>,
@@ -63,7 +64,7 @@ fn launch<R: Engine>(
         pass,
         &MmaLaunch {
             workgroups,
-            is_warpgroup,
+            unit,
             buffers,
             heads_of_tile,
             head_dim,
@@ -75,25 +76,25 @@ fn launch<R: Engine>(
 }
 
 pub(super) fn forward<R: Engine>(
-    is_warpgroup: bool,
+    unit: MmaUnit,
     sizes: &Sizes,
     mask: &Mask<R>,
     [q, k, v]: [&CubeTensor<R>; 3],
     out: &CubeTensor<R>,
     lse: &CubeTensor<R>,
 ) {
-    launch(MmaPass::Forward, is_warpgroup, 1, sizes, mask, &[q, k, v, &mask.table, out, lse]);
+    launch(MmaPass::Forward, unit, 1, sizes, mask, &[q, k, v, &mask.table, out, lse]);
 }
 
 /// `stats` are those of `row_stats`; the gradients by keys and values are those of so many splits, behind each other.
 pub(super) fn backward<R: Engine>(
-    is_warpgroup: bool,
+    unit: MmaUnit,
     sizes: &Sizes,
     mask: &Mask<R>,
     [dout, q, k, v, stats]: [&CubeTensor<R>; 5],
     [dq, dk, dv]: [&CubeTensor<R>; 3],
     splits: usize,
 ) {
-    launch(MmaPass::Queries, is_warpgroup, 1, sizes, mask, &[dout, q, k, v, stats, &mask.table, dq]);
-    launch(MmaPass::Keys, is_warpgroup, splits, sizes, mask, &[dout, q, k, v, stats, &mask.table, dk, dv]);
+    launch(MmaPass::Queries, unit, 1, sizes, mask, &[dout, q, k, v, stats, &mask.table, dq]);
+    launch(MmaPass::Keys, unit, splits, sizes, mask, &[dout, q, k, v, stats, &mask.table, dk, dv]);
 }

@@ -18,7 +18,7 @@ const WORKGROUPS_OF_PROCESSOR: usize = 4;
 /// Processors of a GPU that does not tell how many it has, as none does through wgpu: enough for a large one.
 const PROCESSORS: u32 = 128;
 /// The most splits. The sums of all are few where keys are many: at most 66 MiB on a device of 132 processors, of heads of 128.
-const MOST: usize = 4;
+pub(super) const MOST: usize = 4;
 
 /// In how many splits the gradients by keys like these keep the device's processors busy.
 pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, client: &ComputeClient<R>) -> usize {

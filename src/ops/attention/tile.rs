@@ -22,10 +22,16 @@ pub enum Units {
         side: usize,
     },
     /// `attention_mma.cu`, whose kernels stand for themselves.
-    Mma {
-        /// Whether a workgroup's warps multiply as one.
-        is_warpgroup: bool,
-    },
+    Mma(MmaUnit),
+}
+
+/// What has one of the products of `attention_mma.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MmaUnit {
+    /// A warp, by `mma`.
+    Warp,
+    /// The four warps of a workgroup together, by `wgmma`.
+    Warpgroup,
 }
 
 /// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four.
@@ -105,7 +111,7 @@ impl<F: Float> Room<F> {
         match comptime!(tile.units) {
             Units::Registers { stage } => Room::new_Registers(RegisterRoom::new(stage, form, tile)),
             Units::Matrices { side } => Room::new_Matrices(MatrixRoom::<F>::new(n_owned, side, form, tile)),
-            Units::Mma { .. } => unreachable!(),
+            Units::Mma(_) => unreachable!(),
         }
     }
 

@@ -4,6 +4,7 @@
 use std::any::TypeId;
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use burn::cubecl::device::{Device, DeviceId};
 use burn::tensor::{DType, Shape, TensorData};
@@ -12,6 +13,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::launch::{Mask, attention_backward, attention_forward};
 use super::mask::Visible;
+use super::splits;
 use super::tile::Tile;
 use crate::ops::cube::settle;
 use crate::ops::engine::Engine;
@@ -30,12 +32,22 @@ const LSE_TOLERANCE: f32 = 1e-3;
 pub enum Pass {
     /// The output and the log-sum-exp.
     Forward,
-    /// The gradients, those by keys and values in so many splits.
-    Backward {
-        /// Of the walks over the queries.
-        splits: usize,
-    },
+    /// The gradients.
+    Backward,
+    /// The gradients, those by keys and values in several splits of the walks over the queries.
+    BackwardInSplits,
 }
+
+impl Pass {
+    /// Those that it is tried and timed in.
+    fn splits(self) -> usize {
+        if self == Self::BackwardInSplits { splits::MOST } else { 1 }
+    }
+}
+
+/// Turns of timing, and launches of a turn.
+const ROUNDS: usize = 5;
+const LAUNCHES: usize = 4;
 
 /// What a trial tells of: the runtime, the device, the tensors' type, `[heads, kv_heads, head_dim]`, the tile and the pass.
 type Key = (TypeId, DeviceId, DType, [usize; 3], Tile, Pass);
@@ -58,7 +70,7 @@ pub fn is_right<R: Engine>(
     known.unwrap_or_else(|| {
         // What failed before must not count as a failure of the matrix units.
         settle(&R::client(device));
-        let agrees = Sequence::<R>::new(device, dtype, shape, tile).agrees(tile, pass);
+        let agrees = Sequence::<R>::new(device, dtype, shape, tile.block_n()).agrees(tile, pass);
         // wgpu tells of a launch that failed only when it is waited for.
         let is_right = pollster::block_on(R::client(device).sync()).is_ok() && agrees;
         if !is_right {
@@ -66,6 +78,46 @@ pub fn is_right<R: Engine>(
         }
         TRIED.lock().unwrap_or_else(PoisonError::into_inner).insert(key, is_right);
         is_right
+    })
+}
+
+/// The fastest of tiles that are right, timed once a process on a pair of two steps each.
+///
+/// # Panics
+/// If there are none, or the device fails.
+pub fn fastest<R: Engine>(
+    device: &R::Device,
+    dtype: DType,
+    shape: [usize; 3],
+    tiles: &[Tile],
+    pass: Pass,
+    step: usize,
+) -> Tile {
+    static TIMED: LazyLock<Mutex<HashMap<Key, Tile>>> = LazyLock::new(Mutex::default);
+    let key = (TypeId::of::<R>(), device.to_id(), dtype, shape, tiles[0], pass);
+    let known = TIMED.lock().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
+    known.unwrap_or_else(|| {
+        let client = R::client(device);
+        let sequence = Sequence::<R>::new(device, dtype, shape, step);
+        let saved = sequence.forward(tiles[0]);
+        let mut times = vec![Duration::MAX; tiles.len()];
+        for _ in 0..ROUNDS {
+            for (best, &tile) in times.iter_mut().zip(tiles) {
+                settle(&client);
+                let start = Instant::now();
+                for _ in 0..LAUNCHES {
+                    match pass {
+                        Pass::Forward => drop(sequence.forward(tile)),
+                        _ => drop(sequence.backward(tile, pass.splits(), &saved)),
+                    }
+                }
+                settle(&client);
+                *best = start.elapsed().min(*best);
+            }
+        }
+        let (tile, _) = tiles.iter().zip(times).min_by_key(|(_, time)| *time).expect("there are tiles");
+        TIMED.lock().unwrap_or_else(PoisonError::into_inner).insert(key, *tile);
+        *tile
     })
 }
 
@@ -78,8 +130,7 @@ struct Sequence<R: CubeRuntime> {
 }
 
 impl<R: Engine> Sequence<R> {
-    fn new(device: &R::Device, dtype: DType, [heads, kv_heads, head_dim]: [usize; 3], tile: Tile) -> Self {
-        let step = tile.block_n();
+    fn new(device: &R::Device, dtype: DType, [heads, kv_heads, head_dim]: [usize; 3], step: usize) -> Self {
         let (prefix_end, rejected) = (step + 8, 2 * step);
         let tokens = 3 * step + 16;
         let client = R::client(device);
@@ -114,22 +165,26 @@ impl<R: Engine> Sequence<R> {
 
     /// Whether a pass on the tile's units gives what registers do.
     fn agrees(&self, tile: Tile, pass: Pass) -> bool {
-        let forward = |tile| attention_forward(self.qkv.clone(), &self.mask, tile);
-        let (out, lse) = forward(Tile::GPU);
+        let saved = self.forward(Tile::GPU);
         match pass {
             Pass::Forward => {
-                let (got_out, got_lse) = forward(tile);
-                self.are_lines_close(&got_out, &out) && is_lse_close(&got_lse, &lse)
+                let [out, lse] = self.forward(tile);
+                self.are_lines_close(&out, &saved[0]) && is_lse_close(&lse, &saved[1])
             }
-            Pass::Backward { splits } => {
-                let backward = |tile, splits| {
-                    let saved = [out.clone(), lse.clone()];
-                    attention_backward(self.dout.clone(), self.qkv.clone(), saved, &self.mask, tile, splits)
-                };
-                let (got, want) = (backward(tile, splits), backward(Tile::GPU, 1));
+            Pass::Backward | Pass::BackwardInSplits => {
+                let got = self.backward(tile, pass.splits(), &saved);
+                let want = self.backward(Tile::GPU, 1, &saved);
                 got.iter().zip(&want).all(|(got, want)| self.are_lines_close(got, want))
             }
         }
+    }
+
+    fn forward(&self, tile: Tile) -> [CubeTensor<R>; 2] {
+        attention_forward(self.qkv.clone(), &self.mask, tile).into()
+    }
+
+    fn backward(&self, tile: Tile, splits: usize, saved: &[CubeTensor<R>; 2]) -> [CubeTensor<R>; 3] {
+        attention_backward(self.dout.clone(), self.qkv.clone(), saved.clone(), &self.mask, tile, splits)
     }
 
     fn are_lines_close(&self, got: &CubeTensor<R>, want: &CubeTensor<R>) -> bool {

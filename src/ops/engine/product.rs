@@ -63,7 +63,7 @@ pub(in crate::ops) fn product<R: Engine>(
     }
 }
 
-/// Two matrices of a 16-bit type that add up to one in `f32`: its entries rounded, and what that left of them.
+/// Of a matrix in `f32` two of a 16-bit type: its entries rounded, and what that left of them, rounded too.
 fn halves<R: CubeRuntime>(matrix: &CubeTensor<R>, dtype: DType) -> [CubeTensor<R>; 2] {
     let matrix = into_contiguous(matrix.clone());
     let [high, low] = [(); 2].map(|()| empty(&matrix, matrix.meta.shape().clone(), dtype));
@@ -331,5 +331,27 @@ fn finish<F: Float, N: Size>(
                 out[at] = Vector::cast_from(sum);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::any_device::{device, random, values};
+    use super::*;
+
+    /// In `f32`, which rounds nothing more.
+    #[test]
+    fn halves_add_up_and_the_first_has_few_bits() {
+        let Some(device) = device() else { return };
+        for shape in [[1, 1], [7, 9], [12, 20]] {
+            let (wanted, matrix) = random(3, shape, &device);
+            let [high, low] = halves(&matrix, DType::F32).map(|half| values(&half));
+            for ((high, low), wanted) in high.iter().zip(&low).zip(&wanted) {
+                assert_eq!(high + low, *wanted);
+                assert!(low.abs() <= wanted.abs() / 2048.0, "{wanted} is {high} and {low}");
+                assert_eq!(high.to_bits() & 0x1fff, 0, "{high} has more bits than f16");
+            }
+        }
+        assert_eq!([DType::F16, DType::BF16].map(excess_bits), [13, 16]);
     }
 }

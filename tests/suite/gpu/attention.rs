@@ -300,7 +300,7 @@ fn tiles_of_gpus() {
     }
 }
 
-const PASSES: [Pass; 3] = [Pass::Forward, Pass::Backward { splits: 1 }, Pass::Backward { splits: 4 }];
+const PASSES: [Pass; 3] = [Pass::Forward, Pass::Backward, Pass::BackwardInSplits];
 
 /// Tensors of 16-bit types on the device's matrix units.
 #[test]
@@ -367,6 +367,11 @@ fn on_matrices() {
         let is_right = |tile, pass| trial::is_right::<GpuRuntime>(&device, dtype, [8, 2, 64], tile, pass);
         for pass in PASSES {
             assert!(is_right(tile, pass), "{tile:?}, {pass:?}");
+        }
+        for pass in PASSES {
+            let tiles = [Tile::GPU, tile];
+            let fastest = trial::fastest::<GpuRuntime>(&device, dtype, [4, 2, 64], &tiles, pass, 8);
+            assert!(tiles.contains(&fastest), "{fastest:?}");
         }
         // What a GPU does with planes that are half of its own is anything; a processor has planes of up to 16.
         if like.client.properties().hardware.plane_size_max <= 16 {

@@ -242,37 +242,13 @@ fn sum_parts_kernel(
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Tensor, TensorData};
-    use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
+    use burn_wgpu::WgpuRuntime;
 
     use super::*;
-    use crate::device::{self, DeviceChoice};
-    use crate::ops::gpu::{input, tensor};
+    use crate::ops::engine::any_device::{device, random, values};
 
     const OUTPUTS: usize = 3;
     const RANK: usize = 4;
-
-    /// The kernels around the product run on every device, so they are held to what they say where no warpgroups are.
-    fn device() -> Option<WgpuDevice> {
-        match device::select("wgpu").map(|selected| selected.choice) {
-            Ok(DeviceChoice::Wgpu { device, .. }) => Some(device),
-            _ if std::env::var("ORPO_WGPU_SKIP_GPU").is_ok_and(|value| value == "1") => {
-                eprintln!("LEFT OUT: an adapter's parts, as there is no wgpu adapter");
-                None
-            }
-            _ => panic!("no wgpu adapter; a software one will do, or ORPO_WGPU_SKIP_GPU=1 to leave this out"),
-        }
-    }
-
-    fn random(seed: usize, shape: [usize; 2], device: &WgpuDevice) -> (Vec<f32>, CubeTensor<WgpuRuntime>) {
-        let number = |i: usize| ((i * 7919 + seed * 13) % 10_007) as f32 / 1_000.7 - 5.0;
-        let values: Vec<f32> = (0..shape[0] * shape[1]).map(number).collect();
-        (values.clone(), input(Tensor::<Wgpu, 2>::from_data(TensorData::new(values, shape), device)))
-    }
-
-    fn values(of: &CubeTensor<WgpuRuntime>) -> Vec<f32> {
-        tensor::<WgpuRuntime, Wgpu, 2>(of.clone()).into_data().to_vec().expect("the values are f32")
-    }
 
     #[test]
     fn the_numbers_of_every_factor_add_up_to_it() {

@@ -4,7 +4,7 @@ use burn::cubecl::cuda::CudaRuntime;
 use burn::tensor::DType;
 
 use super::{Variant, flag};
-use crate::ops::attention::{MMA_OWNED, MmaLaunch, MmaPass};
+use crate::ops::attention::{MMA_OWNED, MmaLaunch, MmaPass, MmaUnit};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Attention {
@@ -14,30 +14,42 @@ struct Attention {
     heads: usize,
     /// Lines that a workgroup walks over at a time.
     walked: usize,
-    /// Whether its warps multiply as one.
-    is_warpgroup: bool,
+    unit: MmaUnit,
+    /// Workgroups that are to fit a processor.
+    workgroups: usize,
     is_bf16: bool,
     is_in_splits: bool,
 }
 
-/// The rooms lie at multiples of so many bytes.
+/// The rooms of whole warpgroups lie at multiples of so many bytes.
 const ALIGNMENT: usize = 1 << 10;
+/// What a workgroup takes of a processor's memory beside its own, and by what that exceeds the most that one is given.
+const RESERVED: usize = 1 << 10;
 
 impl Attention {
-    /// Warps that multiply on their own walk over more lines in forward alone, and where several workgroups find room for them beside each
-    /// other. What whole warpgroups multiply is read from workgroup memory for each product, as little as possible of it where both
-    /// operands are as large.
-    fn walked(pass: MmaPass, is_warpgroup: bool, most_bytes: usize) -> usize {
-        if is_warpgroup || pass == MmaPass::Forward && most_bytes > 100 << 10 { 64 } else { 32 }
-    }
-
-    /// Workgroups that are to fit a processor: three leave a thread 168 registers, and two 255.
-    fn workgroups(self) -> usize {
-        match self.pass {
-            MmaPass::Forward => 3,
-            MmaPass::Queries if !self.is_warpgroup => 3,
-            MmaPass::Queries | MmaPass::Keys => 2,
-        }
+    /// The variant for a device that gives a workgroup so many bytes.
+    fn new(pass: MmaPass, unit: MmaUnit, head_dim: usize, most_bytes: usize) -> Self {
+        // A whole warpgroup reads both operands from workgroup memory for each product: the fewest bytes where both are as large. For
+        // warps on their own several workgroups have to find room beside each other.
+        let is_wide = unit == MmaUnit::Warpgroup || pass == MmaPass::Forward && most_bytes > 100 << 10;
+        let walked = if is_wide { 64 } else { 32 };
+        let one = Self {
+            pass,
+            head_dim,
+            heads: 1,
+            walked,
+            unit,
+            workgroups: 1,
+            is_bf16: true,
+            is_in_splits: false,
+        };
+        let fit = (most_bytes + RESERVED) / (one.shared_bytes() + RESERVED);
+        // Three leave a thread 168 registers, and two 255.
+        let wanted = match (pass, unit) {
+            (MmaPass::Forward, _) | (MmaPass::Queries, MmaUnit::Warp) => 3,
+            (MmaPass::Queries, MmaUnit::Warpgroup) | (MmaPass::Keys, _) => 2,
+        };
+        Self { workgroups: fit.clamp(1, wanted), ..one }
     }
 
     /// The names of the operands of the two products of whole warpgroups, whose sums are this array's.
@@ -56,7 +68,8 @@ impl Variant for Attention {
     fn shared_bytes(&self) -> usize {
         let [n_owned, rooms] = if self.pass == MmaPass::Forward { [1, 3] } else { [2, 4] };
         let stats = if self.pass == MmaPass::Keys { 2 * self.walked * 2 * size_of::<f32>() } else { 0 };
-        ALIGNMENT + (n_owned * MMA_OWNED + rooms * self.walked) * self.head_dim * size_of::<u16>() + stats
+        let alignment = if self.unit == MmaUnit::Warpgroup { ALIGNMENT } else { 0 };
+        alignment + (n_owned * MMA_OWNED + rooms * self.walked) * self.head_dim * size_of::<u16>() + stats
     }
 
     fn definitions(&self) -> Vec<(&'static str, String)> {
@@ -65,8 +78,8 @@ impl Variant for Attention {
         let [scores, sums] = [self.walked, self.head_dim].map(|columns| columns / 2);
         let text = |text: String| format!("\"{text}\"");
         vec![
-            ("WARPGROUP", flag(self.is_warpgroup)),
-            ("WORKGROUPS", self.workgroups().to_string()),
+            ("WARPGROUP", flag(self.unit == MmaUnit::Warpgroup)),
+            ("WORKGROUPS", self.workgroups.to_string()),
             ("SCORES_COLUMNS", text(self.walked.to_string())),
             ("SCORES_REGISTERS", score_registers),
             ("SCORES_OPERANDS", score_operands),
@@ -97,14 +110,14 @@ impl Variant for Attention {
 
 /// Launches one of the kernels.
 pub(in crate::ops) fn launch(pass: MmaPass, launch: &MmaLaunch<'_, CudaRuntime>) {
-    let MmaLaunch { workgroups, is_warpgroup, buffers, heads_of_tile, head_dim, splits, sizes, scale } =
-        *launch;
-    let is_bf16 = buffers[0].dtype == DType::BF16;
+    let MmaLaunch { workgroups, unit, buffers, heads_of_tile, head_dim, splits, sizes, scale } = *launch;
     let most_bytes = buffers[0].client.properties().hardware.max_shared_memory_size;
-    let walked = Attention::walked(pass, is_warpgroup, most_bytes);
-    let heads = heads_of_tile;
-    let variant =
-        Attention { pass, head_dim, heads, walked, is_warpgroup, is_bf16, is_in_splits: splits > 1 };
+    let variant = Attention {
+        heads: heads_of_tile,
+        is_bf16: buffers[0].dtype == DType::BF16,
+        is_in_splits: splits > 1,
+        ..Attention::new(pass, unit, head_dim, most_bytes)
+    };
     let [n_queries, n_keys, n_seen, heads, kv_heads] = sizes.map(|n| n as u32);
     let numbers = [[n_queries, n_keys], [n_seen, heads], [kv_heads, scale.to_bits()]];
     super::launch(variant, workgroups, Vec::new(), buffers, numbers.map(bytemuck::cast).to_vec());
@@ -114,22 +127,23 @@ pub(in crate::ops) fn launch(pass: MmaPass, launch: &MmaLaunch<'_, CudaRuntime>)
 mod tests {
     use super::*;
 
-    /// Compute capabilities 8.6, 8.9 and 12.0 have 100 KiB a processor, of which a workgroup is given 99; 9.0 has warpgroups.
+    /// What compute capabilities 8.6, 8.9 and 12.0, 8.0, and 9.0 give a workgroup of a processor's 100, 164 and 228 KiB.
     #[test]
-    fn lines_fit_the_memory_of_a_workgroup() {
-        let passes = [MmaPass::Forward, MmaPass::Queries, MmaPass::Keys];
-        for (most_bytes, is_warpgroup) in
-            [(99 << 10, false), (163 << 10, false), (227 << 10, false), (227 << 10, true)]
-        {
-            for pass in passes {
-                let walked = Attention::walked(pass, is_warpgroup, most_bytes);
-                let [is_bf16, is_in_splits] = [true; 2];
-                let variant =
-                    Attention { pass, head_dim: 128, heads: 4, walked, is_warpgroup, is_bf16, is_in_splits };
-                let workgroups =
-                    if most_bytes < 100 << 10 { 1 } else { variant.workgroups().min(most_bytes >> 16) };
-                assert!(workgroups * variant.shared_bytes() <= most_bytes, "{variant:?} of {most_bytes}");
-            }
+    fn workgroups_fit_beside_each_other() {
+        use MmaPass::{Forward, Keys, Queries};
+        use MmaUnit::{Warp, Warpgroup};
+        for (kib, unit, head_dim, fit) in [
+            (99, Warp, 64, [3, 3, 2]),
+            (99, Warp, 128, [2, 1, 1]),
+            (163, Warp, 64, [3, 3, 2]),
+            (163, Warp, 128, [2, 2, 2]),
+            (227, Warp, 128, [3, 3, 2]),
+            (227, Warpgroup, 64, [3, 2, 2]),
+            (227, Warpgroup, 128, [3, 2, 2]),
+        ] {
+            let workgroups = [Forward, Queries, Keys]
+                .map(|pass| Attention::new(pass, unit, head_dim, kib << 10).workgroups);
+            assert_eq!(workgroups, fit, "{unit:?}, heads of {head_dim}, {kib} KiB");
         }
     }
 }
