@@ -163,8 +163,12 @@ __device__ void multiply_lines(Sums<WALKED / 8> &sums, u64 left, u64 right, u32 
 // sums += left · right, 64 lines of 16 weights and HEAD_DIM entries of 16 lines.
 __device__ void multiply_weights(Sums<HEAD_DIM / 8> &sums, const u32 (&left)[4], u64 right) {
     asm volatile(
+        "{\n"
+        ".reg .pred adds;\n"
+        "setp.eq.b32 adds, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n" SUMS_COLUMNS "k16.f32." TYPE "." TYPE " " SUMS_REGISTERS ", " SUMS_LEFT ", " SUMS_RIGHT
-        ", 1, 1, 1, 1;\n" : SUMS_OPERANDS : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
+        ", adds, 1, 1, 1;\n"
+        "}\n" : SUMS_OPERANDS : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
 }
 
 // No compiler may move what writes or reads the sums across this.
