@@ -262,7 +262,10 @@ fn take(adapter: &Adapter) -> Result<Selected> {
 
 fn why_cpu(software: Option<&Adapter>) -> String {
     match software {
-        Some(adapter) => format!("the CPU: {} is {} in software, which is slower", adapter.name, adapter.api),
+        Some(adapter) => {
+            let Adapter { name, api, .. } = adapter;
+            format!("the CPU, since there is no GPU but {name}, which is {api} in software and slower")
+        }
         None => format!("the CPU, since no GPU with a {} driver was found", api()),
     }
 }

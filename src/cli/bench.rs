@@ -192,6 +192,7 @@ fn run_on<B: Kernels>(
 ) -> Result<()> {
     let precision = shape.precision;
     let dtype = precision.dtype;
+    let bytes_before = choice.memory_bytes();
     device::self_test::<B>(device, choice, dtype)?;
     let batch = pack(&args.pairs(config).iter().collect::<Vec<_>>(), LossCompat::Swift);
     let place = match choice {
@@ -256,7 +257,7 @@ fn run_on<B: Kernels>(
     let (profiled, peak) = profile::watch_memory(|| bench.timed_step());
     let entries = profile::finish();
     let profiled_s = profiled?;
-    print_memory(config, shape, peak, choice);
+    print_memory(config, shape, peak, choice, bytes_before);
     match entries.is_empty() {
         true => say!("\nthe CPU runs no kernels that could be timed one by one"),
         false => {
@@ -277,7 +278,14 @@ pub(super) fn median(times: &mut [f64]) -> f64 {
     if times.len() % 2 == 1 { times[middle] } else { f64::midpoint(times[middle - 1], times[middle]) }
 }
 
-fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choice: &DeviceChoice) {
+/// `bytes_before`: what the device held before it was given anything.
+fn print_memory(
+    config: &LlamaConfig,
+    shape: &StepShape,
+    peak: Option<u64>,
+    choice: &DeviceChoice,
+    bytes_before: u64,
+) {
     let memory = StepMemory::of(config, shape);
     let bytes = |n: usize| size(n as u64);
     let predicted = memory.total();
@@ -290,9 +298,10 @@ fn print_memory(config: &LlamaConfig, shape: &StepShape, peak: Option<u64>, choi
             size(choice.memory_bytes())
         ),
         None => say!(
-            "{} of memory predicted; the process had {} resident at the fullest",
+            "{} of memory predicted; the process had {} resident at the fullest, and {} before anything was made",
             bytes(predicted),
-            size(device::peak_resident())
+            size(device::peak_resident()),
+            size(bytes_before)
         ),
     }
     say!(

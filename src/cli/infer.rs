@@ -91,12 +91,17 @@ impl InferArgs {
             Some(name) if name == Path::new("none") => None,
             Some(folder) => Some(adapter_in(folder)),
             None if self.model_id_or_path.is_none() => {
-                let runs = std::fs::read_dir(Path::new("output").join(demo::NAME));
+                let runs = std::fs::read_dir(demo_runs());
                 newest_checkpoint(runs.into_iter().flatten().flatten().map(|run| run.path()))
             }
             None => None,
         }
     }
+}
+
+/// Where the demo's runs are, when nothing else was said.
+fn demo_runs() -> PathBuf {
+    Path::new("output").join(demo::NAME)
 }
 
 /// Runs the subcommand.
@@ -142,7 +147,13 @@ fn run_on<B: Kernels>(
         if let Some(folder) = &adapter {
             lora::load(&mut model, folder)?;
         }
-        let name = adapter.map_or("no adapter".to_owned(), |folder| folder.display().to_string());
+        let name = match adapter {
+            Some(folder) => folder.display().to_string(),
+            None if args.adapters.is_none() && open.is_demo() => {
+                format!("no adapter, as there is none below {}", demo_runs().display())
+            }
+            None => "no adapter".to_owned(),
+        };
         let speed = loaded.speed().map_or_else(String::new, |speed| format!(", {speed}"));
         note!("{} with {name}, in {precision} on {choice}{speed}", open.name);
         let mut chat =

@@ -7,7 +7,7 @@ use super::bench::print_presets;
 use super::budget::{Budget, Case, Rows, Setting, USABLE, runs_again};
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
-use super::rows::{Data, lengths, shuffle};
+use super::rows::{Data, lengths, note_positions, shuffle};
 use super::train;
 use super::words::{entry, millions, thousands};
 use super::work::Work;
@@ -59,6 +59,8 @@ pub fn run(args: TrainArgs) -> Result<()> {
 
     tell("model", &format!("{}, {} weights", source.name, millions(source.config.n_weights())));
     source.print_data(args);
+    let longest = source.pairs.iter().flatten().map(TokenizedPair::prompt_and_longer_answer).max();
+    note_positions(longest.unwrap_or(args.max_length), &source.config);
     print_device(args, &case, is_elsewhere);
     tell("chosen", &base.flags(None));
     print_memory(&case, &chosen);
@@ -168,7 +170,7 @@ impl Source {
             return;
         };
         let (pairs_to, rows) = (counted(pairs.len(), "pair"), counted(self.n_left_out, "row"));
-        tell("data", &format!("{pairs_to} to train on, {rows} left out"));
+        tell("data", &format!("{pairs_to} to train on, {} to evaluate on, {rows} left out", self.val.len()));
         tell("lengths", &lengths(pairs));
     }
 }

@@ -11,6 +11,7 @@ use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness, UnusedRe
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
 use crate::error::{Error, Result};
+use crate::model::LlamaConfig;
 use crate::train::plan::Plan;
 
 /// How many of the rows that are left out standard error names.
@@ -150,6 +151,16 @@ pub fn lengths(pairs: &[TokenizedPair]) -> String {
         at(0.5),
         at(0.9)
     )
+}
+
+/// Says that the longest sequence has more tokens than the model was made for, where it does.
+pub fn note_positions(longest: usize, config: &LlamaConfig) {
+    let most = config.max_position_embeddings;
+    if longest > most {
+        note!(
+            "note: the longest prompt + answer has {longest} tokens, the model was made for {most} (max_position_embeddings)"
+        );
+    }
 }
 
 /// Whether the demo's own pairs are trained on.

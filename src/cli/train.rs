@@ -13,7 +13,7 @@ use super::open::{Loaded, OpenModel, adapter_in};
 use super::outcome::{answers, print_answers, print_summary, program};
 use super::precision;
 use super::progress::Progress;
-use super::rows::{Data, is_demo_data, lengths, plan_of};
+use super::rows::{Data, is_demo_data, lengths, note_positions, plan_of};
 use super::tune;
 use super::words::noted;
 use crate::config::TrainArgs;
@@ -356,17 +356,12 @@ fn describe<B: Kernels>(
         ),
     );
     let Schedule { warmup_steps, max_steps, .. } = settings.schedule;
-    if warmup_steps > 0 && max_steps <= SHORT_RUN {
+    if warmup_steps > 0 && max_steps <= SHORT_RUN && args.resume_from_checkpoint.is_none() {
         note!(
             "note: the first of {max_steps} steps has a learning rate of 0, where a warm-up begins; --warmup_ratio 0 lets it learn as well"
         );
     }
-    if longest > open.config.max_position_embeddings {
-        note!(
-            "note: the longest prompt + answer has {longest} tokens, the model was made for {} (max_position_embeddings)",
-            open.config.max_position_embeddings
-        );
-    }
+    note_positions(longest, &open.config);
 }
 
 /// The run's folder: `{output_dir}/{model_type}/v{N}-{time}`, or the output folder itself.

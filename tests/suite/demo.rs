@@ -108,3 +108,13 @@ fn the_demo_s_model_is_not_trained_on_other_rows_without_a_word() {
     };
     assert_eq!([pairs.as_path(), Path::new("demo")].map(says), [true, false]);
 }
+
+#[test]
+fn infer_says_where_it_found_no_adapter_of_the_demo() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
+    command.args(["infer", "--device", "cpu", "--max_new_tokens", "1", "hi"]).current_dir(folder.path());
+    let says = String::from_utf8_lossy(&command.output().unwrap().stderr).into_owned();
+    let looked_in = Path::new("output").join("demo");
+    assert!(says.contains(&format!("no adapter, as there is none below {}", looked_in.display())), "{says}");
+}

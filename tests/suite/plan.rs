@@ -79,7 +79,7 @@ fn bytes(size: &str) -> f64 {
 fn the_demo_is_planned_without_a_file() {
     let printed = plan(&["--device", "cpu"]);
     for says in [
-        "429 pairs to train on, 0 rows left out",
+        "429 pairs to train on, 4 to evaluate on, 0 rows left out",
         "26 to 54 tokens for prompt + longer answer, which --max_length counts; 31 to 72 for prompt + both answers",
         "54 optimizer steps of 8 pairs",
         "time about ",
@@ -166,7 +166,8 @@ fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     let printed = text(&output.stdout);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let left_out = text(&output.stderr).matches("left out: ").count();
-    let says = format!("data     {} pairs to train on, {left_out} rows left out", 7 - left_out);
+    let says =
+        format!("data     {} pairs to train on, 0 to evaluate on, {left_out} rows left out", 7 - left_out);
     assert!(left_out > 0 && printed.contains(&says), "{printed}");
 }
 
@@ -182,6 +183,18 @@ fn a_folder_is_planned_without_data_for_the_longest_pairs() {
     ] {
         assert!(printed.contains(says), "no `{says}` in {printed}");
     }
+}
+
+#[test]
+fn sequences_that_the_model_was_not_made_for_are_told() {
+    let (model, folder) = (fixture("gqa/model"), tempfile::tempdir().unwrap());
+    let notes = |max_length: &str| {
+        let model = ["--model_id_or_path", model.to_str().unwrap(), "--device", "cpu"];
+        let output = orpo_wgpu(&[&["plan", "--max_length", max_length], &model[..]].concat(), folder.path());
+        text(&output.stderr)
+    };
+    assert!(notes("600").contains("has 600 tokens, the model was made for 512"), "{}", notes("600"));
+    assert_eq!(notes("512"), "");
 }
 
 /// A step of it is too long to be timed.

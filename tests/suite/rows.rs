@@ -63,7 +63,8 @@ fn train_and_plan_say_the_lengths_alike_and_name_what_max_length_counts() {
                 38 to 122 for prompt + both answers, which a step computes (median 68,\n         90 % up to 108)\n";
     let planned = String::from_utf8(planned.stdout).unwrap();
     assert!(
-        planned.contains(says) && planned.contains("data     7 pairs to train on, 0 rows left out"),
+        planned.contains(says)
+            && planned.contains("data     7 pairs to train on, 0 to evaluate on, 0 rows left out"),
         "{planned}"
     );
     // No terminal is there to cut the line for.
