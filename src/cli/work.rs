@@ -19,6 +19,9 @@ use crate::model::llama::{KeepPlan, LINEAR_NAMES};
 use crate::model::{Llama, Precision};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
 
+/// The share of the best product's rate that a step is taken to run at: norms, attention and the head come in between, and products of
+/// few tokens are slow. A guess, until a GPU has been measured.
+const RATE: f64 = 0.5;
 /// Pairs that are counted where the data set is not known.
 const PAIRS: usize = 1000;
 /// Seconds of a step by its operations up to which the CPU, which compiles nothing first, times one. A small model's step takes several
@@ -28,12 +31,6 @@ const TIMED_SECONDS: f64 = 1.0;
 const TIMED_BYTES: usize = 1 << 30;
 /// Steps that are timed, after one to warm up, which will do where it takes long.
 const N_TIMED: usize = 3;
-
-/// The share of the best product's rate that a step is taken to run at: norms, attention and the head come in between, and products of
-/// few tokens are slow. An H100 came to 44 to 64 %; CPUs, where what comes in between is plain tensor operations, to 28 to 36 %.
-fn rate(choice: &DeviceChoice) -> f64 {
-    if *choice == DeviceChoice::Cpu { 0.32 } else { 0.5 }
-}
 
 /// The work of a run.
 pub(super) struct Work {
@@ -107,8 +104,7 @@ impl Work {
     /// If the device fails.
     pub(super) fn time(self, args: &TrainArgs, case: &Case<'_>) -> Result<String> {
         let product = device::guard("measuring a product", case.choice, || self.best_product(case.choice))?;
-        let rate = rate(case.choice);
-        let seconds = |flops: f64| flops / (rate * product.flops);
+        let seconds = |flops: f64| flops / (RATE * product.flops);
         let memory = StepMemory::of(case.config, &self.shape(case)).total();
         let is_timed = *case.choice == DeviceChoice::Cpu
             && seconds(self.typical.1) < TIMED_SECONDS
@@ -127,7 +123,7 @@ impl Work {
             "about {}, without evaluations and saves, at {:.0} % of the {:.3} TFLOP/s of the best product, {}, measured here just \
              now. That share is an estimate, and far too high for models of a few million weights; `orpo-wgpu bench` measures a step.",
             duration(seconds(self.flops)),
-            100.0 * rate,
+            100.0 * RATE,
             product.flops / 1e12,
             product.by
         ))

@@ -197,13 +197,6 @@ fn sequences_that_the_model_was_not_made_for_are_told() {
     assert_eq!(notes("512"), "");
 }
 
-/// A step of it is too long to be timed.
-#[test]
-fn a_large_model_on_the_cpu_is_estimated_at_the_cpu_s_share() {
-    let printed = unwrapped(&plan(&["--model_type", "llama3-8b-instruct", "--device", "cpu"]));
-    assert!(printed.contains("at 32 % of the "), "{printed}");
-}
-
 #[test]
 fn train_predicts_for_the_cpu_what_plan_does() {
     let folder = tempfile::tempdir().unwrap();
