@@ -12,7 +12,9 @@
 
 pub mod batch;
 pub mod dataset;
+pub mod renames;
 pub mod source;
+pub mod spelling;
 pub mod template;
 pub mod tokenize;
 

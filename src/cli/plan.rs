@@ -13,6 +13,7 @@ use super::words::{entry, millions, thousands};
 use super::work::Work;
 use crate::config::TrainArgs;
 use crate::data::dataset::{self, Dataset, Strictness};
+use crate::data::renames;
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
@@ -185,7 +186,7 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
     let Dataset { rows, unused, .. } = dataset::load(&args.dataset, &columns, strictness, args.seed)?;
     let is_split = args.val_dataset.is_empty();
     if is_split {
-        dataset::check_renames_of(&[&unused])?;
+        renames::check_used(&[&unused])?;
     }
     let rows = if is_split { dataset::split(rows, args.dataset_test_ratio, shuffle(args)).0 } else { rows };
     Ok(Some(rows.len()))

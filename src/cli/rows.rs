@@ -7,7 +7,8 @@ use super::open::OpenModel;
 use super::words::{millions, thousands};
 use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
-use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness, UnusedRenames};
+use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
+use crate::data::renames::{self, UnusedRenames};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
 use crate::error::{Error, Result};
@@ -61,11 +62,11 @@ impl Data {
         }
         let shuffle = shuffle(args);
         let (train, val) = if args.val_dataset.is_empty() {
-            dataset::check_renames_of(&[&unused])?;
+            renames::check_used(&[&unused])?;
             dataset::split(rows, args.dataset_test_ratio, shuffle)
         } else {
             let val = load(&args.val_dataset)?;
-            dataset::check_renames_of(&[&unused, &val.unused])?;
+            renames::check_used(&[&unused, &val.unused])?;
             skipped.extend(val.skipped);
             (rows, val.rows)
         };

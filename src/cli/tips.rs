@@ -6,7 +6,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use super::command;
 use crate::config::other_names;
-use crate::data::source::edits;
+use crate::data::spelling::edits;
 
 /// The same error; of a flag or command that another trainer has, with what it is here.
 pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error {

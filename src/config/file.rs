@@ -11,7 +11,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::{TrainArgs, other_names, to_map, train_command};
-use crate::data::source::edits;
+use crate::data::spelling::meant;
 use crate::error::{Error, Result};
 use crate::shell::{pasted, unused_beside};
 
@@ -143,9 +143,9 @@ fn closest(name: &str, known: &Map<String, Value>) -> String {
     if let Some(why) = other_names::not_here(name) {
         return format!("`{name}`: {why}");
     }
-    match known.keys().map(|known| (edits(name, known), known)).min() {
-        Some((distance, known)) if distance * 4 <= name.len() => format!("did you mean `{known}`?"),
-        _ => NAMING.to_owned(),
+    match meant(name, known.keys().map(String::as_str)) {
+        Some(known) => format!("did you mean `{known}`?"),
+        None => NAMING.to_owned(),
     }
 }
 

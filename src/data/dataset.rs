@@ -3,7 +3,7 @@
 //! What a row may look like is in `row.rs`, what a data set may be named in [`source`]. All randomness
 //! comes from xoshiro256++ seeded with the caller's seed, so the same seed gives the same rows on every machine.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use rand::rngs::Xoshiro256PlusPlus;
 use rand::seq::SliceRandom;
 use serde_json::Value;
 
-use super::source::edits;
+use super::renames::UnusedRenames;
 use super::{json, row, source};
 use crate::error::{Error, Result};
 
@@ -85,46 +85,6 @@ pub struct Dataset {
     pub unused: UnusedRenames,
 }
 
-/// Columns that were to be renamed and that no row has.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct UnusedRenames {
-    /// They.
-    pub names: BTreeSet<String>,
-    /// The columns of the first row, as its file has them.
-    pub columns: Vec<String>,
-}
-
-impl UnusedRenames {
-    /// That they are unused, and which columns there are; none where all are used.
-    fn told(&self) -> Option<(String, String)> {
-        let name = self.names.first()?;
-        let names: Vec<_> = self.names.iter().map(|name| format!("`{name}`")).collect();
-        let problem = format!("--columns renames {}, which no row has", names.join(", "));
-        let has = format!("the first row has {}", self.columns.join(", "));
-        let hint = match self.columns.iter().map(|column| (edits(name, column), column)).min() {
-            Some((distance, column)) if distance * 4 <= name.len() => {
-                format!("did you mean `{column}`? {has}")
-            }
-            _ => has,
-        };
-        Some((problem, hint))
-    }
-}
-
-/// Holds renames against all data of a run.
-///
-/// # Errors
-/// [`Error::Config`] for those that none of it has a use for.
-pub fn check_renames_of(sets: &[&UnusedRenames]) -> Result<()> {
-    let [first, others @ ..] = sets else { return Ok(()) };
-    let mut unused = (*first).clone();
-    unused.names.retain(|name| others.iter().all(|set| set.names.contains(name)));
-    match unused.told() {
-        Some((problem, hint)) => Err(Error::config(problem).with_hint(hint)),
-        None => Ok(()),
-    }
-}
-
 /// What happens to a row that cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Strictness {
@@ -173,7 +133,7 @@ pub fn load(
     seed: u64,
 ) -> Result<Dataset> {
     row::check_renames(columns)?;
-    let mut unused = unused_at_first(columns);
+    let mut unused = UnusedRenames::of(columns);
     let mut dataset = Dataset::default();
     for (i, source) in source::resolve(specs, Path::new(""))?.into_iter().enumerate() {
         let mut part = Dataset::default();
@@ -214,15 +174,10 @@ pub fn parse_rows(
 ) -> Result<Dataset> {
     row::check_renames(columns)?;
     let mut dataset = Dataset::default();
-    let mut unused = unused_at_first(columns);
+    let mut unused = UnusedRenames::of(columns);
     collect(text, path, columns, strict, &mut dataset, &mut unused)?;
     dataset.unused = unused;
     Ok(dataset)
-}
-
-/// Before a row is seen.
-fn unused_at_first(columns: &BTreeMap<String, String>) -> UnusedRenames {
-    UnusedRenames { names: columns.keys().cloned().collect(), columns: Vec::new() }
 }
 
 /// Appends a text's rows to `dataset` and takes the renamed columns that it has from `unused`.
@@ -236,10 +191,7 @@ fn collect(
 ) -> Result<()> {
     let path: Arc<Path> = path.into();
     json::each_value(text, &path, |line, value| {
-        unused.names.retain(|name| value.get(name).is_none());
-        if let (Value::Object(row), true) = (&value, unused.columns.is_empty()) {
-            unused.columns = row.keys().cloned().collect();
-        }
+        unused.see(&value);
         let location = Location { path: path.clone(), line };
         match row::parse(value, columns, location.clone()) {
             Ok(row) => dataset.rows.push(row),
@@ -377,6 +329,7 @@ fn rng(seed: u64, draw: Draw, idx: u64) -> Xoshiro256PlusPlus {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::renames::check_used;
 
     const GOOD: &str = r#"{"query": "q", "response": "c", "rejected_response": "r"}"#;
     const EQUAL: &str = r#"{"query": "q", "response": "c", "rejected_response": "c"}"#;
@@ -472,14 +425,14 @@ mod tests {
         assert_eq!(sampled.rows[2].query, "4");
 
         let alone = load(std::slice::from_ref(&set), &columns, Strictness::Lenient, 42).unwrap();
-        check_renames_of(&[&alone.unused, &dataset.unused]).unwrap();
-        let error = check_renames_of(&[&alone.unused]).unwrap_err();
+        check_used(&[&alone.unused, &dataset.unused]).unwrap();
+        let error = check_used(&[&alone.unused]).unwrap_err();
         assert!(error.to_string().contains("--columns renames `frage`, which no row has"), "{error}");
         assert!(matches!(error, Error::Config { .. }), "{error:?}");
         assert_eq!(error.hint(), Some("the first row has query, response, rejected_response"));
         let columns = BTreeMap::from([("respones".to_owned(), "response".to_owned())]);
         let misspelt = load(&[set], &columns, Strictness::Lenient, 42).unwrap();
-        let error = check_renames_of(&[&misspelt.unused]).unwrap_err();
+        let error = check_used(&[&misspelt.unused]).unwrap_err();
         assert!(
             error.hint().unwrap().starts_with("did you mean `response`? the first row has "),
             "{error:?}"

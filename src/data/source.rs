@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::spelling::meant;
 use crate::error::{Error, Result};
 
 /// The columns of a row in one of the text forms.
@@ -168,13 +169,12 @@ fn not_found(name: &str, base: &Path) -> (String, String) {
         })
         .chain(REGISTRY.iter().map(|known| known.name.to_owned()))
         .collect();
-    let closest = nearby.iter().map(|other| (edits(name, other), other)).min();
     let names: Vec<_> = REGISTRY.iter().map(|known| known.name).collect();
-    let hint = match closest {
-        Some((distance, other)) if distance * 4 <= name.len() && !name.is_empty() => {
-            format!("did you mean `{other}`?")
+    let hint = match meant(name, nearby.iter().map(String::as_str)) {
+        Some(other) => format!("did you mean `{other}`?"),
+        None => {
+            format!("pass a .jsonl or .json file, a folder of them, or a known name: {}", names.join(", "))
         }
-        _ => format!("pass a .jsonl or .json file, a folder of them, or a known name: {}", names.join(", ")),
     };
     match name.split('/').collect::<Vec<_>>()[..] {
         [owner, repository] if !here.is_dir() && !owner.is_empty() && !repository.contains('.') => (
@@ -183,21 +183,6 @@ fn not_found(name: &str, base: &Path) -> (String, String) {
         ),
         _ => ("no such file, folder or known name".to_owned(), hint),
     }
-}
-
-/// Levenshtein's distance: how many characters to insert, delete or replace.
-pub(crate) fn edits(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, y) in b.chars().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[row.len() - 1]
 }
 
 /// The data files directly in a folder; hidden files and the metadata of `datasets` are none.
@@ -313,15 +298,5 @@ mod tests {
             resolve(&[], base).unwrap_err().to_string(),
             "invalid configuration: no data set is given"
         );
-    }
-
-    #[test]
-    fn edits_are_levenshteins() {
-        for (a, b, distance) in
-            [("", "", 0), ("", "ab", 2), ("kitten", "sitting", 3), ("猫狗", "狗", 1), ("ab", "ab", 0)]
-        {
-            assert_eq!(edits(a, b), distance, "{a} {b}");
-            assert_eq!(edits(b, a), distance, "{b} {a}");
-        }
     }
 }
