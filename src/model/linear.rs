@@ -37,9 +37,8 @@ impl<B: Backend> Linear<B> {
 impl<B: Kernels> Linear<B> {
     /// Applies layers to one input: `[tokens, in] -> [tokens, out]` each.
     pub fn forward_each<const N: usize>(linears: [&Self; N], x: Tensor<B, 2>) -> [LinearOutput<B>; N] {
-        let s = Self::rank_r_each(linears, x.clone());
-        let mut outputs = linears.into_iter().zip(s).map(|(linear, s)| linear.output(x.clone(), s, None));
-        std::array::from_fn(|_| outputs.next().expect("an output for every layer"))
+        let mut s = Self::rank_r_each(linears, x.clone()).into_iter();
+        linears.map(|linear| linear.output(x.clone(), s.next().flatten(), None))
     }
 
     /// Applies the layer and adds the residual, `[tokens, out]`.
@@ -72,6 +71,12 @@ impl<B: Kernels> Linear<B> {
 
     /// The gradient by the input of layers that share it, where it is asked for, and those of their adapters, `dA` and `dB` of each in
     /// turn, from the gradients by their outputs and the rank-r tensors that forward gave.
+    ///
+    /// # Shapes
+    /// - `dys`: `[tokens, out]` each   - `x`: `[tokens, in]`   - `s`: `[tokens, r]` each
+    ///
+    /// # Panics
+    /// If the shapes do not fit each other, or the rank-r tensor of a layer with an adapter is missing.
     pub fn backward_each<const N: usize>(
         linears: [&Self; N],
         dys: [Tensor<B, 2>; N],

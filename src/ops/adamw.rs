@@ -18,7 +18,7 @@ use burn::tensor::{Bool, DType, Shape, Tensor};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::cube::{THREADS, bytes, cube_sum, empty, lane_sum, one_thread_each, owned, vector_width};
+use super::cube::{THREADS, arrays, bytes, cube_sum, empty, lane_sum, one_thread_each, owned, vector_width};
 use super::{Kernels, profile};
 
 /// One step's settings.
@@ -201,9 +201,8 @@ pub(super) fn launch_norm<R: CubeRuntime>(grads: Vec<CubeTensor<R>>) -> CubeTens
     let mut first_sum = 0;
     for grads in grads.chunks(GRADS) {
         let width = grads.iter().map(|grad| vector_width(grad.meta.num_elements())).min().unwrap_or(1);
-        let (mut arrays, mut lengths) = (SequenceArg::new(), SequenceArg::new());
+        let mut lengths = SequenceArg::new();
         for grad in grads {
-            arrays.push(grad.clone().into_array_arg());
             lengths.push(grad.meta.num_elements() / width);
         }
         let bytes = bytes(&grads.iter().collect::<Vec<_>>());
@@ -218,7 +217,7 @@ pub(super) fn launch_norm<R: CubeRuntime>(grads: Vec<CubeTensor<R>>) -> CubeTens
                     cubes,
                     CubeDim::new_1d(THREADS),
                     width,
-                    arrays,
+                    arrays(grads),
                     sums.clone().into_array_arg(),
                     lengths,
                     first_sum,

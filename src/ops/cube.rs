@@ -83,6 +83,17 @@ pub(super) fn owned<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<R> {
     if tensor.can_mut() { tensor } else { into_contiguous(tensor.copy()) }
 }
 
+/// The tensors as a kernel's list of arrays.
+pub(super) fn arrays<R: CubeRuntime, E: CubePrimitive>(
+    tensors: &[CubeTensor<R>],
+) -> SequenceArg<R, Array<E>> {
+    let mut arrays = SequenceArg::new();
+    for tensor in tensors {
+        arrays.push(tensor.clone().into_array_arg());
+    }
+    arrays
+}
+
 /// What the tensors take.
 pub(super) fn bytes<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> usize {
     tensors.iter().map(|tensor| tensor.meta.num_elements() * tensor.dtype.size()).sum()

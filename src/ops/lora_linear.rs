@@ -89,7 +89,7 @@ pub fn lora_rank_r<B: Kernels>(x: Tensor<B, 2>, loras: &[&Lora<B>]) -> Vec<Tenso
 }
 
 /// The gradient by the output of a layer with an input in this dtype, as backward's products take it: for bf16 rounded to it, as in
-/// PyTorch; in f16, where small numbers would be lost, as it is.
+/// PyTorch; in f16, where small numbers would be lost, as it is. Any shape.
 pub fn output_grad<B: Kernels>(dy: Tensor<B, 2>, dtype: DType) -> Tensor<B, 2> {
     if dtype == DType::BF16 { cast(dy, dtype) } else { dy }
 }
@@ -105,7 +105,10 @@ pub fn lora_backward_b<B: Kernels>(dy: Tensor<B, 2>, s: Tensor<B, 2>, lora: &Lor
     B::lora_backward_b(dy, s, lora)
 }
 
-/// Computes `dA = dsᵀ x`, `[r, in]`, of layers whose input is the same, from the gradients by their rank-r tensors.
+/// Computes `dA = dsᵀ x` of layers whose input is the same, from the gradients by their rank-r tensors.
+///
+/// # Shapes
+/// - `x`: `[tokens, in]`   - `ds`: `[tokens, r]` each   - outputs: `[r, in]`
 ///
 /// # Panics
 /// If the shapes do not fit each other.

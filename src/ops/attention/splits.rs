@@ -1,5 +1,5 @@
 //! Splits of the gradients by keys and values: of the walks over the queries, which are long for early keys and short for late ones, each
-//! takes every so manieth step, with sums of its own, where there are processors for that.
+//! takes as many steps as the others, in turns, and has sums of its own, where there are processors for that.
 
 use burn::cubecl;
 use burn::cubecl::prelude::*;

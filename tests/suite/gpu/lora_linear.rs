@@ -290,13 +290,10 @@ fn on_matrices() {
     if !has_matrices(&matrix_sizes::<GpuRuntime>(&device)) {
         return;
     }
-    let mixes = [
-        F16,
-        Types { out: DType::F32, ..F16 },
-        Types { dy: DType::F32, ..F16 },
-        Types { weight: DType::F16, ..F32 },
-    ];
-    for types in mixes {
+    let types = Types { weight: DType::F16, ..F32 };
+    let shape = [65, 64, 256, 8];
+    compare(Case { shape, has_adapter: true, has_residual: true, input: Input::New, types }, &device);
+    for types in [F16, Types { out: DType::F32, ..F16 }, Types { dy: DType::F32, ..F16 }] {
         for (shape, input) in [
             ([65, 64, 256, 8], Input::AddTo),
             ([7, 107, 331, 5], Input::New),

@@ -6,8 +6,8 @@ use burn::cubecl::prelude::*;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{Side, sum_slabs};
-use crate::ops::cube::{bytes, empty, one_thread_each};
+use super::{Depth, Side, sum_slabs};
+use crate::ops::cube::{arrays, bytes, empty, one_thread_each};
 use crate::ops::engine::Engine;
 use crate::ops::engine::product::turned;
 use crate::ops::engine::routes::RouteKind;
@@ -20,8 +20,9 @@ const PARTS: usize = 3;
 /// Columns of a tile: the fewest, as there are few tiles.
 const TILE: u32 = 128;
 
-/// Whether warpgroups multiply a factor's parts with this matrix, which is contiguous, as the left operand or the right one.
-pub(super) fn are_taken<R: Engine>(x: &CubeTensor<R>, is_left: bool) -> bool {
+/// Whether warpgroups multiply a factor's parts with this matrix, which is contiguous: as the left operand where its columns are the
+/// depth, as the right one where its rows are.
+pub(super) fn are_taken<R: Engine>(x: &CubeTensor<R>, of: Depth) -> bool {
     let is_taken =
         x.dtype == DType::BF16 && warpgroup::has_rows(x) && warpgroup::are_there::<R>(&x.client, x.dtype);
     let kind = RouteKind {
@@ -29,7 +30,7 @@ pub(super) fn are_taken<R: Engine>(x: &CubeTensor<R>, is_left: bool) -> bool {
         n: TILE as usize,
         depth: TILE as usize,
         rank: 0,
-        is_turned: is_left,
+        is_turned: of == Depth::Columns,
         dtype: x.dtype,
         out: DType::F32,
         has_addend: false,
@@ -53,13 +54,14 @@ struct Parts<R: Engine> {
 }
 
 impl<R: Engine> Parts<R> {
-    /// Room for a product of `x` with factors of so many columns in all: with the tokens as its depth, `[PARTS · r, n]`, or as its
-    /// rows, `[m, PARTS · r]`.
-    fn new(x: &CubeTensor<R>, rank: usize, sums_tokens: bool) -> Self {
+    /// Room for a product of `x` with factors of so many columns in all: `[m, PARTS · r]`, or of the tokens `[PARTS · r, n]`.
+    fn new(x: &CubeTensor<R>, rank: usize, depth: Depth) -> Self {
         let [tokens, width] = [0, 1].map(|i| x.meta.shape()[i]);
-        let length = if sums_tokens { tokens } else { width };
         let lines = PARTS * rank;
-        let [m, n] = if sums_tokens { [lines, width] } else { [tokens, lines] };
+        let (length, [m, n]) = match depth {
+            Depth::Columns => (width, [tokens, lines]),
+            Depth::Tokens => (tokens, [lines, width]),
+        };
         let splits = warpgroup::splits(&x.client, [m, n, length], TILE);
         let mut numbers = empty(x, Shape::from([lines, length.next_multiple_of(ROW_ENTRIES)]), x.dtype);
         numbers.meta.shape_mut()[1] = length;
@@ -73,10 +75,6 @@ impl<R: Engine> Parts<R> {
         let [rank_step, step] = [rank_axis, 1 - rank_axis].map(|axis| meta.strides()[axis]);
         let client = &factors[0].client;
         let (cubes, cube) = one_thread_each(client, factors.len() * rank * length);
-        let mut arrays = SequenceArg::new();
-        for factor in factors {
-            arrays.push(factor.clone().into_array_arg());
-        }
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: ranks and entries are held against their numbers, and steps are the factors' own.
         unsafe {
@@ -84,7 +82,7 @@ impl<R: Engine> Parts<R> {
                 client,
                 cubes,
                 cube,
-                arrays,
+                arrays(factors),
                 self.numbers.clone().into_array_arg(),
                 length,
                 self.numbers.meta.strides()[0],
@@ -109,10 +107,6 @@ impl<R: Engine> Parts<R> {
         let [m, rank] = [0, 1].map(|i| outputs[0].meta.shape()[i]);
         let client = &self.sums.client;
         let (cubes, cube) = one_thread_each(client, outputs.len() * m * rank);
-        let mut arrays = SequenceArg::new();
-        for out in outputs {
-            arrays.push(out.clone().into_array_arg());
-        }
         #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
         // SAFETY: entries are held against their number.
         unsafe {
@@ -121,7 +115,7 @@ impl<R: Engine> Parts<R> {
                 cubes,
                 cube,
                 self.sums.clone().into_array_arg(),
-                arrays,
+                arrays(outputs),
                 self.splits,
                 m,
                 rank,
@@ -141,7 +135,7 @@ pub(super) fn rows<R: Engine>(
 ) -> Vec<CubeTensor<R>> {
     let ([m, depth], rank) = ([0, 1].map(|i| x.meta.shape()[i]), rights[0].meta.shape()[0]);
     let ranks = rights.len() * rank;
-    let parts = Parts::new(x, ranks, false);
+    let parts = Parts::new(x, ranks, Depth::Columns);
     let outputs: Vec<_> = rights.iter().map(|_| empty(x, Shape::from([m, rank]), DType::F32)).collect();
     let moved = bytes(&[x]) + bytes(&[&rights[0], &outputs[0]]) * rights.len();
     profile::kernel(name, 2 * m * depth * ranks, moved, &x.client, || {
@@ -162,7 +156,7 @@ pub(super) fn columns<R: Engine>(
 ) -> Vec<CubeTensor<R>> {
     let ([m, n], rank) = ([0, 1].map(|i| x.meta.shape()[i]), lefts[0].meta.shape()[1]);
     let ranks = lefts.len() * rank;
-    let parts = Parts::new(x, ranks, true);
+    let parts = Parts::new(x, ranks, Depth::Tokens);
     let outputs: Vec<_> =
         lefts.iter().map(|_| empty(x, Shape::from(side.shape(n, rank)), DType::F32)).collect();
     let moved = bytes(&[x]) + bytes(&[&lefts[0], &outputs[0]]) * lefts.len();
