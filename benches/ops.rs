@@ -330,22 +330,20 @@ fn bench_adamw(device: &WgpuDevice) {
             loss_scale: 1.0,
         };
         // Both sides own what they update, as training does.
-        let state = || parameters.iter().map(|p| (p.clone() + 0.0, [p.clone() * 0.0, p.clone().abs()]));
-        let (mut ours, mut burn): (Vec<_>, Vec<_>) = (state().collect(), state().collect());
+        let state = || {
+            let each =
+                |f: fn(&Tensor<Wgpu, 2>) -> Tensor<Wgpu, 2>| parameters.iter().map(f).collect::<Vec<_>>();
+            Some((each(|p| p.clone() + 0.0), [each(|p| p.clone() * 0.0), each(|p| p.clone().abs())]))
+        };
+        let (mut ours, mut burn) = (state(), state());
         compare(
             device,
             &format!("adamw update    {n_tensors} of {shape:?}"),
+            || ours = ours.take().map(|(p, moments)| adamw(p, grads.clone(), moments, norm.clone(), &step)),
             || {
-                let update = |((p, moments), g): (_, &Tensor<Wgpu, 2>)| {
-                    adamw(p, g.clone(), moments, norm.clone(), &step)
-                };
-                ours = std::mem::take(&mut ours).into_iter().zip(&grads).map(update).collect();
-            },
-            || {
-                let update = |((p, moments), g): (_, &Tensor<Wgpu, 2>)| {
-                    adamw_reference(p, g.clone(), moments, norm.clone(), &step)
-                };
-                burn = std::mem::take(&mut burn).into_iter().zip(&grads).map(update).collect();
+                burn = burn
+                    .take()
+                    .map(|(p, moments)| adamw_reference(p, grads.clone(), moments, norm.clone(), &step));
             },
         );
     }

@@ -7,6 +7,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::data::batch::{Batch, LossCompat, pack};
@@ -64,19 +65,17 @@ fn seconds(device: &WgpuDevice, f: impl FnOnce()) -> f64 {
 fn step(model: &Llama<Wgpu>, batch: &Batch, keep: Keep) {
     let grads = forward_backward(model, DeviceBatch::new(model, batch), BETA, 1.0, keep).lora;
     let norm = grad_norm(&grads);
-    for (parameter, grad) in lora::parameters(model).into_iter().zip(grads) {
-        let moments = [parameter.zeros_like(), parameter.zeros_like()];
-        adamw(parameter, grad, moments, norm.clone(), &STEP);
-    }
+    let parameters = lora::parameters(model);
+    let moments = [(); 2].map(|()| parameters.iter().map(Tensor::zeros_like).collect());
+    adamw(parameters, grads, moments, norm, &STEP);
 }
 
 fn plain_step(model: &Llama<Wgpu>, batch: &Batch) {
     let (_, grads) = plain::forward_backward(model, batch, BETA);
     let norm = grad_norm_reference(&grads);
-    for (parameter, grad) in lora::parameters(model).into_iter().zip(grads) {
-        let moments = [parameter.zeros_like(), parameter.zeros_like()];
-        adamw_reference(parameter, grad, moments, norm.clone(), &STEP);
-    }
+    let parameters = lora::parameters(model);
+    let moments = [(); 2].map(|()| parameters.iter().map(Tensor::zeros_like).collect());
+    adamw_reference(parameters, grads, moments, norm, &STEP);
 }
 
 fn median(mut times: Vec<f64>) -> f64 {

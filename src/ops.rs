@@ -211,13 +211,13 @@ pub trait Kernels: Backend {
 
     /// See [`adamw`](adamw::adamw).
     fn adamw(
-        parameter: Tensor<Self, 2>,
-        grad: Tensor<Self, 2>,
-        moments: [Tensor<Self, 2>; 2],
+        parameters: Vec<Tensor<Self, 2>>,
+        grads: Vec<Tensor<Self, 2>>,
+        moments: [Vec<Tensor<Self, 2>>; 2],
         norm: Tensor<Self, 1>,
         step: &AdamWStep,
-    ) -> (Tensor<Self, 2>, [Tensor<Self, 2>; 2]) {
-        adamw::adamw_reference(parameter, grad, moments, norm, step)
+    ) -> (Vec<Tensor<Self, 2>>, [Vec<Tensor<Self, 2>>; 2]) {
+        adamw::adamw_reference(parameters, grads, moments, norm, step)
     }
 }
 

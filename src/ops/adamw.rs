@@ -12,13 +12,14 @@
 //! it is.
 
 use burn::cubecl;
+use burn::cubecl::client::ComputeClient;
 use burn::cubecl::prelude::*;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Bool, DType, Shape, Tensor};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::cube::{THREADS, arrays, bytes, cube_sum, empty, lane_sum, one_thread_each, owned, vector_width};
+use super::cube::{THREADS, arrays, bytes, cube_sum, empty, lane_sum, owned, vector_width};
 use super::{Kernels, profile};
 
 /// One step's settings.
@@ -51,24 +52,27 @@ pub fn grad_norm<B: Kernels>(grads: &[Tensor<B, 2>]) -> Tensor<B, 1> {
     B::grad_norm(grads)
 }
 
-/// Updates one tensor: the parameter and its first and second moment.
+/// Updates tensors: the parameters and their first and second moments, in the order of the parameters.
 ///
 /// # Shapes
-/// - `parameter`, `grad`, `moments`: the same   - `norm`: `[1]`, of [`grad_norm`]
+/// - of each parameter its gradient and its moments have that of the parameter   - `norm`: `[1]`, of [`grad_norm`]
 ///
 /// # Panics
-/// If shapes differ.
+/// If numbers of tensors differ, or shapes.
 pub fn adamw<B: Kernels>(
-    parameter: Tensor<B, 2>,
-    grad: Tensor<B, 2>,
-    moments: [Tensor<B, 2>; 2],
+    parameters: Vec<Tensor<B, 2>>,
+    grads: Vec<Tensor<B, 2>>,
+    moments: [Vec<Tensor<B, 2>>; 2],
     norm: Tensor<B, 1>,
     step: &AdamWStep,
-) -> (Tensor<B, 2>, [Tensor<B, 2>; 2]) {
-    for t in [&grad, &moments[0], &moments[1]] {
-        assert_eq!(t.dims(), parameter.dims(), "adamw: shape against the parameter's");
+) -> (Vec<Tensor<B, 2>>, [Vec<Tensor<B, 2>>; 2]) {
+    for tensors in [&grads, &moments[0], &moments[1]] {
+        assert_eq!(tensors.len(), parameters.len(), "adamw: number of tensors against the parameters'");
+        for (tensor, parameter) in tensors.iter().zip(&parameters) {
+            assert_eq!(tensor.dims(), parameter.dims(), "adamw: shape against the parameter's");
+        }
     }
-    B::adamw(parameter, grad, moments, norm, step)
+    B::adamw(parameters, grads, moments, norm, step)
 }
 
 /// [`grad_norm`] in plain burn tensors.
@@ -78,17 +82,31 @@ pub fn grad_norm_reference<B: Backend>(grads: &[Tensor<B, 2>]) -> Tensor<B, 1> {
 
 /// [`adamw`] in plain burn tensors.
 pub fn adamw_reference<B: Backend>(
+    parameters: Vec<Tensor<B, 2>>,
+    grads: Vec<Tensor<B, 2>>,
+    [m, v]: [Vec<Tensor<B, 2>>; 2],
+    norm: Tensor<B, 1>,
+    step: &AdamWStep,
+) -> (Vec<Tensor<B, 2>>, [Vec<Tensor<B, 2>>; 2]) {
+    let tensors = parameters.into_iter().zip(grads).zip(m.into_iter().zip(v));
+    let updated = tensors.map(|((parameter, grad), (m, v))| updated(parameter, grad, [m, v], &norm, step));
+    let (parameters, moments): (_, Vec<_>) = updated.map(|[parameter, m, v]| (parameter, (m, v))).unzip();
+    let (m, v) = moments.into_iter().unzip();
+    (parameters, [m, v])
+}
+
+fn updated<B: Backend>(
     parameter: Tensor<B, 2>,
     grad: Tensor<B, 2>,
     [m, v]: [Tensor<B, 2>; 2],
-    norm: Tensor<B, 1>,
+    norm: &Tensor<B, 1>,
     step: &AdamWStep,
-) -> (Tensor<B, 2>, [Tensor<B, 2>; 2]) {
+) -> [Tensor<B, 2>; 3] {
     let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t, loss_scale } =
         step;
     let shape = parameter.dims();
     let is_finite: Tensor<B, 2, Bool> = norm.clone().is_finite().unsqueeze::<2>().expand(shape);
-    let (grad, norm) = (grad / loss_scale, norm / loss_scale);
+    let (grad, norm) = (grad / loss_scale, norm.clone() / loss_scale);
     let grad = match max_grad_norm > 0.0 {
         true => grad * ((norm + 1e-6).recip() * max_grad_norm).clamp_max(1.0).unsqueeze::<2>(),
         false => grad,
@@ -101,13 +119,41 @@ pub fn adamw_reference<B: Backend>(
     let updated = parameter.clone() * (1.0 - learning_rate * weight_decay)
         - new_m.clone() / denominator * (learning_rate / correction1);
     let chosen = |old: Tensor<B, 2>, new: Tensor<B, 2>| old.mask_where(is_finite.clone(), new);
-    (chosen(parameter, updated), [chosen(m, new_m), chosen(v, new_v)])
+    [chosen(parameter, updated), chosen(m, new_m), chosen(v, new_v)]
 }
 
-/// Gradients whose squares one launch sums. With the sums and the launch's sizes these are the eight buffers of every device.
-const GRADS: usize = 6;
-/// The most cubes that share a gradient.
+/// The most tensors that share a launch. A model has hundreds, of a few thousand entries each: a GPU takes longer to begin such a kernel
+/// than to run it.
+const TENSORS: usize = 16;
+/// The most cubes that share a gradient's sum.
 const MAX_PARTS: u32 = 128;
+/// The most that share an update.
+const MAX_CUBES: u32 = 1 << 14;
+
+/// How many tensors share a launch that takes so many buffers for each, one beside them and the launch's sizes.
+fn tensors_of_launch<R: CubeRuntime>(client: &ComputeClient<R>, buffers: usize) -> usize {
+    let most = client.properties().hardware.max_bindings as usize;
+    (most.saturating_sub(2) / buffers).clamp(1, TENSORS)
+}
+
+/// Elements of a vector that the rows of all tensors are whole ones of.
+fn shared_width<R: CubeRuntime>(tensors: &[CubeTensor<R>]) -> usize {
+    tensors.iter().map(|tensor| vector_width(tensor.meta.num_elements())).min().unwrap_or(1)
+}
+
+/// How many vectors each tensor has.
+fn lengths<R: CubeRuntime>(tensors: &[CubeTensor<R>], width: usize) -> SequenceArg<R, usize> {
+    let mut lengths = SequenceArg::new();
+    for tensor in tensors {
+        lengths.push(tensor.meta.num_elements() / width);
+    }
+    lengths
+}
+
+/// How many elements the longest has.
+fn longest<R: CubeRuntime>(tensors: &[CubeTensor<R>]) -> u32 {
+    tensors.iter().map(|tensor| tensor.meta.num_elements() as u32).max().unwrap_or(1)
+}
 
 /// Each cube sums the squares of a part of one gradient.
 #[cube(launch_unchecked)]
@@ -151,14 +197,15 @@ fn norm_kernel(sums: &Array<f32>, norm: &mut Array<f32>, n_sums: usize) {
     }
 }
 
+/// The cubes of a row share a tensor.
 #[cube(launch_unchecked)]
 fn update_kernel<N: Size>(
-    grad: &Array<Vector<f32, N>>,
+    grads: &Sequence<Array<Vector<f32, N>>>,
     norm: &Array<f32>,
-    parameter: &mut Array<Vector<f32, N>>,
-    m: &mut Array<Vector<f32, N>>,
-    v: &mut Array<Vector<f32, N>>,
-    vectors: usize,
+    parameters: &mut Sequence<Array<Vector<f32, N>>>,
+    m: &mut Sequence<Array<Vector<f32, N>>>,
+    v: &mut Sequence<Array<Vector<f32, N>>>,
+    lengths: &Sequence<usize>,
     max_grad_norm: f32,
     inverse_scale: f32,
     betas: (f32, f32),
@@ -171,19 +218,29 @@ fn update_kernel<N: Size>(
 ) {
     // An exponent of ones is infinity or NaN. A comparison of floats is no test: compilers may take them for finite.
     let is_finite = u32::reinterpret(norm[0]) & 0x7f80_0000 != 0x7f80_0000;
-    if is_finite && ABSOLUTE_POS < vectors {
-        let mut g = grad[ABSOLUTE_POS] * Vector::new(inverse_scale);
-        if comptime!(clips) {
-            g *= Vector::new(min(max_grad_norm / (norm[0] * inverse_scale + 1e-6), 1.0f32));
+    let mut factor = inverse_scale;
+    if comptime!(clips) {
+        factor *= min(max_grad_norm / (norm[0] * inverse_scale + 1e-6), 1.0f32);
+    }
+    #[unroll]
+    for i in 0..grads.len() {
+        if is_finite && CUBE_POS_Y as usize == i {
+            let (grad, parameter) = (grads.index(i), parameters.index_mut(i));
+            let (m, v) = (m.index_mut(i), v.index_mut(i));
+            let mut at = (CUBE_POS_X * THREADS + UNIT_POS) as usize;
+            while at < lengths[i] {
+                let g = grad[at] * Vector::new(factor);
+                let new_m = m[at] * Vector::new(betas.0) + g * Vector::new(remainders.0);
+                let new_v = v[at] * Vector::new(betas.1) + g * g * Vector::new(remainders.1);
+                let denominator = new_v.sqrt() * Vector::new(inverse_root_correction) + Vector::new(epsilon);
+                let updated =
+                    parameter[at] * Vector::new(decay) - new_m / denominator * Vector::new(step_size);
+                parameter[at] = updated;
+                m[at] = new_m;
+                v[at] = new_v;
+                at += (CUBE_COUNT_X * THREADS) as usize;
+            }
         }
-        let new_m = m[ABSOLUTE_POS] * Vector::new(betas.0) + g * Vector::new(remainders.0);
-        let new_v = v[ABSOLUTE_POS] * Vector::new(betas.1) + g * g * Vector::new(remainders.1);
-        let denominator = new_v.sqrt() * Vector::new(inverse_root_correction) + Vector::new(epsilon);
-        let updated =
-            parameter[ABSOLUTE_POS] * Vector::new(decay) - new_m / denominator * Vector::new(step_size);
-        parameter[ABSOLUTE_POS] = updated;
-        m[ABSOLUTE_POS] = new_m;
-        v[ABSOLUTE_POS] = new_v;
     }
 }
 
@@ -191,20 +248,14 @@ fn update_kernel<N: Size>(
 pub(super) fn launch_norm<R: CubeRuntime>(grads: Vec<CubeTensor<R>>) -> CubeTensor<R> {
     let like = grads[0].clone();
     let client = like.client.clone();
-    let parts = |grads: &[CubeTensor<R>]| {
-        let longest = grads.iter().map(|grad| grad.meta.num_elements()).max().unwrap_or(1);
-        (longest as u32).div_ceil(4 * THREADS).clamp(1, MAX_PARTS)
-    };
-    let n_sums = grads.chunks(GRADS).map(|grads| grads.len() * parts(grads) as usize).sum();
+    let parts = |grads: &[CubeTensor<R>]| longest(grads).div_ceil(4 * THREADS).clamp(1, MAX_PARTS);
+    let grads = grads.chunks(tensors_of_launch(&client, 1));
+    let n_sums = grads.clone().map(|grads| grads.len() * parts(grads) as usize).sum();
     let sums = empty(&like, Shape::new([n_sums]), DType::F32);
     let norm = empty(&like, Shape::new([1]), DType::F32);
     let mut first_sum = 0;
-    for grads in grads.chunks(GRADS) {
-        let width = grads.iter().map(|grad| vector_width(grad.meta.num_elements())).min().unwrap_or(1);
-        let mut lengths = SequenceArg::new();
-        for grad in grads {
-            lengths.push(grad.meta.num_elements() / width);
-        }
+    for grads in grads {
+        let width = shared_width(grads);
         let bytes = bytes(&grads.iter().collect::<Vec<_>>());
         let elements = bytes / size_of::<f32>();
         let cubes = CubeCount::new_2d(parts(grads), grads.len() as u32);
@@ -219,7 +270,7 @@ pub(super) fn launch_norm<R: CubeRuntime>(grads: Vec<CubeTensor<R>>) -> CubeTens
                     width,
                     arrays(grads),
                     sums.clone().into_array_arg(),
-                    lengths,
+                    lengths(grads, width),
                     first_sum,
                 );
             }
@@ -243,49 +294,53 @@ pub(super) fn launch_norm<R: CubeRuntime>(grads: Vec<CubeTensor<R>>) -> CubeTens
     norm
 }
 
-/// Launches the update of one tensor, in place: a tensor that others hold too is copied first.
+/// Launches the updates of tensors, a few at a time, in place: a tensor that others hold too is copied first.
 pub(super) fn launch_update<R: CubeRuntime>(
-    parameter: CubeTensor<R>,
-    grad: CubeTensor<R>,
-    [m, v]: [CubeTensor<R>; 2],
-    norm: CubeTensor<R>,
+    parameters: Vec<CubeTensor<R>>,
+    grads: &[CubeTensor<R>],
+    moments: [Vec<CubeTensor<R>>; 2],
+    norm: &CubeTensor<R>,
     step: &AdamWStep,
-) -> (CubeTensor<R>, [CubeTensor<R>; 2]) {
-    let (parameter, m, v) = (owned(parameter), owned(m), owned(v));
+) -> (Vec<CubeTensor<R>>, [Vec<CubeTensor<R>>; 2]) {
+    let owned = |tensors: Vec<CubeTensor<R>>| tensors.into_iter().map(owned).collect::<Vec<_>>();
+    let (parameters, [m, v]) = (owned(parameters), moments.map(owned));
     let &AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, t, loss_scale } =
         step;
     let [correction1, correction2] = [beta1, beta2].map(|beta| 1.0 - beta.powi(t as i32));
-    let client = parameter.client.clone();
-    let width = vector_width(parameter.meta.num_elements());
-    let vectors = parameter.meta.num_elements() / width;
-    let (cubes, cube) = one_thread_each(&client, vectors);
-    let bytes = bytes(&[&grad, &parameter, &m, &v, &parameter, &m, &v]);
-    profile::kernel("adamw", 15 * vectors * width, bytes, &client, || {
-        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: the one index is held against the number of vectors, which all arrays have.
-        unsafe {
-            update_kernel::launch_unchecked::<R>(
-                &client,
-                cubes,
-                cube,
-                width,
-                grad.into_array_arg(),
-                norm.into_array_arg(),
-                parameter.clone().into_array_arg(),
-                m.clone().into_array_arg(),
-                v.clone().into_array_arg(),
-                vectors,
-                max_grad_norm as f32,
-                (1.0 / loss_scale) as f32,
-                (beta1 as f32, beta2 as f32),
-                ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
-                (1.0 - learning_rate * weight_decay) as f32,
-                (learning_rate / correction1) as f32,
-                (1.0 / correction2.sqrt()) as f32,
-                epsilon as f32,
-                max_grad_norm > 0.0,
-            );
-        }
-    });
-    (parameter, [m, v])
+    let client = &norm.client;
+    let n_tensors = tensors_of_launch(client, 4);
+    for (i, grads) in grads.chunks(n_tensors).enumerate() {
+        let of_launch = |tensors: &[CubeTensor<R>]| arrays(&tensors[i * n_tensors..][..grads.len()]);
+        let width = shared_width(grads);
+        let cubes = longest(grads).div_ceil(width as u32 * THREADS).min(MAX_CUBES);
+        let read = bytes(&grads.iter().collect::<Vec<_>>());
+        profile::kernel("adamw", 15 * read / size_of::<f32>(), 7 * read, client, || {
+            #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+            // SAFETY: an index is held against the number of vectors, which a parameter's arrays all have.
+            unsafe {
+                update_kernel::launch_unchecked::<R>(
+                    client,
+                    CubeCount::new_2d(cubes, grads.len() as u32),
+                    CubeDim::new_1d(THREADS),
+                    width,
+                    arrays(grads),
+                    norm.clone().into_array_arg(),
+                    of_launch(&parameters),
+                    of_launch(&m),
+                    of_launch(&v),
+                    lengths(grads, width),
+                    max_grad_norm as f32,
+                    (1.0 / loss_scale) as f32,
+                    (beta1 as f32, beta2 as f32),
+                    ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
+                    (1.0 - learning_rate * weight_decay) as f32,
+                    (learning_rate / correction1) as f32,
+                    (1.0 / correction2.sqrt()) as f32,
+                    epsilon as f32,
+                    max_grad_norm > 0.0,
+                );
+            }
+        });
+    }
+    (parameters, [m, v])
 }

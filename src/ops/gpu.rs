@@ -143,15 +143,17 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
     }
 
     fn adamw(
-        parameter: Tensor<Self, 2>,
-        grad: Tensor<Self, 2>,
-        moments: [Tensor<Self, 2>; 2],
+        parameters: Vec<Tensor<Self, 2>>,
+        grads: Vec<Tensor<Self, 2>>,
+        moments: [Vec<Tensor<Self, 2>>; 2],
         norm: Tensor<Self, 1>,
         step: &AdamWStep,
-    ) -> (Tensor<Self, 2>, [Tensor<Self, 2>; 2]) {
-        let (parameter, grad, norm) = (input(parameter), input(grad), input(norm));
-        let (parameter, moments) = adamw::launch_update(parameter, grad, moments.map(input), norm, step);
-        (tensor(parameter), moments.map(tensor))
+    ) -> (Vec<Tensor<Self, 2>>, [Vec<Tensor<Self, 2>>; 2]) {
+        let inputs = |tensors: Vec<Tensor<Self, 2>>| tensors.into_iter().map(input).collect::<Vec<_>>();
+        let (parameters, grads, moments) = (inputs(parameters), inputs(grads), moments.map(inputs));
+        let (parameters, moments) = adamw::launch_update(parameters, &grads, moments, &input(norm), step);
+        let tensors = |primitives: Vec<_>| primitives.into_iter().map(tensor).collect();
+        (tensors(parameters), moments.map(tensors))
     }
 
     fn attention_forward(

@@ -69,14 +69,19 @@ impl<B: Backend> AdamW<B> {
             t: self.n_updates,
             loss_scale,
         };
-        let moments = std::mem::take(&mut self.exp_avg).into_iter().zip(std::mem::take(&mut self.exp_avg_sq));
-        for ((slot, grad), (m, v)) in parameters.into_iter().zip(grads).zip(moments) {
-            // Something stands in for the parameter meanwhile, so that nobody else holds it and it is updated in its place.
-            let parameter = std::mem::replace(slot, norm.clone().reshape([1, 1]));
-            let (parameter, [m, v]) = adamw(parameter, grad, [m, v], norm.clone(), &step);
+        // Something stands in for each parameter meanwhile, so that nobody else holds it and it is updated in its place.
+        let (slots, parameters): (Vec<_>, Vec<_>) = parameters
+            .into_iter()
+            .map(|slot| {
+                let parameter = std::mem::replace(slot, norm.clone().reshape([1, 1]));
+                (slot, parameter)
+            })
+            .unzip();
+        let moments = [&mut self.exp_avg, &mut self.exp_avg_sq].map(std::mem::take);
+        let (parameters, moments) = adamw(parameters, grads, moments, norm.clone(), &step);
+        [self.exp_avg, self.exp_avg_sq] = moments;
+        for (slot, parameter) in slots.into_iter().zip(parameters) {
             *slot = parameter;
-            self.exp_avg.push(m);
-            self.exp_avg_sq.push(v);
         }
     }
 }

@@ -19,9 +19,9 @@ const STEPS: usize = 32;
 const BETA: f32 = 0.2;
 
 type Matrix = Tensor<Wgpu, 2>;
-type Moments = [Matrix; 2];
-/// Parameters, gradients, moments and the step's number to the parameters after it.
-type Update = fn(&[Matrix], Vec<Matrix>, &mut Vec<Moments>, usize) -> Vec<Matrix>;
+type Moments = [Vec<Matrix>; 2];
+/// Parameters, gradients, moments and the step's number to the parameters and moments after it.
+type Update = fn(Vec<Matrix>, Vec<Matrix>, Moments, usize) -> (Vec<Matrix>, Moments);
 
 /// What one side does: a batch's loss and gradients, and the update they make.
 struct Side {
@@ -36,7 +36,7 @@ const KERNELS: Side = Side {
     },
     update: |parameters, grads, moments, t| {
         let norm = grad_norm(&grads);
-        update(parameters, grads, moments, |p, g, m| adamw(p, g, m, norm.clone(), &settings(t)))
+        adamw(parameters, grads, moments, norm, &settings(t))
     },
 };
 
@@ -47,24 +47,9 @@ const PLAIN: Side = Side {
     },
     update: |parameters, grads, moments, t| {
         let norm = grad_norm_reference(&grads);
-        update(parameters, grads, moments, |p, g, m| adamw_reference(p, g, m, norm.clone(), &settings(t)))
+        adamw_reference(parameters, grads, moments, norm, &settings(t))
     },
 };
-
-fn update(
-    parameters: &[Matrix],
-    grads: Vec<Matrix>,
-    moments: &mut Vec<Moments>,
-    one: impl Fn(Matrix, Matrix, Moments) -> (Matrix, Moments),
-) -> Vec<Matrix> {
-    let old = std::mem::take(moments);
-    let updated = parameters.iter().zip(grads).zip(old).map(|((p, g), m)| {
-        let (p, m) = one(p.clone(), g, m);
-        moments.push(m);
-        p
-    });
-    updated.collect()
-}
 
 fn settings(t: usize) -> AdamWStep {
     AdamWStep {
@@ -82,11 +67,13 @@ fn settings(t: usize) -> AdamWStep {
 /// The losses of the steps, each before its update.
 fn losses(side: &Side, case: &Case, device: &WgpuDevice) -> Vec<f32> {
     let (mut model, _) = case.adapted::<Wgpu>(device);
-    let mut moments = lora::parameters(&model).iter().map(|p| [p.zeros_like(), p.zeros_like()]).collect();
+    let zeros = || lora::parameters(&model).iter().map(Tensor::zeros_like).collect();
+    let mut moments = [zeros(), zeros()];
     let steps = (1..=STEPS).map(|t| {
         let pairs: Vec<_> = (0..2).map(|i| &case.pairs[(2 * t + i) % case.pairs.len()]).collect();
         let (loss, grads) = (side.step)(&model, &pack(&pairs, LossCompat::Trl));
-        let updated = (side.update)(&lora::parameters(&model), grads, &mut moments, t);
+        let updated;
+        (updated, moments) = (side.update)(lora::parameters(&model), grads, std::mem::take(&mut moments), t);
         for (slot, tensor) in lora::tensors_mut(&mut model).into_iter().zip(updated) {
             *slot = tensor;
         }
