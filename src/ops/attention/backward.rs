@@ -6,8 +6,9 @@ use burn::cubecl::prelude::*;
 use super::bounds::{Bounds, seeing, sees};
 use super::lines::{Block, Quad, key_lines, query_lines};
 use super::tile::{Form, Room, Tile, column, thread_m, thread_n};
+use crate::ops::cube::THREADS;
 
-/// `(lse, D)` of every query's head, `[queries, heads, 2]`, where `D = Σ dout · out`; a thread a query's head.
+/// `(lse, D)` of every query's head, `[queries, heads, 2]`, where `D = Σ dout · out`; a few threads a query's head.
 #[cube(launch_unchecked)]
 pub(super) fn row_stats<F: Float>(
     dout: &Array<Quad<F>>,
@@ -16,17 +17,29 @@ pub(super) fn row_stats<F: Float>(
     stats: &mut Array<f32>,
     n_lines: u32,
     #[comptime] quads: usize,
+    #[comptime] threads: usize,
     #[define(F)] _dtype: StorageType,
 ) {
-    let line = ABSOLUTE_POS;
-    if line < n_lines as usize {
-        let mut sum = Quad::<f32>::new(0.0f32);
-        for quad in 0..quads {
-            let at = line * quads + quad;
-            sum += Quad::cast_from(dout[at]) * Quad::cast_from(out[at]);
+    let line = ABSOLUTE_POS / threads;
+    let turn = ABSOLUTE_POS % threads;
+    let begin = min(line, n_lines as usize - 1) * quads;
+    let mut sums = Quad::<f32>::new(0.0f32);
+    for quad in range_stepped(begin + turn, begin + quads, threads) {
+        sums += Quad::cast_from(dout[quad]) * Quad::cast_from(out[quad]);
+    }
+    let mut sum = sums[0] + sums[1] + sums[2] + sums[3];
+    if comptime!(threads > 1) {
+        let mut shared = SharedMemory::<f32>::new(comptime!(THREADS as usize));
+        shared[UNIT_POS as usize] = sum;
+        sync_cube();
+        #[unroll]
+        for i in 1..threads {
+            sum += shared[(UNIT_POS as usize + i) % comptime!(THREADS as usize)];
         }
+    }
+    if turn == 0 && line < n_lines as usize {
         stats[2 * line] = lse[line];
-        stats[2 * line + 1] = sum[0] + sum[1] + sum[2] + sum[3];
+        stats[2 * line + 1] = sum;
     }
 }
 

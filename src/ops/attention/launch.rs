@@ -132,7 +132,7 @@ pub fn attention_backward<R: Engine>(
         #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
         // SAFETY: lines are held against their number, quads against the line's, and every loop counts up to a bound.
         unsafe {
-            let (cubes, cube) = one_thread_each(&client, n_lines);
+            let (cubes, cube) = one_thread_each(&client, n_lines * tile.line_threads());
             backward::row_stats::launch_unchecked::<R>(
                 &client,
                 cubes,
@@ -143,6 +143,7 @@ pub fn attention_backward<R: Engine>(
                 stats.clone().into_array_arg(),
                 n_lines as u32,
                 form.quads,
+                tile.line_threads(),
                 dtype,
             );
             if let Units::Mma(unit) = tile.units {

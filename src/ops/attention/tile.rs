@@ -59,6 +59,12 @@ impl Tile {
     pub const fn block_n(&self) -> usize {
         self.threads_n * self.columns
     }
+
+    /// Threads that share a line where each line is read once: on a GPU neighbours read what lies side by side, a software adapter's lanes
+    /// a line each.
+    pub(super) const fn line_threads(&self) -> usize {
+        if matches!(self.units, Units::Registers { stage: 0 }) { 1 } else { 8 }
+    }
 }
 
 /// What a kernel is compiled for besides the tile.
