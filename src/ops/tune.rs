@@ -54,6 +54,9 @@ pub trait Tunable: 'static {
     /// How many products of two entries each entry of the output sums, the adapter's included.
     fn depth(kind: Self::Kind) -> usize;
 
+    /// The same product of the next larger number of [`like_rows`].
+    fn of_more_rows(kind: Self::Kind) -> Self::Kind;
+
     /// What is worth timing, the rule's choice first.
     fn candidates(client: &ComputeClient<Self::Runtime>, kind: Self::Kind) -> Vec<Self::Choice>;
 
@@ -124,7 +127,7 @@ pub enum Verdict<C> {
 }
 
 /// Raised with every change of what is timed or held to be right: older timings say something else.
-pub const METHOD: u32 = 6;
+pub const METHOD: u32 = 7;
 /// Products of fewer operations are not timed: there is nothing to win.
 pub const LEAST_FLOPS: f64 = 1e8;
 /// Times that each way of making a product is timed, at least.
@@ -136,14 +139,29 @@ const FAR_SLOWER: f64 = 8.0;
 /// The shortest span that is timed.
 const LEAST_MS: f64 = 5.0;
 
-/// The rows for which all products stand whose rows round up to this power of two: as many as are in the middle between it and the
-/// one before, and no multiple of a block's, as a batch's tokens are none.
-pub fn typical_rows(power_of_two: usize) -> usize {
-    3 * power_of_two / 4 + 1
+/// What so many rows count as: the next power of two, or three quarters of it. Which tile is fastest depends on how many there are.
+pub fn like_rows(rows: usize) -> usize {
+    let power = rows.checked_next_power_of_two().unwrap_or(rows);
+    let before = power / 4 * 3;
+    if rows <= before { before } else { power }
 }
 
-/// What is known of a kind of product on a device.
+/// The rows for which all products stand that count as so many: as many as are in the middle between them and the next fewer, and no
+/// multiple of a block's, as a batch's tokens are none.
+pub fn typical_rows(like: usize) -> usize {
+    let fewer = if like.is_power_of_two() { like / 4 * 3 } else { like / 3 * 2 };
+    usize::midpoint(fewer, like) + 1
+}
+
+/// What is known of a kind of product on a device. A run times its longest rows and the usual ones: of others it is what is known of
+/// up to twice as many.
 pub fn verdict<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind) -> Verdict<E::Choice> {
+    let kinds = std::iter::successors(Some(kind), |&kind| Some(E::of_more_rows(kind))).take(3);
+    let mut verdicts = kinds.map(|kind| verdict_of::<E>(device, kind));
+    verdicts.find(|verdict| *verdict != Verdict::Untried).unwrap_or(Verdict::Untried)
+}
+
+fn verdict_of<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind) -> Verdict<E::Choice> {
     with_tried::<E, _>(device, kind, |tried| {
         let time =
             |&(choice, outcome)| if let Outcome::Right(ms) = outcome { Some((choice, ms)) } else { None };
@@ -351,4 +369,22 @@ fn time<E: Tunable>(
         rounds += 1;
     }
     times
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_count_as_a_few_more_and_are_timed_between_these_and_fewer() {
+        for rows in 1..5000 {
+            let like = like_rows(rows);
+            assert!(rows <= like && 2 * like <= 3 * rows, "{rows} rows as {like}");
+            assert_eq!(like_rows(like), like, "{rows} rows");
+            let typical = typical_rows(like);
+            assert_eq!(like_rows(typical), like, "{typical} rows stand for those like {like}");
+        }
+        assert_eq!([1534, 1537].map(like_rows), [1536, 2048]);
+        assert_eq!([1536, 2048].map(typical_rows), [1281, 1793]);
+    }
 }

@@ -22,12 +22,12 @@ use super::extended::{Pair, Place, is_turned, launch};
 use super::product::{Adapter, Rest, has_matrices, turned};
 use super::{Engine, warpgroup};
 use crate::ops::cube::empty;
-use crate::ops::tune::{self, LEFT, LinearKind, RIGHT, Table, Tunable, typical_rows};
+use crate::ops::tune::{self, LEFT, LinearKind, RIGHT, Table, Tunable, like_rows, typical_rows};
 
 /// What the time of a product depends on: `[m, depth] · [depth, n]` of 16-bit entries, summed in `f32`, with an adapter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RouteKind {
-    /// Rows of the output, rounded up to a power of two.
+    /// What the output's rows count as, see [`like_rows`].
     pub m: usize,
     /// Columns of the output.
     pub n: usize,
@@ -49,7 +49,7 @@ impl RouteKind {
     /// The kind of a product of these tensors.
     pub(super) fn of<R: CubeRuntime>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) -> Self {
         let ([m, depth], [_, n]) = ([0, 1].map(|i| lhs.meta.shape()[i]), [0, 1].map(|i| rhs.meta.shape()[i]));
-        let (rank, m) = (rest.rank(), m.next_power_of_two());
+        let (rank, m) = (rest.rank(), like_rows(m));
         let (is_turned, has_addend) = (is_turned(rhs), rest.addend.is_some());
         Self { m, n, depth, rank, is_turned, dtype: rhs.dtype, out: rest.dtype, has_addend }
     }
@@ -191,7 +191,7 @@ impl<R: Engine> Tunable for Routes<R> {
     fn of_linear(linear: LinearKind) -> [RouteKind; 2] {
         let LinearKind { extents, dtype, joins_stream, shares_input } = linear;
         let [tokens, n_in, n_out, rank] = extents.map(|n| n as usize);
-        let m = tokens.next_power_of_two();
+        let m = like_rows(tokens);
         let out = if joins_stream { DType::F32 } else { dtype };
         let kind = RouteKind {
             m,
@@ -214,6 +214,10 @@ impl<R: Engine> Tunable for Routes<R> {
                 ..kind
             },
         ]
+    }
+
+    fn of_more_rows(kind: RouteKind) -> RouteKind {
+        RouteKind { m: like_rows(kind.m + 1), ..kind }
     }
 
     fn flops(kind: RouteKind) -> f64 {

@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{Device, Floats, Scratch};
 use crate::ops::kernel::{Cut, Element, Elements, Layout, products_revision};
-use crate::ops::tune::{LinearKind, Table, Tunable, typical_rows};
+use crate::ops::tune::{LinearKind, Table, Tunable, like_rows, typical_rows};
 
 /// What the time of a product depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CutKind {
     /// How the operands lie in memory.
     pub layout: Layout,
-    /// Rows of the output, rounded up to a power of two.
+    /// What the output's rows count as, see [`like_rows`].
     pub m: u32,
     /// Columns of the output.
     pub n: u32,
@@ -30,9 +30,7 @@ pub struct CutKind {
 impl CutKind {
     /// The kind of a product of these extents.
     pub fn new(layout: Layout, [m, n, depth, rank]: [u32; 4], elements: Elements) -> Self {
-        // A product of more rows than that is no product of any model.
-        let m = m.checked_next_power_of_two().unwrap_or(m);
-        Self { layout, m, n, depth, rank, elements }
+        Self { layout, m: like_rows(m as usize) as u32, n, depth, rank, elements }
     }
 
     /// Rows of the product that stands for all of this kind.
@@ -84,6 +82,10 @@ impl Tunable for Cuts {
             CutKind::new(Layout::RowsRows, [tokens, n_out, n_in, rank], forward),
             CutKind::new(Layout::RowsColumns, [tokens, n_in, n_out, rank], backward),
         ]
+    }
+
+    fn of_more_rows(kind: CutKind) -> CutKind {
+        CutKind { m: like_rows(kind.m as usize + 1) as u32, ..kind }
     }
 
     fn flops(kind: CutKind) -> f64 {

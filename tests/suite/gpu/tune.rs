@@ -134,6 +134,23 @@ fn tuning_without_time_times_nothing() {
     assert_eq!(tune::verdict::<Cuts>(&device, kind), Verdict::Untried);
 }
 
+#[test]
+fn what_was_not_timed_follows_what_has_a_few_more_rows() {
+    let Some(device) = adapter() else { return };
+    let kind = |rows| CutKind::new(Layout::RowsRows, [rows, 548, 520, 8], Elements::F32);
+    let choice = candidates(&device, kind(256))[1];
+    install(&device, &[kind(256)], choice, Some(1.0));
+    for (rows, verdict) in [
+        (256, Verdict::Fastest(choice)),
+        (190, Verdict::Fastest(choice)),
+        (97, Verdict::Fastest(choice)),
+        (96, Verdict::Untried),
+        (257, Verdict::Untried),
+    ] {
+        assert_eq!(tune::verdict::<Cuts>(&device, kind(rows)), verdict, "{rows} rows");
+    }
+}
+
 /// What a way can get wrong is seen, wherever it is in the output.
 #[test]
 fn a_wrong_product_is_seen() {
