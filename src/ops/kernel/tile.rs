@@ -231,6 +231,7 @@ impl MatrixTile {
     pub fn all(size: u32, lanes: u32) -> impl DoubleEndedIterator<Item = Self> {
         let cuts = [
             (128, 256, 32, 64, 64),
+            (128, 192, 32, 64, 48),
             (128, 128, 32, 64, 64),
             (128, 128, 32, 64, 32),
             (128, 128, 16, 64, 64),

@@ -9,8 +9,8 @@ use crate::ops::kernel::{
     BAND, Cut, DirectTile, Element, Elements, Layout, MAX_WORKGROUPS, MatrixTile, Tile,
 };
 
-/// Cuts of each kind that are worth timing.
-const MOST_CUTS: usize = 4;
+/// Cuts on matrices that are worth timing, and others.
+const MOST_CUTS: [usize; 2] = [5, 4];
 
 /// What a product is cut for.
 #[derive(Clone, Copy)]
@@ -92,10 +92,10 @@ impl Device {
         let matrices = matrices.filter(|tile| tile.shared_bytes() <= self.shared_bytes);
         let mut matrices: Vec<_> = matrices.map(Cut::Matrices).collect();
         let mut tiles = self.tiles();
-        for cuts in [&mut matrices, &mut tiles] {
+        for (cuts, most) in [&mut matrices, &mut tiles].into_iter().zip(MOST_CUTS) {
             cuts.retain(|&cut| blocks(cut, extents).iter().all(|&blocks| blocks <= MAX_WORKGROUPS));
             cuts.sort_by_key(|&cut| self.cost(cut, extents));
-            cuts.truncate(MOST_CUTS);
+            cuts.truncate(most);
         }
         matrices.extend(tiles);
         matrices
