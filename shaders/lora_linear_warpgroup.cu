@@ -23,6 +23,8 @@ typedef unsigned short u16;
 #define STAGE_BYTES (LEFT_BYTES + RIGHT_BYTES)
 #define MULTIPLIERS 2
 #define SUMS (TILE_N / 2)
+// Of the pairs of columns that a thread has, those that it writes at a time.
+#define BATCH 8
 
 #if BF16
 #define PAIR_TYPE "bf16x2"
@@ -106,23 +108,22 @@ __device__ float from_half(u16 bits) {
 #endif
 }
 
-__device__ void write_pair(Out *out, const Out *addend, u64 at, float first, float second) {
+// Neighbours in a row of the addend.
 #if OUT_F32
-#if HAS_ADDEND
-    const float2 more = *(const float2 *)(addend + at);
-    first += more.x;
-    second += more.y;
-#endif
-    *(float2 *)(out + at) = make_float2(first, second);
+typedef float2 Pair;
 #else
-#if HAS_ADDEND
-    const u32 more = *(const u32 *)(addend + at);
+typedef u32 Pair;
+#endif
+
+__device__ void write_pair(Out *out, float first, float second, Pair more) {
+#if OUT_F32
+    *(float2 *)out = make_float2(first + more.x, second + more.y);
+#else
     first += from_half((u16)more);
     second += from_half((u16)(more >> 16));
-#endif
     u32 pair;
     asm("cvt.rn." PAIR_TYPE ".f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    *(u32 *)(out + at) = pair;
+    *(u32 *)out = pair;
 #endif
 }
 
@@ -244,14 +245,29 @@ extern "C" __global__ void __launch_bounds__(128 * (1 + MULTIPLIERS), 1) lora_li
             }
             const u32 row = tile % tiles_of_split % tiles_m * TILE_M + part * 64 + thread / 32 * 16 + thread % 32 / 4;
             const u32 column = tile % tiles_of_split / tiles_m * TILE_N + thread % 4 * 2;
+            const u64 at = ((u64)split * m + row) * n + column;
 #pragma unroll
-            for (u32 i = 0; i < SUMS / 4; i++) {
-                if (column + 8 * i < n) {
+            for (u32 begin = 0; begin < SUMS / 4; begin += BATCH) {
+                // All are read before one is written: the output may be the addend, so that no compiler lets a load pass a store.
+                Pair more[BATCH][2] = {};
+#if HAS_ADDEND
+#pragma unroll
+                for (u32 i = 0; i < BATCH; i++) {
 #pragma unroll
                     for (u32 half = 0; half < 2; half++) {
-                        if (row + 8 * half < m) {
-                            const u64 at = ((u64)split * m + row + 8 * half) * n + column + 8 * i;
-                            write_pair(out, addend, at, sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]);
+                        if (column + 8 * (begin + i) < n && row + 8 * half < m) {
+                            more[i][half] = *(const Pair *)(addend + at + 8 * (half * (u64)n + begin + i));
+                        }
+                    }
+                }
+#endif
+#pragma unroll
+                for (u32 i = 0; i < BATCH; i++) {
+#pragma unroll
+                    for (u32 half = 0; half < 2; half++) {
+                        if (column + 8 * (begin + i) < n && row + 8 * half < m) {
+                            const float *pair = &sums[4 * (begin + i) + 2 * half];
+                            write_pair(out + at + 8 * (half * (u64)n + begin + i), pair[0], pair[1], more[i][half]);
                         }
                     }
                 }
