@@ -88,14 +88,16 @@ __device__ u32 pair(float first, float second) {
 }
 
 // Where a piece of one of LINES staged lines lies: neighbours of a column are in banks of their own. For whole warpgroups rows are of 64
-// entries, those of all lines behind each other.
-template <u32 LINES> __device__ u32 piece(u32 line, u32 i) {
+// entries, those of all lines behind each other. PITCH is from a piece to that of the next line, but for the bank.
 #if WARPGROUP
-    return (i / 8 * LINES + line) * 128 + ((i % 8 ^ (line & 7)) << 4);
-#else
-    return line * LINE_BYTES + ((i ^ (line & 7)) << 4);
-#endif
+#define PITCH 128
+template <u32 LINES> __device__ u32 piece(u32 line, u32 i) {
+    return (i / 8 * LINES + line) * PITCH + ((i % 8 ^ (line & 7)) << 4);
 }
+#else
+#define PITCH LINE_BYTES
+template <u32 LINES> __device__ u32 piece(u32 line, u32 i) { return line * PITCH + ((i ^ (line & 7)) << 4); }
+#endif
 
 // Lines of one tensor: of `per_token` heads from one on, token by token.
 struct Lines {
@@ -115,13 +117,15 @@ __device__ Lines key_lines(const u16 *tensor, const Sizes &sizes, u32 kv_head) {
     return {tensor + kv_head * HEAD_DIM, sizes.kv_heads * HEAD_DIM, 1, sizes.n_keys};
 }
 
-// Begins to copy lines; those past the end are the last one.
+// Begins to copy lines; those past the end are the last one. A thread's pieces lie in one column of the lines, as many lines apart as the
+// swizzle's pattern has, or a multiple.
 template <u32 N> __device__ void copy(u32 to, const Lines &lines, u32 first) {
+    const u32 line = threadIdx.x / PIECES, i = threadIdx.x % PIECES;
+    const u32 own = to + piece<N>(line, i);
 #pragma unroll
-    for (u32 item = threadIdx.x; item < N * PIECES; item += THREADS) {
-        const u32 line = item / PIECES, i = item % PIECES;
-        const u16 *from = lines.first + lines.start(min(first + line, lines.n_lines - 1)) + i * 8;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + piece<N>(line, i)), "l"(from) : "memory");
+    for (u32 apart = 0; apart < N; apart += THREADS / PIECES) {
+        const u16 *from = lines.first + lines.start(min(first + line + apart, lines.n_lines - 1)) + i * 8;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(own + apart * PITCH), "l"(from) : "memory");
     }
 }
 
@@ -180,26 +184,30 @@ template <int N> __device__ void pin(Sums<N> &sums) {
     }
 }
 
-// Before products of registers that were written meanwhile.
+// Before products of registers that were written meanwhile, and behind the last of them.
 __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-template <int N> __device__ void finish_products(Sums<N> &sums) {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+__device__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for all that was begun, but for the last PENDING, these sums among it.
+template <int PENDING, int N> __device__ void finish(Sums<N> &sums) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
     pin(sums);
 }
 
-// products[64, WALKED] = owned · walkedᵀ, of which a warp has its 16 owned lines; between `begin_products` and `finish_products`.
+// Begins products[64, WALKED] = owned · walkedᵀ, of which a warp has its 16 owned lines.
 __device__ void products(Sums<WALKED / 8> &sums, u32 owned, u32, u32 walked) {
+    begin_products();
 #pragma unroll
     for (u32 step = 0; step < DEPTH_STEPS; step++) {
         const u32 row = step / 4, entry = step % 4 * 32;
         multiply_lines(sums, descriptor(owned + row * OWNED * 128 + entry, 16, 1024),
                        descriptor(walked + row * WALKED * 128 + entry, 16, 1024), step);
     }
+    end_products();
 }
 
-// sums[64, HEAD_DIM] += weights[64, WALKED] · walked
+// Begins sums[64, HEAD_DIM] += weights[64, WALKED] · walked.
 __device__ void accumulate(Sums<HEAD_DIM / 8> &sums, const Sums<WALKED / 8> &weights, u32 walked) {
     u32 left[WALKED / 16][4];
 #pragma unroll
@@ -214,12 +222,10 @@ __device__ void accumulate(Sums<HEAD_DIM / 8> &sums, const Sums<WALKED / 8> &wei
     for (u32 k = 0; k < WALKED / 16; k++) {
         multiply_weights(sums, left[k], descriptor(walked + k * 16 * 128, WALKED * 128, 1024));
     }
-    finish_products(sums);
+    end_products();
 }
 #else
-__device__ void begin_products() {}
-
-template <int N> __device__ void finish_products(Sums<N> &) {}
+template <int, int N> __device__ void finish(Sums<N> &) {}
 
 // The part of a left operand of 16 lines from `line` on and 16 entries.
 __device__ void load_left(u32 (&to)[4], u32 lines, u32 line, u32 step) {
@@ -299,8 +305,16 @@ struct Bounds {
     }
 };
 
+// Without a branch: it is asked for each of a thread's scores.
 __device__ bool sees(const Visible &visible, u32 key) {
-    return (key >= visible.x && key < visible.y) || (key >= visible.z && key < visible.w);
+    return (key - visible.x < visible.y - visible.x) | (key - visible.z < visible.w - visible.z);
+}
+
+// 2 to this, and 0 where that is less than any normal number, for which a compiler would look.
+__device__ float exp2_of(float exponent) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+    return power;
 }
 
 __device__ void write_pair(u16 *to, float first, float second) { *(u32 *)to = pair(first, second); }
@@ -375,42 +389,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
         if (next < bounds.any.w) copy<WALKED>(room(turn + 2), keys, next);
         copied();
         Sums<WALKED / 8> scores;
-        begin_products();
         products(scores, owned, own, room(turn));
-        finish_products(scores);
-        const bool is_masked = !bounds.all_see(key, key + WALKED);
+        finish<0>(scores);
+        if (!bounds.all_see(key, key + WALKED)) {
+#pragma unroll
+            for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    if (!sees(visible[i / 2], key + 8 * n + lane % 4 * 2 + i % 2)) scores.at[n][i] = MASKED;
+                }
+            }
+        }
         float factors[2];
 #pragma unroll
         for (u32 half = 0; half < 2; half++) {
             float largest = maxima[half];
 #pragma unroll
             for (u32 n = 0; n < WALKED / 8; n++) {
-#pragma unroll
-                for (u32 c = 0; c < 2; c++) {
-                    float &score = scores.at[n][2 * half + c];
-                    score *= scale;
-                    if (is_masked && !sees(visible[half], key + 8 * n + lane % 4 * 2 + c)) score = MASKED;
-                    largest = fmaxf(largest, score);
-                }
+                largest = fmaxf(largest, fmaxf(scores.at[n][2 * half], scores.at[n][2 * half + 1]));
             }
             largest = largest_of_row(largest);
-            factors[half] = exp2f(maxima[half] - largest);
+            factors[half] = exp2_of((maxima[half] - largest) * scale);
             maxima[half] = largest;
+            // A row that has seen nothing yet has no largest score, and no weights.
+            const float base = largest == MASKED ? 0.0f : largest * scale;
             float total = 0.0f;
 #pragma unroll
             for (u32 n = 0; n < WALKED / 8; n++) {
 #pragma unroll
                 for (u32 c = 0; c < 2; c++) {
                     float &score = scores.at[n][2 * half + c];
-                    score = exp2f(score - largest);
+                    score = exp2_of(fmaf(score, scale, -base));
                     total += score;
                 }
             }
             totals[half] = totals[half] * factors[half] + total;
+        }
+        // Most steps have no larger score than those before.
+        if (__any_sync(~0u, factors[0] != 1.0f || factors[1] != 1.0f)) {
 #pragma unroll
             for (u32 n = 0; n < HEAD_DIM / 8; n++) {
-                sums.at[n][2 * half] *= factors[half];
-                sums.at[n][2 * half + 1] *= factors[half];
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) sums.at[n][i] *= factors[i / 2];
             }
         }
         wait_for_copies<1>();
@@ -418,6 +438,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
         if (next < bounds.any.w) copy<WALKED>(room(turn), values, next);
         copied();
         accumulate(sums, scores, room(turn + 1));
+        finish<0>(sums);
         key = next;
         turn += 2;
     }
@@ -429,7 +450,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
         factors[half] = 1.0f / total;
         const u32 line = first + own + lane / 4 + 8 * half;
         if (lane % 4 == 0 && line < queries.n_lines) {
-            lse[line / HEADS * sizes.heads + head + line % HEADS] = maxima[half] * LN_2 + logf(total);
+            lse[line / HEADS * sizes.heads + head + line % HEADS] = maxima[half] * sizes.scale + logf(total);
         }
     }
     store(sums, factors, out + head * HEAD_DIM, queries, first + own);
@@ -482,23 +503,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
         }
         copied();
         Sums<WALKED / 8> scores, dweights;
-        begin_products();
         products(scores, owned_q, own, k_room);
         products(dweights, owned_dout, own, v_room);
-        finish_products(scores);
-        finish_products(dweights);
-        const bool is_masked = !bounds.all_see(key, key + WALKED);
+        finish<1>(scores);
 #pragma unroll
         for (u32 n = 0; n < WALKED / 8; n++) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                const u32 half = i / 2;
-                const float weight = exp2f(scores.at[n][i] * scale - own_stats[half].x * LOG2_E);
-                const bool is_seen = !is_masked || sees(visible[half], key + 8 * n + lane % 4 * 2 + i % 2);
-                scores.at[n][i] = is_seen ? weight * (dweights.at[n][i] - own_stats[half].y) : 0.0f;
+                scores.at[n][i] = exp2_of(fmaf(scores.at[n][i], scale, -own_stats[i / 2].x * LOG2_E));
             }
         }
+        if (!bounds.all_see(key, key + WALKED)) {
+#pragma unroll
+            for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    if (!sees(visible[i / 2], key + 8 * n + lane % 4 * 2 + i % 2)) scores.at[n][i] = 0.0f;
+                }
+            }
+        }
+        finish<0>(dweights);
+#pragma unroll
+        for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) scores.at[n][i] *= dweights.at[n][i] - own_stats[i / 2].y;
+        }
         accumulate(sums, scores, k_room);
+        finish<0>(sums);
         key = next;
         turn ^= 1;
     }
@@ -513,6 +544,12 @@ typedef float Grad;
 #else
 typedef u16 Grad;
 #endif
+
+// Of a walk: its first query, and whether any of its queries does not see all of the keys.
+struct Step {
+    u32 query;
+    bool is_masked;
+};
 
 // The walks over the queries are shared out among splits of the grid, which take their steps in turns; the gradients of each lie behind
 // those of the one before.
@@ -552,15 +589,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
         const Lines queries = query_lines(q, sizes, head);
         const Lines douts = query_lines(dout, sizes, head);
         const u32 step = WALKED / HEADS, stride = splits * step;
-        bool is_next_masked = false;
-        const auto next_of = [&](u32 query) {
+        // The first step from a query on that has one which sees any of the keys.
+        const auto step_from = [&](u32 query) -> Step {
             while (query < end_query) {
                 const Bounds bounds(mask, sizes.n_queries, query, min(query + step, sizes.n_queries) - 1);
-                is_next_masked = !bounds.all_see(first, end) || query + step > sizes.n_queries;
-                if (bounds.any_sees(first, end)) break;
+                const bool is_masked = !bounds.all_see(first, end) || query + step > sizes.n_queries;
+                if (bounds.any_sees(first, end)) return {query, is_masked};
                 query += stride;
             }
-            return query;
+            return {query, false};
         };
         const auto copy_lines = [&](u32 query, u32 turn) {
             if (threadIdx.x < WALKED) {
@@ -572,46 +609,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORKGROUPS) attention_mma(
             copy<WALKED>(walked + turn * WALKED * LINE_BYTES, queries, query * HEADS);
             copy<WALKED>(walked + (2 + turn) * WALKED * LINE_BYTES, douts, query * HEADS);
         };
-        u32 query = next_of((start_query / step + split) * step), turn = 0;
+        Step now = step_from((start_query / step + split) * step), next = step_from(now.query + stride);
+        u32 turn = 0;
         __syncthreads();
-        if (query < end_query) copy_lines(query, 0);
+        if (now.query < end_query) copy_lines(now.query, 0);
         copied();
-        while (query < end_query) {
+        while (now.query < end_query) {
             const u32 q_room = walked + turn * WALKED * LINE_BYTES, dout_room = q_room + 2 * WALKED * LINE_BYTES;
-            const bool is_masked = is_next_masked;
-            const u32 next = next_of(query + stride);
             wait_for_copies<0>();
             __syncthreads();
-            if (next < end_query) copy_lines(next, turn ^ 1);
+            if (next.query < end_query) copy_lines(next.query, turn ^ 1);
             copied();
             Sums<WALKED / 8> weights, dweights;
-            begin_products();
             products(weights, owned_k, own, q_room);
             products(dweights, owned_v, own, dout_room);
-            finish_products(weights);
-            finish_products(dweights);
-            const float2 *of_lines = line_stats + turn * WALKED;
+            // The table is read while these are made.
+            const Step after = step_from(next.query + stride);
+            const float2 *of_lines = line_stats + turn * WALKED + lane % 4 * 2;
+            finish<1>(weights);
 #pragma unroll
             for (u32 n = 0; n < WALKED / 8; n++) {
 #pragma unroll
-                for (u32 c = 0; c < 2; c++) {
-                    const u32 walked_line = 8 * n + lane % 4 * 2 + c, line = query * HEADS + walked_line;
-                    const bool is_line = line < queries.n_lines;
-                    const float2 of_line = of_lines[walked_line];
-                    Visible visible;
-                    if (is_masked) visible = mask[min(line, queries.n_lines - 1) / HEADS];
+                for (u32 i = 0; i < 4; i++) {
+                    weights.at[n][i] = exp2_of(fmaf(weights.at[n][i], scale, -of_lines[8 * n + i % 2].x * LOG2_E));
+                }
+            }
+            if (now.is_masked) {
 #pragma unroll
-                    for (u32 half = 0; half < 2; half++) {
-                        float &weight = weights.at[n][2 * half + c], &dweight = dweights.at[n][2 * half + c];
-                        weight = exp2f(weight * scale - of_line.x * LOG2_E);
-                        if (is_masked && !(is_line && sees(visible, first + own + lane / 4 + 8 * half))) weight = 0.0f;
-                        dweight = weight * (dweight - of_line.y);
+                for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+                    for (u32 i = 0; i < 4; i++) {
+                        // Neighbours are of one query where it has several heads here.
+                        const u32 of = now.query + (8 * n + lane % 4 * 2 + (HEADS == 1 ? i % 2 : 0)) / HEADS;
+                        const Visible visible = mask[min(of, sizes.n_queries - 1)];
+                        const bool is_seen = (of < sizes.n_queries) & sees(visible, first + own + lane / 4 + i / 2 * 8);
+                        if (!is_seen) weights.at[n][i] = 0.0f;
                     }
                 }
             }
             accumulate(v_sums, weights, dout_room);
+            finish<1>(dweights);
+#pragma unroll
+            for (u32 n = 0; n < WALKED / 8; n++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    dweights.at[n][i] = weights.at[n][i] * (dweights.at[n][i] - of_lines[8 * n + i % 2].y);
+                }
+            }
             accumulate(k_sums, dweights, q_room);
-            query = next;
+            finish<0>(v_sums);
+            finish<0>(k_sums);
+            now = next;
+            next = after;
             turn ^= 1;
         }
     }
