@@ -156,6 +156,9 @@ enum Command {
 impl Command {
     /// Reads a command, with a slash before it or without; `help` alone is a message.
     fn parse(text: &str) -> Option<Self> {
+        if escaped(text).is_some() {
+            return None;
+        }
         let text = text.trim().to_lowercase();
         let name = if text == "help" { "" } else { text.strip_prefix('/').unwrap_or(&text) };
         Some(match name {
@@ -170,10 +173,15 @@ impl Command {
     }
 }
 
-/// Whether a message looks like a command: a word after a slash.
-fn is_like_command(message: &str) -> bool {
-    let name = message.trim().strip_prefix('/');
-    name.is_some_and(|name| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphabetic() || c == '-'))
+/// The message that begins with a slash, of a line that has spaces before it: no command, whatever the word.
+fn escaped(line: &str) -> Option<&str> {
+    line.strip_prefix(' ').map(|rest| rest.trim_start_matches(' ')).filter(|rest| rest.starts_with('/'))
+}
+
+/// Whether a line looks like a command: a slash, and a word of letters, digits and dashes after it.
+fn is_like_command(line: &str) -> bool {
+    let word = line.strip_prefix('/').and_then(|rest| rest.split_whitespace().next());
+    word.is_some_and(|word| word.chars().all(|c| c.is_ascii_alphanumeric() || "-_?".contains(c)))
 }
 
 const HELP: &str = "clear          forget what was said
@@ -182,6 +190,7 @@ multi-line     messages of many lines, each ended by a line with only #
 single-line    one line a message
 exit, quit     end; so does the end of input (Ctrl-D)
 /help          this list
+ /text         with a space before it, a message that begins with a slash
 ";
 
 /// Answers what is read, message by message, until the input ends or says so.
@@ -238,15 +247,18 @@ impl Loop<'_> {
                 // Asked for, so that it is told wherever the questions come from.
                 Some(Command::Help) => note(self.notes, HELP),
                 None if message.trim().is_empty() => {}
-                None if self.manner.is_terminal && is_like_command(&message) => {
-                    self.say(&format!("{} is no command; /help lists them\n", message.trim()));
+                None if self.is_unknown_command(&message) => {
+                    self.say(&format!("`{}` is no command; these are:\n{HELP}", message.trim()));
                 }
-                None => match ask_on_line(chat, &message, output, self.notes, self.manner) {
-                    Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
-                        self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")));
+                None => {
+                    let query = escaped(&message).unwrap_or(&message);
+                    match ask_on_line(chat, query, output, self.notes, self.manner) {
+                        Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
+                            self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")));
+                        }
+                        answered => answered?,
                     }
-                    answered => answered?,
-                },
+                }
             }
         }
         // The shell's prompt begins on its own line.
@@ -260,11 +272,17 @@ impl Loop<'_> {
         }
     }
 
+    /// Whether somebody who types took a line for a command; of what is piped it is a message.
+    fn is_unknown_command(&self, line: &str) -> bool {
+        self.manner.is_terminal && is_like_command(line) && Command::parse(line).is_none()
+    }
+
     /// Reads a message or a command; `None` at the end of input.
     fn read_message(&mut self, prompt: &str) -> Result<Option<String>> {
         self.say(prompt);
         let Some(first) = self.read_line()? else { return Ok(None) };
-        if self.lines == Lines::Single || Command::parse(&first).is_some() {
+        let is_command = Command::parse(&first).is_some() || self.is_unknown_command(&first);
+        if self.lines == Lines::Single || is_command {
             return Ok(Some(first));
         }
         let mut message = String::new();

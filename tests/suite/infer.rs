@@ -298,9 +298,17 @@ fn chat_commands_do_what_they_say() {
 #[test]
 fn a_command_that_there_is_not_is_not_a_question_to_the_model() {
     let talk = Talk::new();
-    let (output, notes, history) = talk.run(b"one\n/clear\n/nope\n/exit\ntwo\n", TERMINAL);
+    let (output, notes, history) = talk.run(b"one\n/clear\n/nope\n/reset all\n/exit\ntwo\n", TERMINAL);
     assert_eq!(output, format!("{}\n", talk.answer(Some("Be brief."), &[], "one")));
-    assert!(notes.contains("/nope is no command; /help lists them") && history.is_empty(), "{notes}");
+    for says in ["`/nope` is no command; these are:\nclear ", "`/reset all` is no command; "] {
+        assert!(notes.contains(says) && history.is_empty(), "{notes}");
+    }
+    let (_, notes, history) = talk.run(b"multi-line\n/nope\n /clear\n\n/b\n#\n", TERMINAL);
+    assert_eq!(history[0].0, "/clear\n\n/b", "a space before the slash, or lines before it");
+    assert!(notes.contains("`/nope` is no command"), "{notes}");
+    let (_, _, history) = talk.run(b" /nope\n/etc/hosts is what?\n", TERMINAL);
+    let questions: Vec<&str> = history.iter().map(|(question, _)| question.as_str()).collect();
+    assert_eq!(questions, ["/nope", "/etc/hosts is what?"]);
     let (_, _, history) = talk.run(b"/nope\n", PIPE);
     assert_eq!(history.len(), 1, "a pipe's lines are messages");
     let (output, notes, history) = talk.run(b"/help\n", PIPE);
