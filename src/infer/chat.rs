@@ -241,7 +241,7 @@ impl Loop<'_> {
                 }
                 Some(Command::MultiLine) => {
                     self.lines = Lines::Multi;
-                    self.say("a line with only # ends a message\n");
+                    self.say("a line with only # ends a message, and single-line this mode\n");
                 }
                 Some(Command::SingleLine) => self.lines = Lines::Single,
                 // Asked for, so that it is told wherever the questions come from.

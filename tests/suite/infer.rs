@@ -306,6 +306,7 @@ fn a_command_that_there_is_not_is_not_a_question_to_the_model() {
     let (_, notes, history) = talk.run(b"multi-line\n/nope\n /clear\n\n/b\n#\n", TERMINAL);
     assert_eq!(history[0].0, "/clear\n\n/b", "a space before the slash, or lines before it");
     assert!(notes.contains("`/nope` is no command"), "{notes}");
+    assert!(notes.contains("a line with only # ends a message, and single-line this mode"), "{notes}");
     let (_, _, history) = talk.run(b" /nope\n/etc/hosts is what?\n", TERMINAL);
     let questions: Vec<&str> = history.iter().map(|(question, _)| question.as_str()).collect();
     assert_eq!(questions, ["/nope", "/etc/hosts is what?"]);
