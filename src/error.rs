@@ -75,6 +75,14 @@ pub enum Error {
         /// What to do.
         hint: Option<String>,
     },
+    /// Settings whose longest step does not fit the device, by the prediction.
+    #[error("does not fit the device: {problem}")]
+    DoesNotFit {
+        /// What it takes, and what there is.
+        problem: String,
+        /// What to change.
+        hint: Option<String>,
+    },
     /// A device without room for what a run needs next.
     #[error("device {device} is out of memory in {doing}: {problem}")]
     OutOfMemory {
@@ -147,6 +155,7 @@ impl Error {
         | Self::Row { hint, .. }
         | Self::Tensors { hint, .. }
         | Self::Device { hint, .. }
+        | Self::DoesNotFit { hint, .. }
         | Self::OutOfMemory { hint, .. }
         | Self::Interrupted { hint, .. } = &mut self
         {
@@ -162,6 +171,7 @@ impl Error {
             | Self::File { hint, .. }
             | Self::Row { hint, .. }
             | Self::Device { hint, .. }
+            | Self::DoesNotFit { hint, .. }
             | Self::OutOfMemory { hint, .. }
             | Self::Interrupted { hint, .. } => hint.as_deref(),
             Self::Tensors { hint, .. } => {
@@ -179,7 +189,7 @@ impl Error {
     /// another signal ended.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config { .. } => 2,
+            Self::Config { .. } | Self::DoesNotFit { .. } => 2,
             Self::Interrupted { .. } => 130,
             _ => 1,
         }

@@ -9,15 +9,15 @@ use crate::error::{Error, Result};
 /// Refuses a run whose longest step does not fit, and says which settings do.
 ///
 /// # Errors
-/// [`Error::Config`] if it does not fit.
+/// [`Error::DoesNotFit`] if it does not.
 pub fn check_fits(case: &Case<'_>, base: &Setting, budget: &Budget, resumes: bool) -> Result<()> {
     let Some(problem) = misfit(case, budget) else { return Ok(()) };
     let advice = nearest(case, base, resumes)?.map(|nearest| advice(case, base, &nearest));
     let more = "--max_memory says how much there is, where the device says too little".to_owned();
     let more = case.fits_buffers(budget).then_some(more);
     let hints: Vec<String> = advice.into_iter().chain(more).collect();
-    let error = Error::config(problem);
-    Err(if hints.is_empty() { error } else { error.with_hint(hints.join("; ")) })
+    let hint = (!hints.is_empty()).then(|| hints.join("; "));
+    Err(Error::DoesNotFit { problem, hint })
 }
 
 /// In what a step does not fit the device; none if it does.

@@ -160,9 +160,11 @@ impl BenchArgs {
         let shape = case.longest_step(&setting)?.ok_or_else(none)?;
         match misfit(&case, &case.budget(&shape)) {
             None => Ok(shape),
-            Some(problem) => Err(Error::config(problem).with_hint(
-                "--num_hidden_layers 2 measures a slice of the model; --quantization_bit 8 or 4, a smaller --max_length or --batch_size take less",
-            )),
+            Some(problem) => {
+                let hint = "--num_hidden_layers 2 measures a slice of the model; --quantization_bit 8 or 4, a smaller --max_length or \
+                            --batch_size take less";
+                Err(Error::DoesNotFit { problem, hint: Some(hint.to_owned()) })
+            }
         }
     }
 
@@ -409,6 +411,7 @@ mod tests {
             |memory: u64| args.shape(&config, &DeviceChoice::elsewhere(memory)).map_err(|e| e.to_string());
         assert!(refused(24 * gib).is_ok());
         let error = refused(16 * gib).unwrap_err();
+        assert!(error.starts_with("does not fit the device: the longest step, "), "{error}");
         assert!(error.contains("(85 % of 16 GiB)"), "{error}");
     }
 }

@@ -317,7 +317,7 @@ fn an_error_stands_apart_from_what_was_said_before() {
     write_pairs(&workplace, &format!("{pairs}{}", "{\"query\":\"q\"}\n".repeat(7)));
     let message = stderr(&workplace.train(&["--max_memory", "500KB"]));
     assert!(message.contains("\nleft out: and 2 more\n"), "{message}");
-    assert!(message.contains("\n\norpo-wgpu: invalid configuration: the longest step"), "{message}");
+    assert!(message.contains("\n\norpo-wgpu: does not fit the device: the longest step"), "{message}");
     write_pairs(&workplace, &pairs);
     let message = stderr(&workplace.train(&["--max_length", "3"]));
     assert!(message.starts_with("orpo-wgpu: pairs.jsonl: none of its rows can be trained on"), "{message}");
