@@ -3,7 +3,7 @@
 use super::budget::{Budget, Case, Rows, Setting, USABLE};
 use super::nearest::{Nearest, nearest};
 use crate::config::ByteSize;
-use crate::device::size;
+use crate::device::{DeviceChoice, size};
 use crate::error::{Error, Result};
 
 /// Refuses a run whose longest step does not fit, and says which settings do.
@@ -53,7 +53,7 @@ pub fn advice(case: &Case<'_>, base: &Setting, nearest: &Nearest) -> String {
     let Nearest { setting, budget, fits } = nearest;
     let (flags, left_out) = (setting.flags(Some(base)), case.left_out(setting.max_length));
     if *fits {
-        return format!("{flags} fits, with {}{left_out}", bytes(budget));
+        return format!("{flags} fits, with {}{left_out}{}", bytes(budget), price(case, base, setting));
     }
     let needed = (budget.memory.total() as f64 / USABLE).ceil() as u64;
     format!(
@@ -63,6 +63,15 @@ pub fn advice(case: &Case<'_>, base: &Setting, nearest: &Nearest) -> String {
         bytes(budget),
         size(needed)
     )
+}
+
+/// What weights in fp16 cost on the CPU, which makes each matrix dense for every product; nothing where they are not, or were before.
+fn price(case: &Case<'_>, base: &Setting, setting: &Setting) -> &'static str {
+    let is_fp16 = |s: &Setting| s.dtype.eq_ignore_ascii_case("fp16") && s.quantization_bit == 0;
+    match *case.choice == DeviceChoice::Cpu && is_fp16(setting) && !is_fp16(base) {
+        true => ", and on the CPU a step takes up to three times as long as in fp32",
+        false => "",
+    }
 }
 
 /// The share of what did not fit that other settings are looked for in, whatever the device says of its memory.
@@ -81,11 +90,11 @@ pub fn smaller(case: &Case<'_>, base: &Setting, resumes: bool) -> Result<Option<
     let Some(Nearest { setting, budget, .. }) = nearest(&case, base, resumes)? else { return Ok(None) };
     let flags = setting.flags(Some(base));
     let (less, more, enough) = (bytes(&budget), bytes(&before), ByteSize(enough));
-    let left_out = case.left_out(setting.max_length);
+    let (left_out, price) = (case.left_out(setting.max_length), price(&case, base, &setting));
     Ok(if !flags.is_empty() {
         Some(format!(
             "by the prediction {flags} takes {less} instead of {more}{left_out}, together with --max_memory {enough} where the device \
-             says that it has more; other programs may hold the rest"
+             says that it has more{price}; other programs may hold the rest"
         ))
     } else if budget.memory.total() < before.memory.total() {
         Some(format!(
@@ -106,7 +115,6 @@ mod tests {
     use super::*;
     use crate::cli::budget::Rows;
     use crate::config::TrainArgs;
-    use crate::device::DeviceChoice;
     use crate::model::LlamaConfig;
     use crate::model::presets::preset;
 
@@ -137,6 +145,19 @@ mod tests {
         check_fits(&case, &base, &budget, false).unwrap();
         let advice = smaller(&case, &base, false).unwrap().unwrap();
         assert!(advice.contains("--dtype fp16") && advice.contains("instead of"), "{advice}");
+        assert!(advice.contains(", and on the CPU a step takes up to three times as long"), "{advice}");
+        case.memory = Some(budget.memory.total() as u64);
+        let hint = |choice: &DeviceChoice| {
+            let case = Case { choice, ..case.clone() };
+            let base = Setting { dtype: "fp32".to_owned(), ..base.clone() };
+            let budget = case.predict(&base).unwrap().unwrap();
+            check_fits(&case, &base, &budget, false).unwrap_err().hint().unwrap().to_owned()
+        };
+        let on_cpu = hint(&DeviceChoice::Cpu);
+        assert!(on_cpu.starts_with("--dtype fp16 fits, with "), "{on_cpu}");
+        assert!(on_cpu.contains(", and on the CPU a step takes up to three times as long"), "{on_cpu}");
+        let on_gpu = hint(&DeviceChoice::elsewhere(0));
+        assert!(on_gpu.starts_with("--dtype fp16 fits, with ") && !on_gpu.contains("CPU"), "{on_gpu}");
     }
 
     #[test]
