@@ -1,11 +1,11 @@
-//! Other settings than the chosen ones: each thing changed alone, and the nearest that fit the device.
+//! Other settings than the chosen ones: one thing changed in each, and the nearest that fit the device.
 
 use super::budget::{Budget, Case, Setting};
 use super::precision;
 use crate::error::Result;
 
-/// The settings that differ from these in one thing each, those whose prediction there is and that keep half of the rows. A run that is
-/// resumed keeps its batches and its rows.
+/// The settings that differ from these in one thing each, which may be two flags (a batch and its accumulation, the layers' bits and the
+/// head's), those whose prediction there is and that keep half of the rows. A run that is resumed keeps its batches and its rows.
 ///
 /// # Errors
 /// If the chosen settings are none that the device takes.
