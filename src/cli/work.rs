@@ -76,6 +76,7 @@ impl Work {
         let typical = pack(&middling(by_length, args.batch_size), case.loss_compat);
         let typical_flops = flops_of(&typical);
         let work = |what, flops| Self { what, flops, typical: (typical, typical_flops), keep, precision };
+        let is_known = n_pairs.is_some();
         let Some(n_pairs) = n_pairs.or(args.max_steps.map(|steps| steps * pairs_of_step(args))) else {
             let what = format!(
                 "{} pairs, as neither --dataset nor --max_steps says how many: {} tokens, {} TFLOP",
@@ -86,12 +87,14 @@ impl Work {
             return Ok(work(what, mean_flops * PAIRS as f64));
         };
         let (plan, max_steps) = plan_of(args, n_pairs);
-        let epochs = max_steps as f64 / plan.steps_per_epoch() as f64;
+        let epochs = plan.epoch(max_steps);
         let flops = mean_flops * n_pairs as f64 * epochs;
         let what = format!(
-            "{} of {}, {epochs:.2} epochs of {} tokens: {} TFLOP",
+            "{} of {}, {}{} tokens: {} TFLOP",
             counted(max_steps, "optimizer step"),
             counted(pairs_of_step(args), "pair"),
+            // Pairs that are only assumed are as many as the steps take.
+            if is_known { format!("{epochs:.2} epochs of ") } else { String::new() },
             thousands((mean_tokens * n_pairs as f64) as usize),
             tflop(flops)
         );
