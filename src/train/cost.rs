@@ -136,7 +136,9 @@ pub struct StepMemory {
     pub gradients: usize,
     /// What forward keeps of the layers, and what all of them share.
     pub kept: usize,
-    /// The activations of the one layer that backward is in, the gradient that comes into it, and what a reference holds meanwhile.
+    /// The activations of the one layer that backward is in, the gradient that comes into it, and what a reference holds meanwhile. What
+    /// attention's backward makes for itself, sums of its splits included, comes when the MLP's activations are gone, and is less than
+    /// these in every preset.
     pub layer: usize,
     /// What lives as long as a product: the largest matrix as it is multiplied, where it is stored otherwise, and the product in the
     /// engine's own type, where that is another.
