@@ -156,9 +156,6 @@ enum Command {
 impl Command {
     /// Reads a command, with a slash before it or without; `help` alone is a message.
     fn parse(text: &str) -> Option<Self> {
-        if escaped(text).is_some() {
-            return None;
-        }
         let text = text.trim().to_lowercase();
         let name = if text == "help" { "" } else { text.strip_prefix('/').unwrap_or(&text) };
         Some(match name {
@@ -173,15 +170,40 @@ impl Command {
     }
 }
 
-/// The message that begins with a slash, of a line that has spaces before it: no command, whatever the word.
+/// What a line that was typed or piped means.
+enum Meaning<'a> {
+    Command(Command),
+    /// Looks like one.
+    Unknown,
+    Message(&'a str),
+}
+
+impl<'a> Meaning<'a> {
+    /// Who types can begin a message with a slash, and may mistake a command's name; what is piped is sent as it is.
+    fn of(text: &'a str, manner: Manner) -> Self {
+        if manner.is_terminal
+            && let Some(message) = escaped(text)
+        {
+            return Self::Message(message);
+        }
+        match Command::parse(text) {
+            Some(command) => Self::Command(command),
+            None if manner.is_terminal && is_like_command(text) => Self::Unknown,
+            None => Self::Message(text),
+        }
+    }
+}
+
+/// The message that begins with a slash, of a line with spaces before it.
 fn escaped(line: &str) -> Option<&str> {
     line.strip_prefix(' ').map(|rest| rest.trim_start_matches(' ')).filter(|rest| rest.starts_with('/'))
 }
 
-/// Whether a line looks like a command: a slash, and a word of letters, digits and dashes after it.
+/// Whether a line looks like a command: a slash, and a word of letters, digits and dashes right after it.
 fn is_like_command(line: &str) -> bool {
-    let word = line.strip_prefix('/').and_then(|rest| rest.split_whitespace().next());
-    word.is_some_and(|word| word.chars().all(|c| c.is_ascii_alphanumeric() || "-_?".contains(c)))
+    let word = line.strip_prefix('/').and_then(|rest| rest.split(char::is_whitespace).next());
+    let is_of_word = |c: char| c.is_ascii_alphanumeric() || "-_?".contains(c);
+    word.is_some_and(|word| !word.is_empty() && word.chars().all(is_of_word))
 }
 
 const HELP: &str = "clear          forget what was said
@@ -228,37 +250,36 @@ impl Loop<'_> {
     fn run<B: Kernels>(&mut self, chat: &mut Chat<'_, B>, output: &mut dyn Write) -> Result<()> {
         self.say("type a message, or /help for the commands\n");
         while let Some(message) = self.read_message(">>> ")? {
-            match Command::parse(&message) {
-                Some(Command::Exit) => return Ok(()),
-                Some(Command::Clear) => {
+            match Meaning::of(&message, self.manner) {
+                Meaning::Command(Command::Exit) => return Ok(()),
+                Meaning::Command(Command::Clear) => {
                     chat.clear();
                     self.say("forgotten\n");
                 }
-                Some(Command::ResetSystem) => {
-                    let Some(system) = self.read_message("system prompt> ")? else { break };
+                Meaning::Command(Command::ResetSystem) => {
+                    self.say("system prompt> ");
+                    let Some(first) = self.read_line()? else { break };
+                    let system = self.read_rest(first)?;
                     chat.reset_system(Some(system));
                     self.say("new system prompt, and nothing said so far\n");
                 }
-                Some(Command::MultiLine) => {
+                Meaning::Command(Command::MultiLine) => {
                     self.lines = Lines::Multi;
                     self.say("a line with only # ends a message, and single-line this mode\n");
                 }
-                Some(Command::SingleLine) => self.lines = Lines::Single,
+                Meaning::Command(Command::SingleLine) => self.lines = Lines::Single,
                 // Asked for, so that it is told wherever the questions come from.
-                Some(Command::Help) => note(self.notes, HELP),
-                None if message.trim().is_empty() => {}
-                None if self.is_unknown_command(&message) => {
+                Meaning::Command(Command::Help) => note(self.notes, HELP),
+                Meaning::Unknown => {
                     self.say(&format!("`{}` is no command; these are:\n{HELP}", message.trim()));
                 }
-                None => {
-                    let query = escaped(&message).unwrap_or(&message);
-                    match ask_on_line(chat, query, output, self.notes, self.manner) {
-                        Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
-                            self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")));
-                        }
-                        answered => answered?,
+                Meaning::Message(query) if query.trim().is_empty() => {}
+                Meaning::Message(query) => match ask_on_line(chat, query, output, self.notes, self.manner) {
+                    Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
+                        self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")));
                     }
-                }
+                    answered => answered?,
+                },
             }
         }
         // The shell's prompt begins on its own line.
@@ -272,29 +293,31 @@ impl Loop<'_> {
         }
     }
 
-    /// Whether somebody who types took a line for a command; of what is piped it is a message.
-    fn is_unknown_command(&self, line: &str) -> bool {
-        self.manner.is_terminal && is_like_command(line) && Command::parse(line).is_none()
-    }
-
     /// Reads a message or a command; `None` at the end of input.
     fn read_message(&mut self, prompt: &str) -> Result<Option<String>> {
         self.say(prompt);
         let Some(first) = self.read_line()? else { return Ok(None) };
-        let is_command = Command::parse(&first).is_some() || self.is_unknown_command(&first);
-        if self.lines == Lines::Single || is_command {
-            return Ok(Some(first));
+        match Meaning::of(&first, self.manner) {
+            Meaning::Message(_) => self.read_rest(first).map(Some),
+            Meaning::Command(_) | Meaning::Unknown => Ok(Some(first)),
         }
-        let mut message = String::new();
+    }
+
+    /// Reads what belongs to a text beside its first line.
+    fn read_rest(&mut self, first: String) -> Result<String> {
+        if self.lines == Lines::Single {
+            return Ok(first);
+        }
+        let mut text = String::new();
         let mut line = Some(first);
-        while let Some(text) = line.filter(|text| text.trim() != "#") {
-            message.push_str(&text);
-            message.push('\n');
+        while let Some(next) = line.filter(|line| line.trim() != "#") {
+            text.push_str(&next);
+            text.push('\n');
             self.say("... ");
             line = self.read_line()?;
         }
-        message.truncate(message.trim_end_matches('\n').len());
-        Ok(Some(message))
+        text.truncate(text.trim_end_matches('\n').len());
+        Ok(text)
     }
 
     /// Reads a line without its end; bytes that are no UTF-8 become U+FFFD.

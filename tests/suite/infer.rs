@@ -307,9 +307,13 @@ fn a_command_that_there_is_not_is_not_a_question_to_the_model() {
     assert_eq!(history[0].0, "/clear\n\n/b", "a space before the slash, or lines before it");
     assert!(notes.contains("`/nope` is no command"), "{notes}");
     assert!(notes.contains("a line with only # ends a message, and single-line this mode"), "{notes}");
-    let (_, _, history) = talk.run(b" /nope\n/etc/hosts is what?\n", TERMINAL);
+    let (_, _, history) = talk.run(b" /nope\n/etc/hosts is what?\n/ 2\n", TERMINAL);
     let questions: Vec<&str> = history.iter().map(|(question, _)| question.as_str()).collect();
-    assert_eq!(questions, ["/nope", "/etc/hosts is what?"]);
+    assert_eq!(questions, ["/nope", "/etc/hosts is what?", "/ 2"]);
+    let (_, _, history) = talk.run(b"multi-line\nreset-system\n/nope\nBe long.\n#\ntwo\n#\n", TERMINAL);
+    assert_eq!(history, [("two".to_owned(), talk.answer(Some("/nope\nBe long."), &[], "two"))]);
+    let (_, _, history) = talk.run(b"one\n /clear\n", PIPE);
+    assert!(history.is_empty(), "a pipe's spaces hide no command");
     let (_, _, history) = talk.run(b"/nope\n", PIPE);
     assert_eq!(history.len(), 1, "a pipe's lines are messages");
     let (output, notes, history) = talk.run(b"/help\n", PIPE);
