@@ -65,11 +65,11 @@ pub fn advice(case: &Case<'_>, base: &Setting, nearest: &Nearest) -> String {
     )
 }
 
-/// What weights in fp16 cost on the CPU, which makes each matrix dense for every product; nothing where they are not, or were before.
+/// What weights in less than `f32` cost on the CPU, which makes each matrix dense for every product; nothing where they were so before.
 fn price(case: &Case<'_>, base: &Setting, setting: &Setting) -> &'static str {
-    let is_fp16 = |s: &Setting| s.dtype.eq_ignore_ascii_case("fp16") && s.quantization_bit == 0;
-    match *case.choice == DeviceChoice::Cpu && is_fp16(setting) && !is_fp16(base) {
-        true => ", and on the CPU a step takes up to three times as long as in fp32",
+    let is_packed = |s: &Setting| s.dtype.eq_ignore_ascii_case("fp16") || s.quantization_bit > 0;
+    match *case.choice == DeviceChoice::Cpu && is_packed(setting) && !is_packed(base) {
+        true => ", and on the CPU a step of short rows takes up to three times as long as in fp32",
         false => "",
     }
 }
@@ -145,7 +145,10 @@ mod tests {
         check_fits(&case, &base, &budget, false).unwrap();
         let advice = smaller(&case, &base, false).unwrap().unwrap();
         assert!(advice.contains("--dtype fp16") && advice.contains("instead of"), "{advice}");
-        assert!(advice.contains(", and on the CPU a step takes up to three times as long"), "{advice}");
+        assert!(
+            advice.contains(", and on the CPU a step of short rows takes up to three times as long"),
+            "{advice}"
+        );
         case.memory = Some(budget.memory.total() as u64);
         let hint = |choice: &DeviceChoice| {
             let case = Case { choice, ..case.clone() };
@@ -155,7 +158,10 @@ mod tests {
         };
         let on_cpu = hint(&DeviceChoice::Cpu);
         assert!(on_cpu.starts_with("--dtype fp16 fits, with "), "{on_cpu}");
-        assert!(on_cpu.contains(", and on the CPU a step takes up to three times as long"), "{on_cpu}");
+        assert!(
+            on_cpu.contains(", and on the CPU a step of short rows takes up to three times as long"),
+            "{on_cpu}"
+        );
         let on_gpu = hint(&DeviceChoice::elsewhere(0));
         assert!(on_gpu.starts_with("--dtype fp16 fits, with ") && !on_gpu.contains("CPU"), "{on_gpu}");
     }
