@@ -45,6 +45,8 @@ impl Pass {
     }
 }
 
+/// Rows of the last sequence: fewer than any tile owns, so that some of them share it with others.
+const LAST: usize = 12;
 /// Turns of timing, and launches of a turn.
 const ROUNDS: usize = 5;
 const LAUNCHES: usize = 4;
@@ -131,7 +133,8 @@ fn clearly_fastest(times: &[Duration]) -> usize {
 }
 
 /// What is computed: a pair whose prefix is a step of the walk and a little more. With that step's end scores grow by ten, and values
-/// shrink so that what was summed before still counts: sums that are not rescaled show, and so do some that are lost.
+/// shrink so that what was summed before still counts: sums that are not rescaled show, and so do some that are lost. Its last rows are a
+/// sequence of their own, and see nothing in the first steps of a walk that they share with those before.
 struct Sequence<R: CubeRuntime> {
     qkv: [CubeTensor<R>; 3],
     dout: CubeTensor<R>,
@@ -142,6 +145,7 @@ impl<R: Engine> Sequence<R> {
     fn new(device: &R::Device, dtype: DType, [heads, kv_heads, head_dim]: [usize; 3], step: usize) -> Self {
         let (prefix_end, rejected) = (step + 8, 2 * step);
         let tokens = 3 * step + 16;
+        let last = tokens - LAST;
         let client = R::client(device);
         let mut state = 42u32;
         let mut tensor = |shape: Shape, entry: &dyn Fn(usize, f32) -> f32| {
@@ -164,9 +168,13 @@ impl<R: Engine> Sequence<R> {
         let v = tensor(of(kv_heads), &|token, random| random * if is_late(token) { 1.0 } else { 4096.0 });
         let dout = tensor(Shape::from([tokens, heads * head_dim]), &|_, random| random / 16.0);
         let row = |i: usize| {
-            let [prefix_end, own_start] = if i < rejected { [0, 0] } else { [prefix_end, rejected] };
-            let [prefix_end, own_start, end] = [prefix_end, own_start, i + 1].map(|n| n as u32);
-            Visible { first: 0, prefix_end, own_start, end }
+            let [first, prefix_end, own_start] = match i {
+                _ if i < rejected => [0, 0, 0],
+                _ if i < last => [0, prefix_end, rejected],
+                _ => [last; 3],
+            };
+            let [first, prefix_end, own_start, end] = [first, prefix_end, own_start, i + 1].map(|n| n as u32);
+            Visible { first, prefix_end, own_start, end }
         };
         let mask = Mask::new(&(0..tokens).map(row).collect::<Vec<_>>(), device);
         Self { qkv: [q, k, v], dout, mask }
