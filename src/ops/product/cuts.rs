@@ -30,7 +30,9 @@ pub struct CutKind {
 impl CutKind {
     /// The kind of a product of these extents.
     pub fn new(layout: Layout, [m, n, depth, rank]: [u32; 4], elements: Elements) -> Self {
-        Self { layout, m: like_rows(m as usize) as u32, n, depth, rank, elements }
+        // A product of more rows than that is no product of any model.
+        let m = u32::try_from(like_rows(m as usize)).unwrap_or(m);
+        Self { layout, m, n, depth, rank, elements }
     }
 
     /// Rows of the product that stands for all of this kind.
