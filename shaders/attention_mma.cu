@@ -9,7 +9,7 @@
 // Or else the four warps of a workgroup have their products together (`wgmma`, of compute capability 9.0, as in FlashAttention-3,
 // arXiv:2407.08608): what is staged goes into these as it lies, once for all four, where for `mma` each loads it into registers.
 //
-// Set by `kernel/cuda/mma.rs`: OWNED, 64, and WALKED, a multiple of 16; HEAD_DIM, a multiple of 64; HEADS, a power of two up to 8; BF16
+// Set by `kernel/cuda/mma.rs`: OWNED, 64, and WALKED, a multiple of 16; HEAD_DIM, 64 or 128; HEADS, a power of two up to 8; BF16
 // or else f16; one of FORWARD, QUERIES and KEYS; IN_SPLITS, whether the keys' gradients are those of splits, in f32; WARPGROUP, whether
 // warps multiply as one, and for these SCORES_… and SUMS_…, which name the operands of their two products; WORKGROUPS, how many are to
 // fit a processor.
@@ -30,7 +30,6 @@ typedef unsigned long long u64;
 #define STRIP 8
 #define MASKED -1e30f
 #define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
 
 #if BF16
 #define TYPE "bf16"

@@ -25,6 +25,7 @@ typedef unsigned short u16;
 #define SUMS (TILE_N / 2)
 // Of the pairs of columns that a thread has, those that it writes at a time.
 #define BATCH 8
+static_assert(SUMS / 4 % BATCH == 0, "a tile's columns are whole batches");
 
 #if BF16
 #define PAIR_TYPE "bf16x2"
