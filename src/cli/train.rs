@@ -329,7 +329,6 @@ fn describe<B: Kernels>(
 ) {
     let trainable: usize = lora::tensors(model).iter().map(|(_, t)| t.dims().iter().product::<usize>()).sum();
     let longest = data.train.iter().map(TokenizedPair::prompt_and_longer_answer).max().unwrap_or(0);
-    let Plan { batch_size, gradient_accumulation_steps, .. } = settings.plan;
     let loaded = loaded.speed().unwrap_or_else(|| format!("loaded in {:.1} s", loaded.elapsed.as_secs_f64()));
     let (name, precision) = (&open.name, model.precision);
     tell("model", &format!("{name} in {precision} on {choice}, {loaded}, {trainable} trainable weights"));
@@ -349,7 +348,7 @@ fn describe<B: Kernels>(
         &format!(
             "{} of {}, loss {} with beta {}, learning rate {:e}",
             counted(settings.schedule.max_steps, "step"),
-            counted(batch_size * gradient_accumulation_steps, "pair"),
+            counted(settings.plan.pairs_of_step(), "pair"),
             settings.loss_compat,
             args.beta,
             args.learning_rate

@@ -77,7 +77,8 @@ impl Work {
         let typical_flops = flops_of(&typical);
         let work = |what, flops| Self { what, flops, typical: (typical, typical_flops), keep, precision };
         let is_known = n_pairs.is_some();
-        let Some(n_pairs) = n_pairs.or(args.max_steps.map(|steps| steps * pairs_of_step(args))) else {
+        let pairs_of = |steps| steps * args.batch_size * args.gradient_accumulation_steps.unwrap_or(1);
+        let Some(n_pairs) = n_pairs.or(args.max_steps.map(pairs_of)) else {
             let what = format!(
                 "{} pairs, as neither --dataset nor --max_steps says how many: {} tokens, {} TFLOP",
                 thousands(PAIRS),
@@ -92,7 +93,7 @@ impl Work {
         let what = format!(
             "{} of {}, {}{} tokens: {} TFLOP",
             counted(max_steps, "optimizer step"),
-            counted(pairs_of_step(args), "pair"),
+            counted(plan.pairs_of_step(), "pair"),
             // Pairs that are only assumed are as many as the steps take.
             if is_known { format!("{epochs:.2} epochs of ") } else { String::new() },
             thousands((mean_tokens * n_pairs as f64) as usize),
@@ -179,10 +180,6 @@ fn middling(mut by_length: Vec<(usize, &TokenizedPair)>, batch_size: usize) -> V
     let n = batch_size.min(by_length.len());
     let first = (by_length.len() - n) / 2;
     by_length[first..first + n].iter().map(|(_, pair)| *pair).collect()
-}
-
-fn pairs_of_step(args: &TrainArgs) -> usize {
-    args.batch_size * args.gradient_accumulation_steps.unwrap_or(1)
 }
 
 fn tflop(flops: f64) -> String {

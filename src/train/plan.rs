@@ -26,6 +26,11 @@ impl Plan {
         self.micro_batches_per_epoch().div_ceil(self.gradient_accumulation_steps)
     }
 
+    /// The most pairs of an optimizer step: an epoch has no more than there are.
+    pub fn pairs_of_step(&self) -> usize {
+        self.n_rows.min(self.batch_size * self.gradient_accumulation_steps)
+    }
+
     /// The rows of every micro-batch of an optimizer step, counted from 0.
     pub fn micro_batches(&self, step: usize) -> Vec<Vec<usize>> {
         let (epoch, step) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
@@ -56,6 +61,8 @@ mod tests {
         assert_eq!(plan.micro_batches(0), [vec![0, 1], vec![2, 3], vec![4, 5]]);
         assert_eq!(plan.micro_batches(1), [vec![6]]);
         assert_eq!(plan.micro_batches(2), plan.micro_batches(0));
+        assert_eq!(plan.pairs_of_step(), 6);
+        assert_eq!(Plan { n_rows: 5, ..plan }.pairs_of_step(), 5, "no more than there are");
         assert_eq!([1, 2, 3].map(|n| plan.epoch(n)), [0.75, 1.0, 1.75]);
     }
 

@@ -50,7 +50,7 @@ fn the_first_rows_that_are_left_out_are_named_and_the_run_s_folder_lists_all() {
 }
 
 #[test]
-fn train_and_plan_say_the_lengths_alike_and_name_what_max_length_counts() {
+fn train_and_plan_say_lengths_and_steps_alike_and_name_what_max_length_counts() {
     let folder = tempfile::tempdir().unwrap();
     fs::copy(gqa("pairs.jsonl"), folder.path().join("pairs.jsonl")).unwrap();
     let planned = orpo_wgpu("plan", folder.path(), &["--max_length", "121"]);
@@ -67,6 +67,8 @@ fn train_and_plan_say_the_lengths_alike_and_name_what_max_length_counts() {
             && planned.contains("data     7 pairs to train on, 0 to evaluate on, 0 rows left out"),
         "{planned}"
     );
+    assert!(planned.contains("run      1 optimizer step of 7 pairs, "), "{planned}");
+    assert!(stderr(&trained).contains("training 1 step of 7 pairs, "), "{}", stderr(&trained));
     // No terminal is there to cut the line for.
     let says = says.replace("\n         ", " ");
     assert!(stderr(&trained).contains(&says), "{}", stderr(&trained));
