@@ -1,4 +1,4 @@
-//! What a run shows while it runs: a bar on a terminal, plain lines elsewhere.
+//! What a run shows while it runs: the lines of its log, on a terminal above a bar.
 
 use std::error::Error as _;
 use std::io::IsTerminal;
@@ -175,9 +175,6 @@ impl Observer for Progress<'_> {
     }
 
     fn on_log(&mut self, line: &Map<String, Value>) {
-        if std::io::stderr().is_terminal() {
-            return;
-        }
         let figure = |name: &str| line.get(name).and_then(Value::as_f64);
         let shown = [
             "loss",
@@ -191,12 +188,8 @@ impl Observer for Progress<'_> {
         let speed = figure("tokens_per_second").map(|v| format!("{v:.0} tokens/s"));
         let left = self.left.as_secs();
         let figures: Vec<String> = figures.chain(speed).collect();
-        note!(
-            "step {}/{}  {}  {left} s left",
-            line["step"],
-            self.bar.length().unwrap_or(0),
-            figures.join("  ")
-        );
+        let (step, figures) = (&line["step"], figures.join("  "));
+        self.bar.suspend(|| note!("step {step}/{}  {figures}  {left} s left", self.max_steps));
     }
 
     fn on_warning(&mut self, warning: &Error) {
