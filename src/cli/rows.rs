@@ -11,7 +11,7 @@ use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
 use crate::data::renames::{self, UnusedRenames};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, counted};
 use crate::model::LlamaConfig;
 use crate::train::plan::Plan;
 
@@ -61,6 +61,7 @@ impl Data {
             );
         }
         let shuffle = shuffle(args);
+        let n_rows = rows.len();
         let (train, val) = if args.val_dataset.is_empty() {
             renames::check_used(&[&unused])?;
             dataset::split(rows, args.dataset_test_ratio, shuffle)
@@ -70,6 +71,7 @@ impl Data {
             skipped.extend(val.skipped);
             (rows, val.rows)
         };
+        let unheld = val.is_empty().then(|| none_held_out(args.dataset_test_ratio, n_rows)).flatten();
         let mut tokenize = |rows: &[dataset::Row]| -> Result<Vec<TokenizedPair>> {
             let system = args.system.as_deref();
             let (pairs, left_out) = tokenize_rows(
@@ -96,6 +98,9 @@ impl Data {
             .with_hint("rows that are too long: raise --max_length"));
         }
         first_of(&skipped).iter().for_each(|line| note!("{line}"));
+        if let Some(unheld) = unheld {
+            note!("{unheld}");
+        }
         Ok(Self { train, val, skipped })
     }
 
@@ -132,6 +137,21 @@ fn first_of(skipped: &[Skipped]) -> Vec<String> {
         lines.push(format!("left out: and {n} more"));
     }
     lines
+}
+
+/// Says that a share of so many rows is less than one, unless none was asked for.
+fn none_held_out(test_ratio: f64, n_rows: usize) -> Option<String> {
+    // In hundredths, the least share that holds a row out.
+    let enough = match n_rows {
+        0 | 1 => String::new(),
+        n => format!("--dataset_test_ratio {} or ", 100usize.div_ceil(n) as f64 / 100.0),
+    };
+    (test_ratio > 0.0).then(|| {
+        format!(
+            "note: nothing is evaluated, as a share of {test_ratio} of {} is no whole row; {enough}--val_dataset FILE has it done",
+            counted(n_rows, "row")
+        )
+    })
 }
 
 /// How long pairs are, as `train` and `plan` say it: by what `--max_length` counts, and by what a step computes.
@@ -208,5 +228,27 @@ mod tests {
         assert_eq!(many[..5], five);
         assert_eq!(many[5], "left out: and 1,234 more");
         assert_eq!(many.len(), 6);
+    }
+
+    #[test]
+    fn rows_too_few_to_hold_one_out_are_told_of() {
+        assert_eq!(none_held_out(0.0, 7), None, "as asked");
+        let says = |n_rows| none_held_out(0.01, n_rows).unwrap();
+        let seven = "note: nothing is evaluated, as a share of 0.01 of 7 rows is no whole row; --dataset_test_ratio 0.15 or \
+                     --val_dataset FILE has it done";
+        assert_eq!(says(7), seven);
+        assert!(says(1).ends_with("of 1 row is no whole row; --val_dataset FILE has it done"), "{}", says(1));
+        for n_rows in 2..100 {
+            let ratio = says(n_rows)
+                .split("--dataset_test_ratio ")
+                .nth(1)
+                .unwrap()
+                .split(' ')
+                .next()
+                .unwrap()
+                .to_owned();
+            let n_val = (n_rows as f64 * ratio.parse::<f64>().unwrap() + 1e-9).floor();
+            assert!(n_val >= 1.0, "{ratio} of {n_rows}");
+        }
     }
 }

@@ -69,6 +69,8 @@ fn train_and_plan_say_lengths_and_steps_alike_and_name_what_max_length_counts() 
     );
     assert!(planned.contains("run      1 optimizer step of 7 pairs, "), "{planned}");
     assert!(stderr(&trained).contains("training 1 step of 7 pairs, "), "{}", stderr(&trained));
+    let says_none = "note: nothing is evaluated, as a share of 0.01 of 7 rows is no whole row; ";
+    assert!(stderr(&trained).contains(says_none), "{}", stderr(&trained));
     // No terminal is there to cut the line for.
     let says = says.replace("\n         ", " ");
     assert!(stderr(&trained).contains(&says), "{}", stderr(&trained));
