@@ -183,6 +183,9 @@ pub struct TrainArgs {
     /// Write into {output_dir}/{model_type}/v{N}-{time} instead of into the folder itself
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().add_output_dir_suffix, help_heading = "Output")]
     pub add_output_dir_suffix: bool,
+    /// Write over a run that {output_dir} itself holds
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().overwrite_output_dir, help_heading = "Output")]
+    pub overwrite_output_dir: bool,
     /// Go on from this checkpoint folder, or from the newest one of a run's folder
     #[arg(long, help_heading = "Output")]
     pub resume_from_checkpoint: Option<PathBuf>,
@@ -267,6 +270,7 @@ impl Default for TrainArgs {
             save_total_limit: 2,
             output_dir: PathBuf::from("output"),
             add_output_dir_suffix: true,
+            overwrite_output_dir: false,
             resume_from_checkpoint: None,
             report_to: "tensorboard".to_owned(),
             check_model_is_latest: true,

@@ -31,7 +31,9 @@ use crate::shell::pasted;
 use crate::train::loss_scale::LossScaleConfig;
 use crate::train::optim::AdamWConfig;
 use crate::train::plan::Plan;
-use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState, newest_checkpoint};
+use crate::train::run_folder::{
+    CheckpointTexts, RunFolder, Tracker, TrainerState, holds_run, newest_checkpoint,
+};
 use crate::train::schedule::Schedule;
 use crate::train::{TrainData, TrainSettings, train};
 
@@ -48,6 +50,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
             .with_hint("fetch the model and pass its folder as --model_id_or_path; without both, the demo is trained"));
     }
     let args = with_checkpoint(args)?;
+    check_output(&args)?;
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     adapter_of(&args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
@@ -72,6 +75,30 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
     })
     .map_err(|error| with_advice(error, &args, &case))
+}
+
+/// A run stays as it is, unless this one goes on from it or is told to write over it.
+fn check_output(args: &TrainArgs) -> Result<()> {
+    let folder = &args.output_dir;
+    if args.add_output_dir_suffix || args.overwrite_output_dir || !holds_run(folder) {
+        return Ok(());
+    }
+    let is_in = |checkpoint: &Path| {
+        let (checkpoint, folder) = (checkpoint.canonicalize().ok()?, folder.canonicalize().ok()?);
+        Some(checkpoint.parent()? == folder)
+    };
+    if args.resume_from_checkpoint.as_deref().and_then(is_in) == Some(true) {
+        return Ok(());
+    }
+    let resume = match newest_checkpoint([folder.clone()]) {
+        Some(_) => format!("--resume_from_checkpoint {} goes on from it, ", pasted(folder)),
+        None => String::new(),
+    };
+    Err(Error::config(format!("--output_dir {} holds a run, whose files would be replaced", folder.display())).with_hint(
+        format!(
+            "{resume}another --output_dir or --add_output_dir_suffix true leaves it as it is, --overwrite_output_dir true writes over it"
+        ),
+    ))
 }
 
 fn tell(label: &str, text: &str) {
@@ -394,6 +421,8 @@ fn in_full(args: &TrainArgs) -> TrainArgs {
         dataset: if is_demo_data(args) { args.dataset.clone() } else { specs(&args.dataset) },
         val_dataset: specs(&args.val_dataset),
         output_dir: full(&args.output_dir),
+        // Of this command alone: another that takes the record would write over this run.
+        overwrite_output_dir: false,
         resume_from_checkpoint: args.resume_from_checkpoint.as_ref().map(full),
         ..args.clone()
     }

@@ -21,6 +21,8 @@ use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
 use crate::model::load::Checkpoint;
 
+const ARGS_FILE: &str = "args.json";
+const LOG_FILE: &str = "logging.jsonl";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "trainer_state.json";
 /// Drawing takes time from training, and a small model may save every few seconds.
@@ -71,6 +73,12 @@ pub fn newest_checkpoint(runs: impl IntoIterator<Item = PathBuf>) -> Option<Path
     runs.into_iter().flat_map(|run| dated_checkpoints(&run)).max().map(|(_, _, path)| path)
 }
 
+/// Whether a folder is a run's.
+pub fn holds_run(folder: &Path) -> bool {
+    [ARGS_FILE, LOG_FILE].iter().any(|file| folder.join(file).exists())
+        || !dated_checkpoints(folder).is_empty()
+}
+
 /// An open run folder.
 #[derive(Debug)]
 pub struct RunFolder {
@@ -99,9 +107,9 @@ impl RunFolder {
         tracker: Tracker,
     ) -> Result<Self> {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        let args = folder.join("args.json");
+        let args = folder.join(ARGS_FILE);
         fs::write(&args, &texts.args).map_err(Error::io("write", &args))?;
-        let path = folder.join("logging.jsonl");
+        let path = folder.join(LOG_FILE);
         let log = OpenOptions::new().create(true).write(true).truncate(true).open(&path);
         let mut log = log.map_err(Error::io("write", &path))?;
         for line in &log_history {
@@ -138,7 +146,7 @@ impl RunFolder {
             tensorboard.scalars(step, line)?;
         }
         let line = Value::Object(line.clone());
-        let path = || self.folder.join("logging.jsonl");
+        let path = || self.folder.join(LOG_FILE);
         writeln!(self.log, "{line}").map_err(|e| Error::io("write", path())(e))?;
         self.log_history.push(line);
         Ok(())
@@ -222,7 +230,7 @@ impl RunFolder {
         });
         let texts = [
             (STATE_FILE, format!("{state:#}\n")),
-            ("args.json", self.texts.args.clone()),
+            (ARGS_FILE, self.texts.args.clone()),
             ("README.md", self.texts.card.clone()),
         ];
         for (name, text) in texts {

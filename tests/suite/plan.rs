@@ -253,7 +253,8 @@ fn train_gqa(folder: &Path, flags: &[&str]) -> Output {
     let (model, pairs) = (fixture("gqa/model"), fixture("gqa/pairs.jsonl"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
     command.arg("train").arg("--model_id_or_path").arg(model).arg("--dataset").arg(pairs);
-    command.args(["--output_dir", "out", "--add_output_dir_suffix", "false", "--warmup_ratio", "0"]);
+    command.args(["--output_dir", "out", "--add_output_dir_suffix", "false", "--overwrite_output_dir"]);
+    command.args(["--warmup_ratio", "0"]);
     command.args(flags).current_dir(folder).output().unwrap()
 }
 

@@ -29,9 +29,10 @@ fn the_first_rows_that_are_left_out_are_named_and_the_run_s_folder_lists_all() {
     let pairs = fs::read_to_string(gqa("pairs.jsonl")).unwrap().repeat(3);
     fs::write(folder.path().join("pairs.jsonl"), pairs).unwrap();
     let list = folder.path().join("out/left_out.txt");
-    let flags = ["--output_dir", "out", "--add_output_dir_suffix", "false", "--warmup_ratio", "0"];
+    let flags = ["--output_dir", "out", "--add_output_dir_suffix", "false", "--overwrite_output_dir"];
     let train = |max_length: &str| {
-        let flags = [&flags[..], &["--max_steps", "1", "--max_length", max_length]].concat();
+        let flags =
+            [&flags[..], &["--max_steps", "1", "--warmup_ratio", "0", "--max_length", max_length]].concat();
         let message = stderr(&orpo_wgpu("train", folder.path(), &flags));
         message.lines().filter_map(|line| line.strip_prefix("left out: ")).map(str::to_owned).collect()
     };

@@ -81,6 +81,42 @@ fn a_run_writes_the_files_that_it_promises() {
 }
 
 #[test]
+fn a_run_is_not_written_over_without_a_word() {
+    let workplace = Workplace::new();
+    let train = |flags: &[&str]| {
+        let output =
+            workplace.train(&[&["--overwrite_output_dir", "false", "--save_steps", "1"], flags].concat());
+        (output.status.code(), stderr(&output))
+    };
+    let steps = || fs::read_to_string(workplace.path("out/logging.jsonl")).unwrap().lines().count();
+    assert_eq!(train(&["--logging_steps", "1"]).0, Some(0));
+    let before = workplace.written();
+    // Before anything is loaded: there is no such model.
+    let (code, message) = train(&["--model_id_or_path", "nowhere"]);
+    assert_eq!(code, Some(2), "{message}");
+    for says in [
+        "--output_dir out holds a run, whose files would be replaced",
+        "hint: --resume_from_checkpoint out goes on from it, another --output_dir or --add_output_dir_suffix true leaves",
+        "--overwrite_output_dir true writes over it",
+    ] {
+        assert!(message.contains(says), "no `{says}` in {message}");
+    }
+    let other = ["--output_dir", "other"];
+    assert_eq!(train(&other).0, Some(0));
+    let resume = ["--max_steps", "3", "--logging_steps", "1", "--resume_from_checkpoint"];
+    assert_eq!(train(&[&resume[..], &["other/checkpoint-2"]].concat()).0, Some(2), "another run");
+    assert_eq!((workplace.written(), steps()), (before, 2));
+
+    let (code, message) = train(&[&resume[..], &["out/checkpoint-2"]].concat());
+    assert_eq!((code, steps()), (Some(0), 3), "{message}");
+    let again = ["--overwrite_output_dir", "true", "--logging_steps", "1"];
+    assert!(workplace.train(&again).status.success());
+    assert_eq!(steps(), 2);
+    let args = fs::read_to_string(workplace.path("out/args.json")).unwrap();
+    assert!(args.contains("\"overwrite_output_dir\": false"), "the record writes over nothing: {args}");
+}
+
+#[test]
 fn the_first_step_is_told_of_before_the_log_has_a_line() {
     let workplace = Workplace::new();
     let steps = |flags: &[&str]| -> Vec<String> {

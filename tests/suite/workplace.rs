@@ -49,6 +49,7 @@ impl Workplace {
             ("--device", "cpu"),
             ("--output_dir", "out"),
             ("--add_output_dir_suffix", "false"),
+            ("--overwrite_output_dir", "true"),
             ("--max_steps", "2"),
             ("--warmup_ratio", "0"),
         ];
