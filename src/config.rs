@@ -79,7 +79,7 @@ pub struct TrainArgs {
     /// Data sets: files, folders or registry names, separated by commas; NAME#500 samples 500 rows [default: the demo's pairs]
     #[arg(long, value_delimiter = ',', help_heading = "Data")]
     pub dataset: Vec<String>,
-    /// Data sets to evaluate on, instead of a part of --dataset
+    /// Data sets to evaluate on, instead of a part of --dataset; demo stands for the demo's held-out pairs
     #[arg(long, value_delimiter = ',', help_heading = "Data")]
     pub val_dataset: Vec<String>,
     /// Share of the rows that is held out for evaluation

@@ -7,12 +7,12 @@ use super::bench::print_presets;
 use super::budget::{Budget, Case, Rows, Setting, USABLE, runs_again};
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
-use super::rows::{Data, lengths, note_positions, shuffle};
+use super::rows::{Data, lengths, load, note_positions, shuffle};
 use super::train;
 use super::words::{entry, millions, thousands};
 use super::work::Work;
 use crate::config::TrainArgs;
-use crate::data::dataset::{self, Dataset, Strictness};
+use crate::data::dataset::{self, Dataset};
 use crate::data::renames;
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
@@ -178,12 +178,10 @@ impl Source {
 
 /// Rows to train on of a data set that cannot be tokenized; none where no data set is named.
 fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
-    if args.dataset.is_empty() || args.dataset == [demo::NAME] {
+    if args.dataset.is_empty() {
         return Ok(None);
     }
-    let strictness = if args.strict { Strictness::Strict } else { Strictness::Lenient };
-    let columns = args.columns.clone().unwrap_or_default();
-    let Dataset { rows, unused, .. } = dataset::load(&args.dataset, &columns, strictness, args.seed)?;
+    let Dataset { rows, unused, .. } = load(args, &args.dataset, demo::pairs)?;
     let is_split = args.val_dataset.is_empty();
     if is_split {
         renames::check_used(&[&unused])?;

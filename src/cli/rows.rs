@@ -36,24 +36,14 @@ impl Data {
     /// # Errors
     /// If a file cannot be read, a row cannot be used and that is an error, or no row is left to train on.
     pub fn load(args: &TrainArgs, open: &OpenModel) -> Result<Self> {
-        let strictness = if args.strict { Strictness::Strict } else { Strictness::Lenient };
+        let strictness = strictness(args);
         let truncation: TruncationStrategy = args.truncation_strategy.parse()?;
-        let load = |specs: &[String]| {
-            dataset::load(specs, &args.columns.clone().unwrap_or_default(), strictness, args.seed)
-        };
-        let Dataset { rows, mut skipped, unused } = match args.dataset.as_slice() {
-            [] if args.model_id_or_path.is_some() => {
-                return Err(Error::config("--dataset is missing: what is the model to learn from?").with_hint(
-                    "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
-                ));
-            }
-            _ if is_demo_data(args) => {
-                let names = args.columns.iter().flatten().map(|(theirs, _)| theirs.clone()).collect();
-                let pairs = demo::pairs()?;
-                Dataset { unused: UnusedRenames { names, ..pairs.unused }, ..pairs }
-            }
-            specs => load(specs)?,
-        };
+        if args.dataset.is_empty() && args.model_id_or_path.is_some() {
+            return Err(Error::config("--dataset is missing: what is the model to learn from?").with_hint(
+                "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
+            ));
+        }
+        let Dataset { rows, mut skipped, unused } = load(args, &args.dataset, demo::pairs)?;
         if open.is_demo() && !is_demo_data(args) {
             note!(
                 "note: no model is named, and the demo's own is taken, of {} weights; --model_id_or_path DIR names yours",
@@ -66,7 +56,7 @@ impl Data {
             renames::check_used(&[&unused])?;
             dataset::split(rows, args.dataset_test_ratio, shuffle)
         } else {
-            let val = load(&args.val_dataset)?;
+            let val = load(args, &args.val_dataset, demo::held_out)?;
             renames::check_used(&[&unused, &val.unused])?;
             skipped.extend(val.skipped);
             (rows, val.rows)
@@ -184,12 +174,47 @@ pub fn note_positions(longest: usize, config: &LlamaConfig) {
     }
 }
 
+/// The rows of data sets, where these are the demo's those of `demo`.
+///
+/// # Errors
+/// As of [`dataset::load`].
+pub fn load(args: &TrainArgs, specs: &[String], demo: fn() -> Result<Dataset>) -> Result<Dataset> {
+    let columns = args.columns.clone().unwrap_or_default();
+    let Some(sample) = demo_sample(specs) else {
+        return dataset::load(specs, &columns, strictness(args), args.seed);
+    };
+    let Dataset { rows, skipped, unused } = demo()?;
+    let rows = match sample {
+        Some(n) => dataset::sample_of(rows, n, args.seed, 0),
+        None => rows,
+    };
+    Ok(Dataset { rows, skipped, unused: UnusedRenames { names: columns.into_keys().collect(), ..unused } })
+}
+
+fn strictness(args: &TrainArgs) -> Strictness {
+    if args.strict { Strictness::Strict } else { Strictness::Lenient }
+}
+
 /// Whether the demo's own pairs are trained on.
 pub fn is_demo_data(args: &TrainArgs) -> bool {
-    match args.dataset.as_slice() {
-        [] => args.model_id_or_path.is_none(),
-        [name] => name == demo::NAME,
-        _ => false,
+    is_demo_set(&args.dataset) && !(args.dataset.is_empty() && args.model_id_or_path.is_some())
+}
+
+/// Whether data sets are the demo's, which goes by its name, whatever else is called so; it is what is taken where none is named.
+pub fn is_demo_set(specs: &[String]) -> bool {
+    demo_sample(specs).is_some()
+}
+
+/// How many rows are sampled of the demo's, where data sets are those.
+fn demo_sample(specs: &[String]) -> Option<Option<usize>> {
+    match specs {
+        [] => Some(None),
+        [spec] => match spec.strip_prefix(demo::NAME)? {
+            "" => Some(None),
+            // What is no number is an error of loading.
+            sample => sample.strip_prefix('#')?.parse().ok().filter(|n| *n > 0).map(Some),
+        },
+        _ => None,
     }
 }
 
@@ -228,6 +253,20 @@ mod tests {
         assert_eq!(many[..5], five);
         assert_eq!(many[5], "left out: and 1,234 more");
         assert_eq!(many.len(), 6);
+    }
+
+    #[test]
+    fn the_demo_s_data_go_by_their_name_and_are_sampled() {
+        let sample = |specs: &[&str]| demo_sample(&specs.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!([&[][..], &["demo"]].map(sample), [Some(None); 2]);
+        assert_eq!(sample(&["demo#5"]), Some(Some(5)));
+        for others in [&["demo#0"][..], &["demo#all"], &["demo5"], &["demo.jsonl#5"], &["demo", "demo"]] {
+            assert_eq!(sample(others), None, "{others:?}");
+        }
+        let args = TrainArgs::default();
+        let load = |spec: &str| load(&args, &[spec.to_owned()], demo::pairs).unwrap().rows;
+        let (all, five) = (load("demo"), load("demo#5"));
+        assert!(five.len() == 5 && five.iter().all(|row| all.contains(row)));
     }
 
     #[test]

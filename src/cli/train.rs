@@ -13,7 +13,7 @@ use super::open::{Loaded, OpenModel, adapter_in};
 use super::outcome::{answers, print_answers, print_summary, program};
 use super::precision;
 use super::progress::Progress;
-use super::rows::{Data, is_demo_data, lengths, note_positions, plan_of};
+use super::rows::{Data, is_demo_data, is_demo_set, lengths, note_positions, plan_of};
 use super::tune;
 use super::words::noted;
 use crate::config::TrainArgs;
@@ -413,12 +413,14 @@ fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
 /// The same settings with paths in full, so that a run's record can be read from every folder.
 fn in_full(args: &TrainArgs) -> TrainArgs {
     let full = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-    let specs = |specs: &[String]| specs.iter().map(|spec| source::in_full(spec)).collect();
+    let specs = |specs: &[String]| match is_demo_set(specs) {
+        true => specs.to_vec(),
+        false => specs.iter().map(|spec| source::in_full(spec)).collect(),
+    };
     TrainArgs {
         model_id_or_path: args.model_id_or_path.as_ref().map(full),
         adapters: args.adapters.as_ref().map(full),
-        // The demo's data are by their name, whatever else is called so.
-        dataset: if is_demo_data(args) { args.dataset.clone() } else { specs(&args.dataset) },
+        dataset: specs(&args.dataset),
         val_dataset: specs(&args.val_dataset),
         output_dir: full(&args.output_dir),
         // Of this command alone: another that takes the record would write over this run.

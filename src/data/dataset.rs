@@ -150,7 +150,7 @@ pub fn load(
             });
         }
         if let Some(n) = source.sample {
-            part.rows = sample(part.rows, n, &mut rng(seed, Draw::Sample, i as u64));
+            part.rows = sample_of(part.rows, n, seed, i as u64);
         }
         dataset.rows.append(&mut part.rows);
         dataset.skipped.append(&mut part.skipped);
@@ -301,6 +301,11 @@ pub fn epoch_order(n: usize, epoch: usize, shuffle: Shuffle) -> Vec<usize> {
         order.shuffle(&mut rng(seed, Draw::Epoch, epoch as u64));
     }
     order
+}
+
+/// The sample of `n` rows that [`load`] takes of the `idx`-th data set, counted from 0.
+pub fn sample_of(rows: Vec<Row>, n: usize, seed: u64, idx: u64) -> Vec<Row> {
+    sample(rows, n, &mut rng(seed, Draw::Sample, idx))
 }
 
 /// Exactly `n` of the rows, in file order; all of them as often as they fit, and a draw for the remainder.

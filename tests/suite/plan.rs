@@ -107,6 +107,16 @@ fn the_demo_is_planned_without_a_file() {
 }
 
 #[test]
+fn the_demo_s_pairs_are_data_like_others() {
+    let flags = ["--dataset", "demo#5", "--val_dataset", "demo", "--device", "cpu"];
+    let printed = plan(&flags);
+    assert!(printed.contains("5 pairs to train on, 30 to evaluate on, 0 rows left out"), "{printed}");
+    let shape = ["--model_type", "llama3-8b-instruct", "--max_memory", "80GB", "--device", "auto"];
+    let printed = plan(&[&flags[..4], &shape].concat());
+    assert!(printed.contains("1 optimizer step of 5 pairs, 1.00 epochs of "), "{printed}");
+}
+
+#[test]
 fn shapes_are_listed() {
     let printed = plan(&["--model_type", "list"]);
     assert!(printed.contains("llama3-8b-instruct"), "{printed}");
