@@ -3,6 +3,7 @@
 //! Drawn three times as large and shrunk, since plotters' wide lines have hard edges. The font comes with the program: nothing here
 //! looks for one on the machine.
 
+use std::array;
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
@@ -33,6 +34,8 @@ const SMOOTHING: f64 = 0.9;
 /// not many times that number would be drawn far from its own end.
 const SMOOTHED_FROM: usize = 32;
 
+/// White, in each channel.
+const BACKGROUND: u8 = 0xff;
 const TEXT: RGBColor = RGBColor(0x26, 0x26, 0x26);
 const GRID: RGBColor = RGBColor(0xec, 0xec, 0xec);
 const FONT: &str = "Noto Sans";
@@ -192,7 +195,7 @@ fn draw(tag: &str, points: &[(f64, f64)]) -> Drawn<Vec<u8>> {
     let y = Axis::of(points.iter().map(|p| p.1).chain(from_zero), 8.0, 0.0);
 
     let size = (WIDTH * OVERSAMPLING, HEIGHT * OVERSAMPLING);
-    let mut canvas = vec![0xff; (size.0 * size.1 * 3) as usize];
+    let mut canvas = vec![BACKGROUND; (size.0 * size.1 * 3) as usize];
     let root = BitMapBackend::with_buffer(&mut canvas, size).into_drawing_area();
     let mut chart = ChartBuilder::on(&root)
         .margin_top(px(MARGIN_TOP))
@@ -236,15 +239,26 @@ fn draw(tag: &str, points: &[(f64, f64)]) -> Drawn<Vec<u8>> {
     Ok(shrink(&canvas))
 }
 
-/// The mean of every `OVERSAMPLING`² pixels.
+/// The mean of every `OVERSAMPLING`² pixels. Most are all of the background, which is seen without looking at each.
 fn shrink(canvas: &[u8]) -> Vec<u8> {
-    let (n, row) = (OVERSAMPLING as usize, (WIDTH * OVERSAMPLING * 3) as usize);
+    const N: usize = OVERSAMPLING as usize;
+    const ROW: usize = WIDTH as usize * N * 3;
     let mut pixels = Vec::with_capacity((WIDTH * HEIGHT * 3) as usize);
-    for rows in canvas.chunks_exact(row * n) {
-        for column in (0..row).step_by(3 * n) {
-            for channel in column..column + 3 {
-                let square = (0..n * n).map(|i| usize::from(rows[channel + i / n * row + i % n * 3]));
-                pixels.push((square.sum::<usize>() / (n * n)) as u8);
+    for rows in canvas.chunks_exact(ROW * N) {
+        for column in (0..ROW).step_by(3 * N) {
+            let square: [&[u8]; N] = array::from_fn(|i| &rows[i * ROW + column..][..3 * N]);
+            if square.iter().all(|line| *line == [BACKGROUND; 3 * N]) {
+                pixels.extend([BACKGROUND; 3]);
+                continue;
+            }
+            for channel in 0..3 {
+                let mut sum = 0;
+                for line in square {
+                    for i in 0..N {
+                        sum += usize::from(line[3 * i + channel]);
+                    }
+                }
+                pixels.push((sum / (N * N)) as u8);
             }
         }
     }
