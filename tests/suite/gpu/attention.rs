@@ -253,7 +253,7 @@ fn narrow_heads() {
 #[test]
 fn wide_heads() {
     let Some(device) = adapter() else { return };
-    for (heads, kv_heads, head_dim) in [(6, 1, 80), (2, 1, 96), (4, 1, 128), (2, 2, 256)] {
+    for (heads, kv_heads, head_dim) in [(6, 1, 80), (4, 1, 128), (2, 2, 256)] {
         compare(&Case::new(heads, kv_heads, head_dim, pairs(&[[20, 31, 26]])), None, &device);
     }
 }
@@ -281,7 +281,6 @@ fn from_halves() {
     let Some(device) = adapter() else { return };
     for (dtype, _) in halves() {
         compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21], [9, 12, 30]])).stored(dtype), None, &device);
-        compare(&Case::new(4, 2, 32, causal(70, 3)).stored(dtype), None, &device);
         compare(&Case::new(2, 1, 128, causal(0, 40)).stored(dtype), None, &device);
     }
 }
