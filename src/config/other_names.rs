@@ -101,7 +101,6 @@ pub const NOT_HERE: &[(&str, &[&str])] = &[
             "do_train",
             "infer_backend",
             "overwrite_cache",
-            "overwrite_output_dir",
             "plot_loss",
             "preprocessing_num_workers",
             "stream",
