@@ -1,20 +1,25 @@
 //! Every variant of every shader parses and validates. Needs no GPU.
 
+use std::sync::LazyLock;
+
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, Block, Expression, Function, Handle, Module, Statement};
 use orpo_wgpu::ops::kernel::{Cut, Shader};
+
+/// Every variant and its text, which takes longer to make than to look through.
+static SHADERS: LazyLock<Vec<(Shader, String)>> =
+    LazyLock::new(|| Shader::all().into_iter().map(|shader| (shader, shader.wgsl())).collect());
 
 #[test]
 fn every_variant_validates() {
     let capabilities =
         Capabilities::SHADER_FLOAT16 | Capabilities::COOPERATIVE_MATRIX | Capabilities::SUBGROUP;
-    for shader in Shader::all() {
-        let source = shader.wgsl();
-        let module = naga::front::wgsl::parse_str(&source)
-            .unwrap_or_else(|e| panic!("{shader:?}: {}", e.emit_to_string(&source)));
+    for (shader, source) in &*SHADERS {
+        let module = naga::front::wgsl::parse_str(source)
+            .unwrap_or_else(|e| panic!("{shader:?}: {}", e.emit_to_string(source)));
         Validator::new(ValidationFlags::all(), capabilities)
             .validate(&module)
-            .unwrap_or_else(|e| panic!("{shader:?}: {}", e.emit_to_string(&source)));
+            .unwrap_or_else(|e| panic!("{shader:?}: {}", e.emit_to_string(source)));
 
         let [entry] = module.entry_points.as_slice() else { panic!("{shader:?}: one entry point") };
         assert_eq!(entry.name, "main", "{shader:?}");
@@ -25,8 +30,8 @@ fn every_variant_validates() {
 
 #[test]
 fn no_variant_asks_for_more_than_every_device_has() {
-    for shader in Shader::all() {
-        let module = naga::front::wgsl::parse_str(&shader.wgsl()).unwrap();
+    for (shader, source) in &*SHADERS {
+        let module = naga::front::wgsl::parse_str(source).unwrap();
         let mut layouter = naga::proc::Layouter::default();
         layouter.update(module.to_ctx()).unwrap();
         let (mut workgroup_bytes, mut n_storage) = (0, 0);
@@ -58,8 +63,8 @@ fn no_variant_asks_for_more_than_every_device_has() {
 /// naga gives a variable without a value its zero once a function, not once a turn of the loop that it stands in.
 #[test]
 fn every_variable_of_a_function_has_a_value() {
-    for shader in Shader::all() {
-        for line in shader.wgsl().lines().filter(|line| line.starts_with("    ")) {
+    for (shader, source) in &*SHADERS {
+        for line in source.lines().filter(|line| line.starts_with("    ")) {
             let is_bare = line.trim_start().starts_with("var ") && !line.contains('=');
             assert!(!is_bare, "{shader:?}: {line}");
         }
@@ -147,8 +152,8 @@ fn origins(module: &Module, function: &Function, stores: &[[Handle<Expression>; 
 /// Mesa's software adapter would compile the shader anew for each launch, with the values of its parameters.
 #[test]
 fn no_branch_depends_on_parameters_alone() {
-    for shader in Shader::all() {
-        let module = naga::front::wgsl::parse_str(&shader.wgsl()).unwrap();
+    for (shader, source) in &*SHADERS {
+        let module = naga::front::wgsl::parse_str(source).unwrap();
         let functions = module.functions.iter().map(|(_, function)| function);
         for function in functions.chain(module.entry_points.iter().map(|entry| &entry.function)) {
             let mut flow = Flow::default();
