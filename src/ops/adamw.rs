@@ -122,8 +122,7 @@ fn updated<B: Backend>(
     [chosen(parameter, updated), chosen(m, new_m), chosen(v, new_v)]
 }
 
-/// The most tensors that share a launch. A model has hundreds, of a few thousand entries each: a GPU takes longer to begin such a kernel
-/// than to run it.
+/// The most tensors that share a launch: Llama-3-8B's 448, with LoRA on all linear layers, take 28.
 const TENSORS: usize = 16;
 /// The most cubes that share a gradient's sum.
 const MAX_PARTS: u32 = 128;
