@@ -2,11 +2,12 @@
 //
 // `left` is [m, depth], `right` [depth, n]; each goes on with a tail, so that the depth is that of both. A workgroup is persistent: it
 // takes one output tile of TILE_M x TILE_N after the other; where these are few, a part of the depth's stages each, whose sums are
-// `splits` outputs behind one another. Its first warpgroup only has the copy engine fill a ring of stages, each
-// TILE_K of the depth; the other two multiply half of the tile's rows each, straight from the stages (`wgmma`), and sum in f32.
+// `splits` outputs behind one another. Its first warpgroup only has the copy engine fill a ring of stages, each TILE_K of the depth; the
+// other two multiply half of the tile's rows each, straight from the stages (`wgmma`), and sum in f32.
 //
-// Set by `kernel/cuda/warpgroup.rs`: TILE_M, TILE_N and TILE_K, BOX_N, STAGES; BF16 or else f16; RIGHT_ALONG_DEPTH, whether the right operand's columns lie along its
-// memory; HAS_TAIL, HAS_ADDEND; OUT_F32 or else the operands' type; SUM_REGISTERS and what else names wgmma's operands.
+// Set by `kernel/cuda/warpgroup.rs`: TILE_M, TILE_N and TILE_K, BOX_N, STAGES; BF16 or else f16; RIGHT_ALONG_DEPTH, whether the right
+// operand's columns lie along its memory; HAS_TAIL, HAS_ADDEND; OUT_F32 or else the operands' type; SUM_REGISTERS and what else names
+// wgmma's operands.
 //
 // CubeCL passes with each tensor map the memory that it is of, and the operands come once more behind the output and the addend: what
 // is read of them is read by the maps alone.
