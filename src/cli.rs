@@ -17,6 +17,7 @@ pub mod budget;
 pub mod devices;
 pub mod infer;
 pub mod interrupts;
+pub mod keyboard;
 pub mod limits;
 pub mod longest;
 pub mod nearest;

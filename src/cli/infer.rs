@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
+use super::interrupts;
+use super::keyboard::Keyboard;
 use super::open::{OpenModel, adapter_in};
 use super::precision::PrecisionArgs;
 use super::words::noted;
@@ -16,6 +18,7 @@ use crate::infer::chat::{self, Chat, Manner};
 use crate::infer::generate::GenerationConfig;
 use crate::infer::prompts::{Prompt, answer_prompts, read_prompts};
 use crate::infer::sample::SamplingConfig;
+use crate::infer::talk::{self, Piped};
 use crate::lora;
 use crate::ops::Kernels;
 use crate::train::run_folder::newest_checkpoint;
@@ -165,7 +168,11 @@ fn run_on<B: Kernels>(
             (None, Some(_)) => {
                 answer_prompts(&mut chat, prompts, args.result_file.as_deref(), output, notes, manner)
             }
-            (None, None) => chat::run(&mut chat, &mut stdin().lock(), output, notes, manner),
+            (None, None) if manner.is_terminal => {
+                chat.interrupted_by(interrupts::watch_ctrl_c());
+                talk::run(&mut chat, &mut Keyboard::new()?, output, notes, manner)
+            }
+            (None, None) => talk::run(&mut chat, &mut Piped(stdin().lock()), output, notes, manner),
         }
     })
     .map_err(|error| match error {

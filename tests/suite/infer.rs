@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::DType;
 use burn_flex::Flex;
@@ -13,6 +15,7 @@ use orpo_wgpu::infer::chat::{self, Chat, Manner};
 use orpo_wgpu::infer::generate::{Generation, GenerationConfig, Session, StopReason, generate};
 use orpo_wgpu::infer::prompts::{answer_prompts, read_prompts};
 use orpo_wgpu::infer::sample::SamplingConfig;
+use orpo_wgpu::infer::talk::{self, Line, Lines, Piped};
 use orpo_wgpu::lora;
 use orpo_wgpu::model::attention::AttentionLayout;
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
@@ -234,6 +237,22 @@ fn a_session_goes_on_from_what_it_has_read() {
     }
 }
 
+/// Lines as somebody types them, `^C` where they press Ctrl-C, and the prompts that they see.
+struct Typed<'a> {
+    lines: Piped<&'a [u8]>,
+    prompts: String,
+}
+
+impl Lines for Typed<'_> {
+    fn read(&mut self, prompt: &str) -> orpo_wgpu::error::Result<Line> {
+        self.prompts.push_str(prompt);
+        Ok(match self.lines.read(prompt)? {
+            Line::Text(line) if line.ends_with("^C") => Line::Dropped,
+            other => other,
+        })
+    }
+}
+
 struct Talk {
     model: Llama<Flex>,
     tokenizer: TextTokenizer,
@@ -251,12 +270,15 @@ impl Talk {
         Chat::new(&self.model, &self.tokenizer, Template::Llama3, system, config).unwrap()
     }
 
-    /// What the chat writes to its output, what it notes, and the history that it ends with.
+    /// What the chat writes to its output, what it prompts and notes, and the history that it ends with.
     fn run(&self, input: &[u8], manner: Manner) -> (String, String, Vec<(String, String)>) {
         let (mut output, mut notes) = (Vec::new(), Vec::new());
         let mut chat = self.chat(Some("Be brief."), &GenerationConfig::greedy(8));
-        chat::run(&mut chat, &mut { input }, &mut output, &mut notes, manner).unwrap();
-        (String::from_utf8(output).unwrap(), String::from_utf8(notes).unwrap(), chat.history().to_vec())
+        let mut typed = Typed { lines: Piped(input), prompts: String::new() };
+        let lines: &mut dyn Lines = if manner.is_terminal { &mut typed } else { &mut Piped(input) };
+        talk::run(&mut chat, lines, &mut output, &mut notes, manner).unwrap();
+        let notes = typed.prompts + std::str::from_utf8(&notes).unwrap();
+        (String::from_utf8(output).unwrap(), notes, chat.history().to_vec())
     }
 
     /// The answer that the model gives in this situation.
@@ -332,6 +354,43 @@ fn a_terminal_is_prompted_and_survives_a_question_that_is_too_long() {
     }
     let (_, notes, _) = talk.run(b"hello\n", Manner { is_terminal: false, verbose: true });
     assert!(notes.contains("tokens/s"), "{notes}");
+}
+
+#[test]
+fn ctrl_c_drops_what_is_typed_and_ends_an_answer() {
+    let talk = Talk::new();
+    let (_, notes, history) = talk.run(b"one^C\nmulti-line\ntwo\nthree^C\nfour\n#\n", TERMINAL);
+    assert_eq!(history, [("four".to_owned(), talk.answer(Some("Be brief."), &[], "four"))]);
+    assert_eq!(notes.matches("Ctrl-D or /exit ends the chat").count(), 2, "{notes}");
+    let (_, notes, history) = talk.run(b"reset-system\nBe long.^C\none\n", TERMINAL);
+    assert_eq!(history, [("one".to_owned(), talk.answer(Some("Be brief."), &[], "one"))]);
+    assert!(notes.contains("the system prompt is as before"), "{notes}");
+
+    /// Presses Ctrl-C at the first text.
+    struct Impatient(Arc<AtomicBool>, String);
+    impl Write for Impatient {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.store(true, Ordering::Relaxed);
+            self.1.push_str(std::str::from_utf8(bytes).map_err(std::io::Error::other)?);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut chat = talk.chat(Some("Be brief."), &GenerationConfig::greedy(8));
+    let whole = chat.ask("one", &mut Vec::new()).unwrap();
+    chat.clear();
+    let flag = Arc::new(AtomicBool::new(false));
+    chat.interrupted_by(flag.clone());
+    let mut output = Impatient(flag, String::new());
+    let cut = chat.ask("one", &mut output).unwrap();
+    assert_eq!((cut.stop_reason, cut.tokens.len() < whole.tokens.len()), (StopReason::Interrupted, true));
+    assert_eq!(chat.history(), [("one".to_owned(), output.1)], "what was said remains");
+    let said = chat.history().to_vec();
+    chat.ask("two", &mut Vec::new()).unwrap();
+    assert_eq!(chat.history()[1].1, talk.answer(Some("Be brief."), &said, "two"), "the next one is whole");
 }
 
 /// A writer that fails with the first part that is not whole characters, and counts its parts.
