@@ -43,7 +43,7 @@ const LENGTHS: [usize; 2] = [128, 512];
 fn batch(n_tokens: usize, vocab: usize) -> Batch {
     let ids = |n: usize, seed: usize| (0..n).map(|i| ((i * 7919 + seed * 104_729) % vocab) as u32).collect();
     let n_prompt = n_tokens / 2;
-    let location = Location { path: Path::new("bench").into(), line: 1 };
+    let location = Location::new(Path::new("bench"), 1);
     let pair = TokenizedPair {
         prompt: ids(n_prompt, 1),
         chosen: ids(n_tokens - n_prompt, 2),

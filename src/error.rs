@@ -44,12 +44,14 @@ pub enum Error {
         hint: Option<String>,
     },
     /// A row of a data set that cannot be used.
-    #[error("{}:{line}: {problem}", .path.display())]
+    #[error("{}: {problem}", place(path, *line, *column))]
     Row {
         /// The data file.
         path: PathBuf,
         /// 1-based line.
         line: usize,
+        /// 1-based byte of the line, where other rows begin on it before.
+        column: Option<usize>,
         /// What is wrong with the row.
         problem: String,
         /// What to do.
@@ -117,6 +119,12 @@ pub enum Error {
         /// The rows of the step, `file:line` each.
         rows: String,
     },
+}
+
+/// `file:line`, or `file:line:column`.
+pub fn place(path: &Path, line: usize, column: Option<usize>) -> String {
+    let column = column.map_or_else(String::new, |column| format!(":{column}"));
+    format!("{}:{line}{column}", path.display())
 }
 
 /// `1 row`, `2 rows`

@@ -170,7 +170,7 @@ impl BenchArgs {
 
     /// The step's pairs: `max_length` tokens a sequence, the first half shared, as unlike as token ids can be.
     fn pairs(&self, config: &LlamaConfig) -> Vec<TokenizedPair> {
-        let location = Location { path: Path::new("bench").into(), line: 1 };
+        let location = Location::new(Path::new("bench"), 1);
         let n_prompt = self.max_length / 2;
         let ids = |n: usize, seed: usize| {
             (0..n).map(|i| ((i * 7919 + seed * 104_729) % config.vocab_size) as u32).collect::<Vec<_>>()

@@ -308,7 +308,7 @@ impl<'a> Case<'a> {
 /// Two sequences of `max_length` tokens with nothing in common but the first.
 pub fn longest_pair(max_length: usize) -> TokenizedPair {
     let answer = |id: u32| vec![id; max_length.max(2) - 1];
-    let location = Location { path: Path::new("the longest pair").into(), line: 1 };
+    let location = Location::new(Path::new("the longest pair"), 1);
     TokenizedPair { prompt: vec![0], chosen: answer(1), rejected: answer(2), location }
 }
 
@@ -349,7 +349,7 @@ pub(super) mod tests {
             prompt: vec![1; n],
             chosen: vec![2, 3],
             rejected: vec![4, 5],
-            location: Location { path: Path::new("rows.jsonl").into(), line: n },
+            location: Location::new(Path::new("rows.jsonl"), n),
         }
     }
 

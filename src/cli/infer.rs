@@ -11,12 +11,13 @@ use super::keyboard::Keyboard;
 use super::open::{OpenModel, adapter_in};
 use super::precision::PrecisionArgs;
 use super::words::noted;
+use crate::data::prompts::{Prompt, read_prompts};
 use crate::demo;
 use crate::device::{self, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::infer::chat::{self, Chat, Manner};
 use crate::infer::generate::GenerationConfig;
-use crate::infer::prompts::{Prompt, answer_prompts, read_prompts};
+use crate::infer::prompts::{answer_prompts, check_result_file};
 use crate::infer::sample::SamplingConfig;
 use crate::infer::talk::{self, Piped};
 use crate::lora;
@@ -34,10 +35,10 @@ pub struct InferArgs {
     /// A PEFT adapter folder, a run (its newest checkpoint), or `none` [default: none; for the demo its newest one below output/demo]
     #[arg(long)]
     adapters: Option<PathBuf>,
-    /// Answer every prompt of this file: one a line, or JSONL with query, and where you like system and history
+    /// Answer every prompt of this file: one a line, or JSONL with query (where you like system and history) or messages
     #[arg(long, conflicts_with = "prompt")]
     prompts: Option<PathBuf>,
-    /// Write the answers to --prompts here, as JSONL
+    /// Write the answers to --prompts here, as JSONL, into a new file
     #[arg(long, requires = "prompts", conflicts_with = "prompt")]
     result_file: Option<PathBuf>,
     /// System prompt
@@ -115,6 +116,9 @@ pub fn run(args: &InferArgs) -> Result<()> {
     args.generation().check()?;
     if args.prompt.as_ref().is_some_and(|prompt| prompt.trim().is_empty()) {
         return Err(Error::config("the prompt is empty").with_hint("without one, infer starts a chat"));
+    }
+    if let Some(path) = &args.result_file {
+        check_result_file(path)?;
     }
     let prompts = args.prompts.as_deref().map(read_prompts).transpose()?.unwrap_or_default();
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;

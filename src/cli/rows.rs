@@ -62,6 +62,7 @@ impl Data {
             (rows, val.rows)
         };
         let unheld = val.is_empty().then(|| none_held_out(args.dataset_test_ratio, n_rows)).flatten();
+        let (n_train, n_malformed) = (train.len(), skipped.len());
         let mut tokenize = |rows: &[dataset::Row]| -> Result<Vec<TokenizedPair>> {
             let system = args.system.as_deref();
             let (pairs, left_out) = tokenize_rows(
@@ -80,12 +81,7 @@ impl Data {
         let (train, val) = (tokenize(&train)?, tokenize(&val)?);
         // An error that says why no row is left needs no lines above it that say the same.
         if train.is_empty() {
-            let name = args.dataset.first().map_or(demo::NAME, String::as_str);
-            return Err(Error::file(
-                name,
-                format!("none of its rows can be trained on: {}", dataset::summarize(&skipped)),
-            )
-            .with_hint("rows that are too long: raise --max_length"));
+            return Err(nothing_to_train_on(args, n_train, &skipped[n_malformed..]));
         }
         first_of(&skipped).iter().for_each(|line| note!("{line}"));
         if let Some(unheld) = unheld {
@@ -115,6 +111,18 @@ impl Data {
         } else {
             Ok(())
         }
+    }
+}
+
+/// Why there is no row to train on: `n_train` there were, of which tokenizing left some out, or none beside those that are held out.
+fn nothing_to_train_on(args: &TrainArgs, n_train: usize, left_out: &[Skipped]) -> Error {
+    let name = if args.dataset.is_empty() { demo::NAME.to_owned() } else { args.dataset.join(" ") };
+    if n_train == 0 {
+        let problem = "none of its rows is left to train on: each equals one that is held out to evaluate on";
+        Error::file(name, problem).with_hint("--dataset_test_ratio 0 holds none out")
+    } else {
+        let problem = format!("none of its rows can be trained on: {}", dataset::summarize(left_out));
+        Error::file(name, problem).with_hint("rows that are too long: raise --max_length")
     }
 }
 
@@ -243,7 +251,7 @@ mod tests {
     #[test]
     fn only_the_first_rows_that_are_left_out_are_named() {
         let skipped = |n: usize| -> Vec<Skipped> {
-            let location = |line| Location { path: Path::new("rows.jsonl").into(), line };
+            let location = |line| Location::new(Path::new("rows.jsonl"), line);
             (1..=n).map(|line| Skipped { location: location(line), reason: "too long".to_owned() }).collect()
         };
         assert!(first_of(&[]).is_empty());

@@ -246,7 +246,7 @@ mod tests {
     use super::*;
 
     fn pair(prompt: &[u32], chosen: &[u32], rejected: &[u32]) -> TokenizedPair {
-        let location = Location { path: Path::new("rows.jsonl").into(), line: 1 };
+        let location = Location::new(Path::new("rows.jsonl"), 1);
         TokenizedPair { prompt: prompt.into(), chosen: chosen.into(), rejected: rejected.into(), location }
     }
 

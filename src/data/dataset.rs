@@ -15,30 +15,44 @@ use serde_json::Value;
 
 use super::renames::UnusedRenames;
 use super::{json, row, source};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, place};
 
 /// Rows that cannot be used of which the first that advice helps is looked for.
 const ADVISED_ROWS: usize = 10;
 
-/// A place in a data file, shown as `file.jsonl:7`.
+/// The place of a row in a data file, shown as `file.jsonl:7`; no two rows have the same.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Location {
     /// The file as the user gave it.
     pub path: Arc<Path>,
     /// The 1-based line on which the row begins.
     pub line: usize,
+    /// The 1-based byte of the line at which it begins, where other rows begin on the line before.
+    pub column: Option<usize>,
 }
 
 impl Location {
+    /// The place of the only row of a line, or of its first.
+    pub fn new(path: impl Into<Arc<Path>>, line: usize) -> Self {
+        Self { path: path.into(), line, column: None }
+    }
+
     /// An error about the row at this place.
     pub fn error(&self, problem: impl Into<String>) -> Error {
-        Error::Row { path: self.path.to_path_buf(), line: self.line, problem: problem.into(), hint: None }
+        let Self { path, line, column } = self;
+        Error::Row {
+            path: path.to_path_buf(),
+            line: *line,
+            column: *column,
+            problem: problem.into(),
+            hint: None,
+        }
     }
 }
 
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.path.display(), self.line)
+        f.write_str(&place(&self.path, self.line, self.column))
     }
 }
 
@@ -189,10 +203,8 @@ fn collect(
     dataset: &mut Dataset,
     unused: &mut UnusedRenames,
 ) -> Result<()> {
-    let path: Arc<Path> = path.into();
-    json::each_value(text, &path, |line, value| {
+    json::each_value(text, path, |location, value| {
         unused.see(&value);
-        let location = Location { path: path.clone(), line };
         match row::parse(value, columns, location.clone()) {
             Ok(row) => dataset.rows.push(row),
             Err(reason) => strict.reject(&mut dataset.skipped, location.clone(), reason).map_err(
@@ -230,12 +242,12 @@ fn advice(rows: &[&Location], columns: &BTreeMap<String, String>) -> Option<Stri
     let text = json::read_text(&last.path).ok()?;
     let lines = (!json::is_array(&text)).then_some(&*last.path);
     let mut found = None;
-    let look = |line: usize, value: Value| {
-        if rows.iter().any(|row| row.line == line) {
+    let look = |location: Location, value: Value| {
+        if rows.contains(&&location) {
             found = row::advice(&value, columns, lines);
         }
         // An error ends the reading, of which nothing else is wanted.
-        if found.is_none() && line < last.line { Ok(()) } else { Err(last.error("seen")) }
+        if found.is_none() && location != **last { Ok(()) } else { Err(last.error("seen")) }
     };
     let _ = json::each_value(&text, &last.path, look);
     found
@@ -519,6 +531,15 @@ mod tests {
         assert!(!train.is_empty(), "something must be left to train on");
         let (train, val) = (queries(&train), queries(&val));
         assert!(train.iter().all(|query| !val.contains(query)), "{train:?} {val:?}");
+    }
+
+    #[test]
+    fn rows_of_one_line_are_rows_of_their_own() {
+        let text = format!("[{}]", vec![GOOD; 10].join(", "));
+        let rows = parse(&text, Strictness::Strict).unwrap().rows;
+        assert_eq!(rows[1].location.to_string(), format!("rows.jsonl:1:{}", GOOD.len() + 4));
+        let (train, val) = split(rows, 0.2, Shuffle::Seeded(1));
+        assert_eq!((train.len(), val.len()), (8, 2));
     }
 
     /// The numbers themselves are pinned: another order would change every published run.

@@ -1,6 +1,7 @@
-//! The JSON values of a text, each with its line.
+//! The JSON values of a text, each with its place.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Deserializer, Value};
 
@@ -16,11 +17,11 @@ pub(super) fn read_text(path: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|error| {
         let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = 1 + valid.iter().filter(|byte| **byte == b'\n').count();
-        Location { path: path.into(), line }.error("not UTF-8").with_hint("save the file as UTF-8")
+        Location::new(path, line).error("not UTF-8").with_hint("save the file as UTF-8")
     })
 }
 
-/// Calls `each` with every JSON value of a text and the 1-based line on which it begins.
+/// Calls `each` with every JSON value of a text and the place at which it begins.
 ///
 /// The text is either one array, whose elements are the values, or one value a line. Empty lines and a byte order mark
 /// are ignored.
@@ -30,16 +31,17 @@ pub(super) fn read_text(path: &Path) -> Result<String> {
 pub(super) fn each_value(
     text: &str,
     path: &Path,
-    mut each: impl FnMut(usize, Value) -> Result<()>,
+    mut each: impl FnMut(Location, Value) -> Result<()>,
 ) -> Result<()> {
     let text = without_mark(text);
     if is_array(text) {
         return each_element(text, path, each);
     }
+    let path: Arc<Path> = path.into();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let value = serde_json::from_str(line)
-            .map_err(|error| not_json(path, i + 1, &reason(&error), error.column()))?;
-        each(i + 1, value)?;
+            .map_err(|error| not_json(&path, i + 1, &reason(&error), error.column()))?;
+        each(Location::new(path.clone(), i + 1), value)?;
     }
     Ok(())
 }
@@ -49,12 +51,14 @@ pub(super) fn is_array(text: &str) -> bool {
     without_mark(text).trim_start().starts_with('[')
 }
 
-fn without_mark(text: &str) -> &str {
+/// A text without a byte order mark.
+pub(super) fn without_mark(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
-/// The elements of an array, each parsed on its own so that its line is known.
-fn each_element(text: &str, path: &Path, mut each: impl FnMut(usize, Value) -> Result<()>) -> Result<()> {
+/// The elements of an array, each parsed on its own so that its place is known.
+fn each_element(text: &str, path: &Path, mut each: impl FnMut(Location, Value) -> Result<()>) -> Result<()> {
+    let (file, mut last_line): (Arc<Path>, _) = (path.into(), 0);
     let mut cursor = Cursor { text, offset: 0, line: 1 };
     let broken = |at: &Cursor, problem: &str| Err(not_json(path, at.line, problem, at.column()));
     cursor.skip_to_token();
@@ -72,7 +76,11 @@ fn each_element(text: &str, path: &Path, mut each: impl FnMut(usize, Value) -> R
         is_first = false;
         let mut values = Deserializer::from_str(cursor.rest()).into_iter::<Value>();
         match values.next() {
-            Some(Ok(value)) => each(cursor.line, value)?,
+            Some(Ok(value)) => {
+                let column = (cursor.line == last_line).then(|| cursor.column());
+                last_line = cursor.line;
+                each(Location { path: file.clone(), line: cursor.line, column }, value)?;
+            }
             Some(Err(error)) => {
                 // serde_json counts from where it began to read, and a column of 0 is the line's end before.
                 let (line, column) = match error.line() {
@@ -126,7 +134,7 @@ fn reason(error: &serde_json::Error) -> String {
 }
 
 fn not_json(path: &Path, line: usize, reason: &str, column: usize) -> Error {
-    Location { path: path.into(), line }
+    Location::new(path, line)
         .error(format!("not JSON: {reason} (column {column})"))
         .with_hint("a .jsonl file has one JSON object a line, a .json file one array of objects")
 }
@@ -137,29 +145,34 @@ mod tests {
 
     use super::*;
 
-    fn values(text: &str) -> Result<Vec<(usize, Value)>> {
+    fn values(text: &str) -> Result<Vec<(String, Value)>> {
         let mut values = Vec::new();
-        each_value(text, Path::new("rows"), |line, value| {
-            values.push((line, value));
+        each_value(text, Path::new("rows"), |location, value| {
+            values.push((location.to_string().split_off("rows:".len()), value));
             Ok(())
         })?;
         Ok(values)
     }
 
     #[test]
-    fn lines_and_arrays_give_values_with_their_lines() {
-        let two = |first, second| vec![(first, json!({"a": 1})), (second, json!({"b": "]\n"}))];
+    fn lines_and_arrays_give_values_with_their_places() {
+        let at = |place: &str, value| (place.to_owned(), value);
+        let two = |first, second| vec![at(first, json!({"a": 1})), at(second, json!({"b": "]\n"}))];
         for (text, expected) in [
-            ("{\"a\": 1}\n{\"b\": \"]\\n\"}", two(1, 2)),
-            ("\u{feff}{\"a\": 1}\r\n\r\n  \n{\"b\": \"]\\n\"}\r\n", two(1, 4)),
-            ("[{\"a\": 1}, {\"b\": \"]\\n\"}]", two(1, 1)),
-            ("\u{feff}\n[\n  {\n    \"a\": 1\n  },\n  {\"b\": \"]\\n\"}\n]\n", two(3, 6)),
+            ("{\"a\": 1}\n{\"b\": \"]\\n\"}", two("1", "2")),
+            ("\u{feff}{\"a\": 1}\r\n\r\n  \n{\"b\": \"]\\n\"}\r\n", two("1", "4")),
+            ("[{\"a\": 1}, {\"b\": \"]\\n\"}]", two("1", "1:12")),
+            ("\u{feff}\n[\n  {\n    \"a\": 1\n  },\n  {\"b\": \"]\\n\"}\n]\n", two("3", "6")),
             ("", vec![]),
             (" \n\n", vec![]),
             ("[]", vec![]),
             ("[\n]\n", vec![]),
-            ("1\n\"x\"", vec![(1, json!(1)), (2, json!("x"))]),
-            ("[1, \"x\"]", vec![(1, json!(1)), (1, json!("x"))]),
+            ("1\n\"x\"", vec![at("1", json!(1)), at("2", json!("x"))]),
+            ("[1, \"x\"]", vec![at("1", json!(1)), at("1:5", json!("x"))]),
+            (
+                "[1,\n2, 3,\n4]",
+                vec![at("1", json!(1)), at("2", json!(2)), at("2:4", json!(3)), at("3", json!(4))],
+            ),
         ] {
             assert_eq!(values(text).unwrap(), expected, "{text:?}");
         }

@@ -222,7 +222,7 @@ fn whole_conversations(object: &Object) -> Parsed<Pair> {
     Ok(Pair { context, response, rejected_response, read: &[ALPACA.query, INPUT] })
 }
 
-fn history(object: &Object) -> Parsed<Vec<(String, String)>> {
+pub(super) fn history(object: &Object) -> Parsed<Vec<(String, String)>> {
     let turns = match object.get("history") {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::Array(turns)) => turns,
@@ -235,11 +235,11 @@ fn history(object: &Object) -> Parsed<Vec<(String, String)>> {
     turns.iter().enumerate().map(turn).collect()
 }
 
-fn text<'a>(object: &'a Object, column: &str) -> Parsed<&'a str> {
+pub(super) fn text<'a>(object: &'a Object, column: &str) -> Parsed<&'a str> {
     optional_text(object, column)?.ok_or_else(|| format!("`{column}` is null"))
 }
 
-fn optional_text<'a>(object: &'a Object, column: &str) -> Parsed<Option<&'a str>> {
+pub(super) fn optional_text<'a>(object: &'a Object, column: &str) -> Parsed<Option<&'a str>> {
     match object.get(column) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
@@ -274,7 +274,7 @@ mod tests {
     fn parsed(value: Value, renames: &[(&str, &str)]) -> Parsed<Row> {
         let renames =
             renames.iter().map(|(theirs, ours)| ((*theirs).to_owned(), (*ours).to_owned())).collect();
-        parse(value, &renames, Location { path: Path::new("rows.jsonl").into(), line: 7 })
+        parse(value, &renames, Location::new(Path::new("rows.jsonl"), 7))
     }
 
     /// A row as `[system, history…, query, chosen, rejected]`, `-` for no system prompt.

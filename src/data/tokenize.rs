@@ -170,7 +170,7 @@ mod tests {
             rejected_response: (*rejected).to_owned(),
             system: None,
             history: Vec::new(),
-            location: Location { path: Path::new("rows.jsonl").into(), line: i + 1 },
+            location: Location::new(Path::new("rows.jsonl"), i + 1),
         };
         lines.iter().enumerate().map(row).collect()
     }

@@ -261,7 +261,7 @@ fn check_random<B: Kernels>(dtype: DType, device: &B::Device) {
 
     let target_modules = lora::target_modules(&["ALL".to_owned()]).unwrap();
     lora::attach(&mut model, &LoraConfig { r: 4, lora_alpha: 8.0, target_modules }, 1);
-    let location = Location { path: Path::new("random").into(), line: 1 };
+    let location = Location::new(Path::new("random"), 1);
     let pair =
         TokenizedPair { prompt: vec![1, 2, 3], chosen: vec![4, 5], rejected: vec![6, 300, 8], location };
     let grads = forward_backward(

@@ -43,7 +43,7 @@ fn config() -> LlamaConfig {
 /// One pair with answers of so many tokens, after as many as are missing from `n_tokens`: few rows are scored.
 fn batch(n_tokens: usize, answer: usize) -> Batch {
     let ids = |n: usize, seed: usize| (0..n).map(|i| ((i * 7919 + seed) % 512) as u32).collect::<Vec<_>>();
-    let location = Location { path: Path::new("memory").into(), line: 1 };
+    let location = Location::new(Path::new("memory"), 1);
     let [chosen, rejected] = [2, 3].map(|seed| ids(answer, seed));
     let pair = TokenizedPair { prompt: ids(n_tokens - 2 * answer, 1), chosen, rejected, location };
     pack(&[&pair], LossCompat::Swift)

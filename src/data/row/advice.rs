@@ -161,7 +161,7 @@ fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> 
         let lost: Vec<_> = NOT_TEXT.into_iter().filter(|column| is_filled(object, column)).collect();
         more.extend(lost.iter().map(|column| (*column, "")));
         let renames = with(renames, &more);
-        let location = Location { path: Path::new("").into(), line: 1 };
+        let location = Location::new(Path::new(""), 1);
         let reads = has_new && parse(value.clone(), &renames, location).is_ok();
         let lost = lost.iter().map(|column| format!(", without `{column}`")).collect::<String>();
         reads.then(|| (more.len(), format!("{} reads these rows{lost}", flag(&renames))))
@@ -332,7 +332,7 @@ mod tests {
         let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(rows.len(), 2, "{text}");
         for row in rows {
-            let row = parse(row, &renames, Location { path: path.as_path().into(), line: 1 }).unwrap();
+            let row = parse(row, &renames, Location::new(path.as_path(), 1)).unwrap();
             assert_eq!([row.query, row.response, row.rejected_response], ["q", "c", "r"]);
             assert_eq!(row.system.as_deref(), Some("s"));
             assert_eq!(row.history, [("a".to_owned(), "b".to_owned())]);
