@@ -5,6 +5,7 @@
 //! template  row   -> pieces: control tokens and text, never mixed
 //! tokenize  pieces -> token ids of a pair: prompt, chosen, rejected
 //! batch     pairs -> one packed row of tokens and what is scored in it
+//! prompts   a file -> prompts that are answered, not learned from
 //! ```
 //!
 //! Everything here is host memory. A row that cannot be used is returned as [`dataset::Skipped`], with its file, line
@@ -12,6 +13,7 @@
 
 pub mod batch;
 pub mod dataset;
+pub mod prompts;
 pub mod renames;
 pub mod source;
 pub mod spelling;

@@ -1,96 +1,37 @@
 //! A file of prompts, answered one by one.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
-use std::sync::Arc;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
-use crate::data::dataset::Location;
+use crate::data::prompts::Prompt;
 use crate::error::{Error, Result, counted};
 use crate::ops::Kernels;
 
-/// Names of the column that holds what the user says, in the order in which they are looked for.
-const QUERY_COLUMNS: [&str; 3] = ["query", "prompt", "question"];
-
-/// A prompt of a file.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Prompt {
-    /// What the user says.
-    pub query: String,
-    /// The row's own system prompt; an empty one means none.
-    pub system: Option<String>,
-    /// Questions and answers before it, oldest first.
-    pub history: Vec<(String, String)>,
-    /// Where it stands.
-    pub location: Location,
-    /// The whole row, where the file has columns.
-    columns: Map<String, Value>,
-}
-
-/// Reads a file of prompts: one JSON object a line if its name ends in `.jsonl` or `.json` (with `query`, `prompt` or `question`, and
-/// where they are there `system` and `history`, a list of `[question, answer]`), else one prompt a line. Empty lines are ignored.
+/// Checks that a file of results can be made.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::Row`] for the first line that is no prompt, [`Error::File`] if there is none.
-pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-    let is_json = ["jsonl", "json"].contains(&extension.as_str());
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let file: Arc<Path> = path.into();
-    let prompts = lines.map(|(i, line)| {
-        let location = Location { path: file.clone(), line: i + 1 };
-        if is_json {
-            parse(line, &location).map_err(|problem| location.error(problem))
-        } else if parse(line, &location).is_ok() {
-            let problem = "a JSON object where every line is a prompt as it stands";
-            Err(location.error(problem).with_hint("rows of columns are for a file whose name ends in .jsonl"))
-        } else {
-            Ok(plain(line, location))
-        }
-    });
-    let prompts = prompts.collect::<Result<Vec<_>>>()?;
-    match prompts.is_empty() {
-        true => Err(Error::file(path, "holds no prompt").with_hint("one prompt a line, or a .jsonl file")),
-        false => Ok(prompts),
+/// [`Error::File`] if there is something of its name, which is not written over.
+pub fn check_result_file(path: &Path) -> Result<()> {
+    match path.symlink_metadata() {
+        Ok(_) => Err(in_the_way(path)),
+        Err(_) => Ok(()),
     }
 }
 
-fn plain(line: &str, location: Location) -> Prompt {
-    Prompt { query: line.to_owned(), system: None, history: Vec::new(), location, columns: Map::new() }
+fn in_the_way(path: &Path) -> Error {
+    Error::file(path, "is there already, and would be lost").with_hint("another --result_file, or remove it")
 }
 
-/// Reads a row, or says what is wrong with it.
-fn parse(line: &str, location: &Location) -> Result<Prompt, String> {
-    let value: Value = serde_json::from_str(line).map_err(|e| format!("not JSON: {e}"))?;
-    let Value::Object(columns) = value else {
-        return Err("expected a JSON object".to_owned());
-    };
-    let text = |name: &str| match columns.get(name) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text.clone())),
-        Some(_) => Err(format!("`{name}` must be a string")),
-    };
-    let mut query = None;
-    for name in QUERY_COLUMNS {
-        query = query.or(text(name)?);
-    }
-    let query = query.ok_or_else(|| format!("no column `{}`", QUERY_COLUMNS.join("`, `")))?;
-    let turns = match columns.get("history") {
-        None | Some(Value::Null) => &[],
-        Some(Value::Array(turns)) => turns.as_slice(),
-        Some(_) => return Err("`history` must be a list of [question, answer]".to_owned()),
-    };
-    let turn = |(i, turn): (usize, &Value)| match turn.as_array().map(Vec::as_slice) {
-        Some([Value::String(question), Value::String(answer)]) => Ok((question.clone(), answer.clone())),
-        _ => Err(format!("`history[{i}]` must be a list of two strings, [question, answer]")),
-    };
-    let history = turns.iter().enumerate().map(turn).collect::<Result<_, _>>()?;
-    Ok(Prompt { query, system: text("system")?, history, location: location.clone(), columns })
+/// A new file.
+fn create(path: &Path) -> Result<File> {
+    File::create_new(path).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists => in_the_way(path),
+        _ => Error::io("create", path)(error),
+    })
 }
 
 /// Answers prompts, each in a conversation of its own with the same draws, so that an answer depends on its prompt alone.
@@ -100,8 +41,8 @@ fn parse(line: &str, location: &Location) -> Result<Prompt, String> {
 /// does. A run that ends early leaves the answers up to then. Rows without a system prompt of their own have the chat's.
 ///
 /// # Errors
-/// [`Error::Row`], before anything is answered, for the first prompt that cannot be; as [`Chat::ask`]; [`Error::Io`] if the file or the
-/// output cannot be written. That nobody reads the output any more is no error.
+/// [`Error::Row`], before anything is answered, for the first prompt that cannot be; as [`check_result_file`]; as [`Chat::ask`];
+/// [`Error::Io`] if the file or the output cannot be written. That nobody reads the output any more is no error.
 pub fn answer_prompts<B: Kernels>(
     chat: &mut Chat<'_, B>,
     prompts: &[Prompt],
@@ -122,7 +63,7 @@ pub fn answer_prompts<B: Kernels>(
         })?;
     }
     let mut file = match result_file {
-        Some(path) => Some((path, File::create(path).map_err(Error::io("create", path))?)),
+        Some(path) => Some((path, create(path)?)),
         None => None,
     };
     let mut answer = |(i, prompt): (usize, &Prompt)| {
@@ -167,65 +108,35 @@ fn result(prompt: &Prompt, response: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::prompts::read_prompts;
 
-    fn read(name: &str, text: &str) -> Result<Vec<Prompt>> {
+    fn read(name: &str, text: &str) -> Prompt {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        read_prompts(&path)
-    }
-
-    #[test]
-    fn a_text_has_a_prompt_a_line() {
-        let prompts = read("prompts.txt", "\u{feff}Who are you?\r\n\n  你好 \n").unwrap();
-        let read: Vec<_> = prompts.iter().map(|p| (p.query.as_str(), p.location.line)).collect();
-        assert_eq!(read, [("Who are you?", 1), ("  你好 ", 3)]);
-    }
-
-    #[test]
-    fn rows_have_a_query_by_any_of_its_names() {
-        let text = concat!(
-            "{\"query\": \"a\", \"system\": \"s\", \"history\": [[\"q\", \"r\"]]}\n",
-            "{\"prompt\": \"b\", \"history\": null}\n",
-            "{\"question\": \"c\", \"system\": \"\", \"answer_zh\": \"d\"}\n"
-        );
-        let prompts = read("prompts.jsonl", text).unwrap();
-        let queries: Vec<&str> = prompts.iter().map(|prompt| prompt.query.as_str()).collect();
-        assert_eq!(queries, ["a", "b", "c"]);
-        assert_eq!(prompts[0].history, [("q".to_owned(), "r".to_owned())]);
-        let systems: Vec<_> = prompts.iter().map(|prompt| prompt.system.as_deref()).collect();
-        assert_eq!(systems, [Some("s"), None, Some("")]);
-    }
-
-    #[test]
-    fn a_row_that_is_no_prompt_is_named() {
-        let error = |text: &str| read("prompts.jsonl", text).unwrap_err().to_string();
-        for (text, problem) in [
-            (
-                "{\"query\": \"a\"}\n\n{\"text\": \"b\"}\n",
-                "prompts.jsonl:3: no column `query`, `prompt`, `question`",
-            ),
-            ("{\"query\": 1}", "prompts.jsonl:1: `query` must be a string"),
-            (
-                "{\"query\": \"a\", \"history\": [[\"q\"]]}",
-                "prompts.jsonl:1: `history[0]` must be a list of two strings",
-            ),
-            ("[1]", "prompts.jsonl:1: expected a JSON object"),
-            ("{", "prompts.jsonl:1: not JSON"),
-            ("\n", "prompts.jsonl: holds no prompt"),
-        ] {
-            assert!(error(text).contains(problem), "{}", error(text));
-        }
-        let error = read("prompts.txt", "Who are you?\n{\"query\": \"a\"}\n").unwrap_err().to_string();
-        assert!(error.contains("prompts.txt:2: a JSON object"), "{error}");
+        read_prompts(&path).unwrap().remove(0)
     }
 
     #[test]
     fn a_result_keeps_the_row_and_its_own_response() {
         let rows = "{\"query\": \"a\", \"response\": \"old\", \"id\": 7}\n";
         let expected = serde_json::json!({ "query": "a", "response": "new", "id": 7, "labels": "old" });
-        assert_eq!(result(&read("prompts.jsonl", rows).unwrap()[0], "new"), expected);
+        assert_eq!(result(&read("prompts.jsonl", rows), "new"), expected);
         let expected = serde_json::json!({ "query": "b", "response": "c" });
-        assert_eq!(result(&read("prompts.txt", "b").unwrap()[0], "c"), expected);
+        assert_eq!(result(&read("prompts.txt", "b"), "c"), expected);
+    }
+
+    #[test]
+    fn a_file_of_that_name_is_left_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("answers.jsonl");
+        check_result_file(&path).unwrap();
+        create(&path).unwrap();
+        for error in [check_result_file(&path).unwrap_err(), create(&path).unwrap_err()] {
+            assert!(
+                error.to_string().ends_with("answers.jsonl: is there already, and would be lost"),
+                "{error}"
+            );
+        }
     }
 }
