@@ -107,6 +107,14 @@ pub enum Error {
         /// How to go on.
         hint: Option<String>,
     },
+    /// A run that trained nothing.
+    #[error("the adapter did not change: {problem}")]
+    Unchanged {
+        /// Why.
+        problem: String,
+        /// What to do.
+        hint: &'static str,
+    },
     /// A number that is no longer finite.
     #[error("step {step}: {quantity} is {value}, computed from {rows}")]
     NonFinite {
@@ -185,6 +193,7 @@ impl Error {
             Self::Tensors { hint, .. } => {
                 Some(hint.as_deref().unwrap_or("these are tensors of another model than config.json's"))
             }
+            Self::Unchanged { hint, .. } => Some(hint),
             Self::NonFinite { .. } => Some(
                 "lower --learning_rate or --beta, or take the rows named above out of the data; in fp16, which ends at \
                      65504, --dtype fp32 may do",

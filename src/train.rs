@@ -13,8 +13,9 @@ pub mod run_folder;
 pub mod schedule;
 pub mod step;
 pub mod tensorboard;
+mod window;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
@@ -35,6 +36,7 @@ use plan::Plan;
 use run_folder::{Position, RunFolder, TrainerState};
 use schedule::Schedule;
 use step::{DeviceBatch, evaluate, forward_backward};
+use window::Window;
 
 /// What the loop is told; names as in Hugging Face's `TrainingArguments` and TRL's `ORPOConfig`.
 #[derive(Debug, Clone)]
@@ -124,6 +126,9 @@ pub struct Summary {
 /// # Errors
 /// If a loss or a gradient is no longer finite, the device fails, a file cannot be written, the adapter came out as it went in, or the
 /// observer interrupts. The checkpoints written before stay.
+///
+/// # Panics
+/// If all steps of the schedule are done already.
 pub fn train<B: Kernels>(
     model: &mut Llama<B>,
     lora_config: &LoraConfig,
@@ -134,192 +139,264 @@ pub fn train<B: Kernels>(
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
     let started = Instant::now();
+    let first_step = resume.as_ref().map_or(0, |state| state.global_step);
     let max_steps = settings.schedule.max_steps;
+    assert!(first_step < max_steps, "{first_step} of {max_steps} steps are done already");
     let initial = lora::parameters(model);
     let mut optimizer = AdamW::new(settings.adamw, &initial);
-    let mut first_step = 0;
     let mut loss_scale = settings.loss_scale.map(|config| (config, LossScale::new(&config)));
     if let Some(state) = resume {
-        first_step = state.global_step;
         if let (Some((_, scale)), Some(saved)) = (&mut loss_scale, state.loss_scale) {
             *scale = saved;
         }
         state.restore(&mut optimizer);
     }
-    let n_skipped =
-        |scale: &Option<(LossScaleConfig, LossScale)>| scale.map_or(0, |(_, scale)| scale.n_skipped);
-    let skipped_before = n_skipped(&loss_scale);
-    let mut before = evaluate_all(model, data.val, settings, first_step, observer)?;
-    let is_validation = before.is_some();
-    let mut n_logged = 0;
-    let mut window = Window::default();
-    let mut prefetched = None;
+    let mut training = Training {
+        model,
+        lora_config,
+        data,
+        settings,
+        run,
+        observer,
+        initial,
+        optimizer,
+        loss_scale,
+        skipped_before: loss_scale.map_or(0, |(_, scale)| scale.n_skipped),
+        prefetched: None,
+        window: Window::default(),
+        lines: Vec::new(),
+        evaluations: Vec::new(),
+    };
+    let before = training.evaluate(first_step)?;
+    training.evaluations.extend(before);
     for step in first_step..max_steps {
-        let (planned, first) = prefetched.take().unzip();
-        let micro_batches = planned.unwrap_or_else(|| settings.plan.micro_batches(step));
-        observer.before_step(step + 1, &locations(data.train, &micro_batches.concat()));
-        let scale = loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
-        let (step_started, tokens_before) = (Instant::now(), window.n_tokens);
-        let (grads, stats) =
-            accumulate(model, data.train, &micro_batches, first, settings, scale, &mut window);
-        let norm = grad_norm(&grads);
-        let learning_rate = settings.schedule.at(step);
-        optimizer.update(learning_rate, lora::tensors_mut(model), grads, &norm, scale);
-        // The device is at work until the step is read.
-        if step + 1 < max_steps {
-            let next = settings.plan.micro_batches(step + 1);
-            if let Some(indices) = next.first() {
-                observer.before_prefetch(step + 2, &locations(data.train, indices));
-                let first = upload(model, data.train, indices, settings.loss_compat);
-                observer.after_prefetch();
-                prefetched = Some((next, first));
-            }
-        }
-        let (metrics, scaled_norm) = read_step(stats, norm, settings.beta, &mut window)?;
-        let grad_norm = scaled_norm / scale;
-        let indices = micro_batches.concat();
-        check_finite(step + 1, "loss", metrics.loss, data.train, &indices)?;
-        match &mut loss_scale {
-            None => check_finite(step + 1, "grad_norm", grad_norm, data.train, &indices)?,
-            Some((config, loss_scale)) => {
-                loss_scale.update(config, grad_norm.is_finite());
-                if !grad_norm.is_finite() {
-                    // The device has left everything as it was.
-                    optimizer.n_updates -= 1;
-                    observer.on_skip(step + 1, scale);
-                }
-                if loss_scale.scale < MIN_SCALE {
-                    // No matter of scale: its rows are what there is to look at.
-                    let quantity = "grad_norm, at this loss scale as at larger ones,";
-                    check_finite(step + 1, quantity, grad_norm, data.train, &indices)?;
-                }
-            }
-        }
-
-        let done = step + 1;
-        let is_last = done == max_steps;
-        if observer.is_profiled(done) {
-            window.leave_out(window.n_tokens - tokens_before, step_started.elapsed());
-        }
-        observer.on_step(done, &metrics, window.tokens_per_second());
-        let log = |window: &mut Window, run: &mut RunFolder, observer: &mut dyn Observer| {
-            let mean = window.mean();
-            let trace = StepTrace {
-                grad_norm,
-                learning_rate,
-                tokens_per_second: window.tokens_per_second(),
-                memory_bytes: window.peak_bytes.unwrap_or_else(|| observer.memory_bytes()),
-                loss_scale: loss_scale.map(|_| scale),
-                skipped_steps: loss_scale.map(|_| n_skipped(&loss_scale)),
-            };
-            let line = log_line(done, settings.plan.epoch(done), &mean.to_json(""), Some(&trace));
-            run.log(done, &line)?;
-            observer.on_log(&line);
-            *window = Window { last: Some(mean), started: Some(Instant::now()), ..Window::default() };
-            Result::Ok(mean)
-        };
-        if done.is_multiple_of(settings.logging_steps) || is_last {
-            n_logged += 1;
-            before.get_or_insert(log(&mut window, run, observer)?);
-        }
-        let save = |run: &mut RunFolder, observer: &mut dyn Observer| -> Result<()> {
-            let loss_scale = loss_scale.map(|(_, loss_scale)| loss_scale);
-            let position = Position { step: done, plan: &settings.plan, loss_scale };
-            if let Some(warning) = run.save(model, lora_config, &optimizer, position)? {
-                observer.on_warning(&warning);
-            }
-            Ok(())
-        };
-        if is_last {
-            check_moved(step, n_skipped(&loss_scale) - skipped_before, &initial, &lora::parameters(model))?;
-            // Before the evaluation that ends the run, which nothing but the end of the program ends.
-            save(run, observer)?;
-        }
-        // An evaluation may take longer than what sends the signal waits, and nothing is saved before its end.
-        if is_last || done.is_multiple_of(settings.eval_steps) && !observer.is_interrupted() {
-            let paused = Instant::now();
-            if let Some(metrics) = evaluate_all(model, data.val, settings, done, observer)? {
-                let line = log_line(done, settings.plan.epoch(done), &metrics.to_json("eval_"), None);
-                run.log(done, &line)?;
-                observer.on_log(&line);
-                window.last_eval = Some(metrics);
-            }
-            window.paused_s += paused.elapsed().as_secs_f64();
-        }
-        let is_interrupted = !is_last && observer.is_interrupted();
-        if is_interrupted && !window.losses.is_empty() {
-            // The line that these steps belong to does not come: a run that goes on does not make them again.
-            log(&mut window, run, observer)?;
-        }
-        if done.is_multiple_of(settings.save_steps) || is_last || is_interrupted {
-            let paused = Instant::now();
-            if !is_last {
-                save(run, observer)?;
-            }
-            run.plot(is_last)?;
-            window.paused_s += paused.elapsed().as_secs_f64();
-        }
-        if is_interrupted {
-            return Err(Error::Interrupted { step: done, max_steps, hint: None });
-        }
+        let figures = training.step(step)?;
+        training.end_of_step(step + 1, &figures)?;
     }
-    let last = if is_validation { window.last_eval } else { window.last };
-    let (Some(before), Some(after), Some(checkpoint)) = (before, last, run.last_checkpoint()) else {
-        return Err(Error::config(format!(
-            "nothing to train: {first_step} of {max_steps} steps are done already"
-        )));
+    let is_validation = !data.val.is_empty();
+    let figures = if is_validation { &training.evaluations } else { &training.lines };
+    let (Some(after), Some(checkpoint)) = (figures.last(), training.run.last_checkpoint()) else {
+        unreachable!("the last step is logged, evaluated and saved");
     };
     Ok(Summary {
         n_steps: max_steps - first_step,
-        n_skipped: n_skipped(&loss_scale) - skipped_before,
-        before: (is_validation || n_logged > 1).then_some(before),
-        after,
+        n_skipped: training.n_skipped(),
+        before: (figures.len() > 1).then(|| figures[0]),
+        after: *after,
         is_validation,
         checkpoint: checkpoint.to_owned(),
         elapsed_s: started.elapsed().as_secs_f64(),
     })
 }
 
-/// What has happened since the last line of the log.
-#[derive(Default)]
-struct Window {
-    /// Of every micro-batch.
-    metrics: Vec<StepMetrics>,
-    /// Of every step.
-    losses: Vec<f64>,
-    n_tokens: usize,
-    /// Tokens of the steps that tell nothing of the others' speed, and what these took in seconds.
-    left_out: (usize, f64),
-    /// The most bytes in tensors, where the device tells.
-    peak_bytes: Option<u64>,
-    started: Option<Instant>,
-    paused_s: f64,
-    last: Option<StepMetrics>,
-    last_eval: Option<StepMetrics>,
+/// A run under way.
+struct Training<'a, B: Kernels> {
+    model: &'a mut Llama<B>,
+    lora_config: &'a LoraConfig,
+    data: TrainData<'a>,
+    settings: &'a TrainSettings,
+    run: &'a mut RunFolder,
+    observer: &'a mut dyn Observer,
+    /// The adapter as it came in.
+    initial: Vec<Tensor<B, 2>>,
+    optimizer: AdamW<B>,
+    /// In fp16.
+    loss_scale: Option<(LossScaleConfig, LossScale)>,
+    /// Steps that were skipped before this process.
+    skipped_before: usize,
+    /// The rows of the next step, and the first of its micro-batches on the device.
+    prefetched: Option<(Vec<Vec<usize>>, DeviceBatch<B>)>,
+    window: Window,
+    /// The means that were logged, oldest first.
+    lines: Vec<StepMetrics>,
+    /// Of the validation rows, that before the first step first.
+    evaluations: Vec<StepMetrics>,
 }
 
-impl Window {
-    /// Micro-batches count the same, as TRL logs its metrics; for the loss steps do, as `Trainer` logs it.
-    fn mean(&self) -> StepMetrics {
-        let loss = self.losses.iter().sum::<f64>() / self.losses.len() as f64;
-        StepMetrics { loss, ..StepMetrics::mean(&self.metrics) }
+/// What a line of the log tells of its last step alone.
+struct StepFigures {
+    grad_norm: f64,
+    learning_rate: f64,
+    loss_scale: f64,
+}
+
+impl<B: Kernels> Training<'_, B> {
+    /// Steps of this process that were skipped.
+    fn n_skipped(&self) -> usize {
+        self.loss_scale.map_or(0, |(_, scale)| scale.n_skipped) - self.skipped_before
     }
 
-    fn leave_out(&mut self, n_tokens: usize, elapsed: Duration) {
-        self.left_out.0 += n_tokens;
-        self.left_out.1 += elapsed.as_secs_f64();
+    /// Makes an optimizer step, the `step`-th from 0.
+    fn step(&mut self, step: usize) -> Result<StepFigures> {
+        let Self { data, settings, .. } = *self;
+        let (planned, first) = self.prefetched.take().unzip();
+        let micro_batches = planned.unwrap_or_else(|| settings.plan.micro_batches(step));
+        let indices = micro_batches.concat();
+        self.observer.before_step(step + 1, &locations(data.train, &indices));
+        let loss_scale = self.loss_scale.map_or(1.0, |(_, loss_scale)| loss_scale.scale);
+        let (started, tokens_before) = (Instant::now(), self.window.n_tokens);
+        let (grads, stats) =
+            accumulate(self.model, data.train, &micro_batches, first, settings, loss_scale, &mut self.window);
+        let norm = grad_norm(&grads);
+        let learning_rate = settings.schedule.at(step);
+        self.optimizer.update(learning_rate, lora::tensors_mut(self.model), grads, &norm, loss_scale);
+        self.prefetch(step + 1);
+        let (metrics, scaled_norm) = read_step(stats, norm, settings.beta, &mut self.window)?;
+        let grad_norm = scaled_norm / loss_scale;
+        check_finite(step + 1, "loss", metrics.loss, data.train, &indices)?;
+        self.check_gradient(step + 1, grad_norm, &indices)?;
+        if self.observer.is_profiled(step + 1) {
+            self.window.leave_out(self.window.n_tokens - tokens_before, started.elapsed());
+        }
+        self.observer.on_step(step + 1, &metrics, self.window.tokens_per_second());
+        Ok(StepFigures { grad_norm, learning_rate, loss_scale })
     }
 
-    /// Of all steps where all of them are left out: nothing else is known.
-    fn tokens_per_second(&self) -> f64 {
-        let elapsed_s = self.started.map_or(0.0, |at| at.elapsed().as_secs_f64()) - self.paused_s;
-        let (n_tokens, elapsed_s) = match self.left_out {
-            (n_tokens, seconds) if n_tokens < self.n_tokens => {
-                (self.n_tokens - n_tokens, elapsed_s - seconds)
-            }
-            _ => (self.n_tokens, elapsed_s),
+    /// Sends the first rows of the `step`-th step from 0, where there is one: the device is at work on the step before until that is
+    /// read.
+    fn prefetch(&mut self, step: usize) {
+        let Self { data, settings, .. } = *self;
+        if step == settings.schedule.max_steps {
+            return;
+        }
+        let micro_batches = settings.plan.micro_batches(step);
+        if let Some(indices) = micro_batches.first() {
+            self.observer.before_prefetch(step + 1, &locations(data.train, indices));
+            let first = upload(self.model, data.train, indices, settings.loss_compat);
+            self.observer.after_prefetch();
+            self.prefetched = Some((micro_batches, first));
+        }
+    }
+
+    /// Checks the norm of the gradient of the `step`-th step from 1, and in fp16 sets the scale of the next loss by it.
+    fn check_gradient(&mut self, step: usize, grad_norm: f64, indices: &[usize]) -> Result<()> {
+        let rows = self.data.train;
+        let Some((config, loss_scale)) = &mut self.loss_scale else {
+            return check_finite(step, "grad_norm", grad_norm, rows, indices);
         };
-        if elapsed_s > 0.0 { n_tokens as f64 / elapsed_s } else { 0.0 }
+        let scale = loss_scale.scale;
+        loss_scale.update(config, grad_norm.is_finite());
+        if !grad_norm.is_finite() {
+            // The device has left everything as it was.
+            self.optimizer.n_updates -= 1;
+            self.observer.on_skip(step, scale);
+        }
+        if loss_scale.scale < MIN_SCALE {
+            // No matter of scale: its rows are what there is to look at.
+            let quantity = "grad_norm, at this loss scale as at larger ones,";
+            check_finite(step, quantity, grad_norm, rows, indices)?;
+        }
+        Ok(())
+    }
+
+    /// Logs, evaluates and saves what is due after `step` steps.
+    fn end_of_step(&mut self, step: usize, figures: &StepFigures) -> Result<()> {
+        let settings = self.settings;
+        let is_last = step == settings.schedule.max_steps;
+        let is_due = |every: usize| is_last || step.is_multiple_of(every);
+        if is_due(settings.logging_steps) {
+            self.log(step, figures)?;
+        }
+        let paused = Instant::now();
+        if is_last {
+            check_moved(step, self.n_skipped(), &self.initial, &lora::parameters(self.model))?;
+            // Before the evaluation that ends the run, which nothing but the end of the program ends.
+            self.save(step)?;
+        }
+        // An evaluation may take longer than what sends the signal waits.
+        if is_due(settings.eval_steps) && (is_last || !self.observer.is_interrupted()) {
+            self.log_evaluation(step)?;
+        }
+        let is_interrupted = !is_last && self.observer.is_interrupted();
+        if is_interrupted && !self.window.losses.is_empty() {
+            // The line that these steps belong to does not come: a run that goes on does not make them again.
+            self.log(step, figures)?;
+        }
+        if is_due(settings.save_steps) || is_interrupted {
+            self.save(step)?;
+            self.run.plot(is_last)?;
+        }
+        self.window.paused_s += paused.elapsed().as_secs_f64();
+        if is_interrupted {
+            return Err(Error::Interrupted { step, max_steps: settings.schedule.max_steps, hint: None });
+        }
+        Ok(())
+    }
+
+    fn log(&mut self, step: usize, figures: &StepFigures) -> Result<()> {
+        let mean = self.window.mean();
+        let trace = StepTrace {
+            grad_norm: figures.grad_norm,
+            learning_rate: figures.learning_rate,
+            tokens_per_second: self.window.tokens_per_second(),
+            memory_bytes: self.window.peak_bytes.unwrap_or_else(|| self.observer.memory_bytes()),
+            loss_scale: self.loss_scale.map(|_| figures.loss_scale),
+            skipped_steps: self.loss_scale.map(|(_, scale)| scale.n_skipped),
+        };
+        self.write_line(step, &mean.to_json(""), Some(&trace))?;
+        self.lines.push(mean);
+        self.window = Window::starting_now();
+        Ok(())
+    }
+
+    /// Evaluates after `step` steps, and logs what that comes to. The steps are saved where it fails: their weights are as they should be.
+    fn log_evaluation(&mut self, step: usize) -> Result<()> {
+        let evaluated = match self.evaluate(step) {
+            Ok(evaluated) => evaluated,
+            Err(error) => {
+                // The first error is the one to report.
+                let _ = self.save(step);
+                return Err(error);
+            }
+        };
+        if let Some(metrics) = evaluated {
+            self.write_line(step, &metrics.to_json("eval_"), None)?;
+            self.evaluations.push(metrics);
+        }
+        Ok(())
+    }
+
+    fn write_line(
+        &mut self,
+        step: usize,
+        metrics: &Map<String, Value>,
+        trace: Option<&StepTrace>,
+    ) -> Result<()> {
+        let line = log_line(step, self.settings.plan.epoch(step), metrics, trace);
+        self.run.log(step, &line)?;
+        self.observer.on_log(&line);
+        Ok(())
+    }
+
+    /// Metrics of the validation rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss; none
+    /// without rows, and of a run that is interrupted meanwhile.
+    fn evaluate(&mut self, step: usize) -> Result<Option<StepMetrics>> {
+        let Self { data: TrainData { val: rows, .. }, settings, .. } = *self;
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        self.observer.before_evaluation(step);
+        let mut metrics = Vec::with_capacity(rows.len());
+        let indices: Vec<usize> = (0..rows.len()).collect();
+        for indices in indices.chunks(settings.plan.batch_size) {
+            if self.observer.is_interrupted() && step < settings.schedule.max_steps {
+                return Ok(None);
+            }
+            let stats = evaluate(self.model, upload(self.model, rows, indices, settings.loss_compat));
+            let batch = StepMetrics::from_stats(&optim::read(stats)?, settings.beta);
+            check_finite(step, "eval_loss", batch.loss, rows, indices)?;
+            metrics.extend(vec![batch; indices.len()]);
+        }
+        Ok(Some(StepMetrics::mean(&metrics)))
+    }
+
+    fn save(&mut self, step: usize) -> Result<()> {
+        let loss_scale = self.loss_scale.map(|(_, loss_scale)| loss_scale);
+        let position = Position { step, plan: &self.settings.plan, loss_scale };
+        if let Some(warning) = self.run.save(self.model, self.lora_config, &self.optimizer, position)? {
+            self.observer.on_warning(&warning);
+        }
+        Ok(())
     }
 }
 
@@ -389,33 +466,6 @@ fn upload<B: Kernels>(
     DeviceBatch::new(model, &pack(&pairs, compat))
 }
 
-/// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss; none without rows,
-/// and of a run that is interrupted meanwhile.
-fn evaluate_all<B: Kernels>(
-    model: &Llama<B>,
-    rows: &[TokenizedPair],
-    settings: &TrainSettings,
-    step: usize,
-    observer: &mut dyn Observer,
-) -> Result<Option<StepMetrics>> {
-    if rows.is_empty() {
-        return Ok(None);
-    }
-    observer.before_evaluation(step);
-    let mut metrics = Vec::with_capacity(rows.len());
-    let indices: Vec<usize> = (0..rows.len()).collect();
-    for indices in indices.chunks(settings.plan.batch_size) {
-        if observer.is_interrupted() && step < settings.schedule.max_steps {
-            return Ok(None);
-        }
-        let stats = evaluate(model, upload(model, rows, indices, settings.loss_compat));
-        let batch = StepMetrics::from_stats(&optim::read(stats)?, settings.beta);
-        check_finite(step, "eval_loss", batch.loss, rows, indices)?;
-        metrics.extend(vec![batch; indices.len()]);
-    }
-    Ok(Some(StepMetrics::mean(&metrics)))
-}
-
 fn check_finite(
     n_steps: usize,
     quantity: &'static str,
@@ -430,7 +480,7 @@ fn check_finite(
     Err(Error::NonFinite { step: n_steps, quantity, value, rows: rows.join(", ") })
 }
 
-/// A run that moved nothing has trained nothing, whatever its log says.
+/// A run that moved nothing in `step` steps, of which some were skipped, has trained nothing, whatever its log says.
 fn check_moved<B: Kernels>(
     step: usize,
     n_skipped: usize,
@@ -441,20 +491,21 @@ fn check_moved<B: Kernels>(
     let moved = optim::read(Tensor::cat(moved.collect(), 0).max())?[0];
     if !moved.is_finite() {
         let rows = "the step's update".to_owned();
-        return Err(Error::NonFinite { step: step + 1, quantity: "the adapter", value: moved.into(), rows });
+        return Err(Error::NonFinite { step, quantity: "the adapter", value: moved.into(), rows });
     }
     if moved > 0.0 {
         return Ok(());
     }
     if n_skipped > 0 {
         let (steps, were) = (counted(n_skipped, "step"), if n_skipped == 1 { "was" } else { "were" });
-        return Err(Error::config(format!(
-            "the adapter did not change: {steps} {were} skipped, as gradients overflowed fp16, and the others had a learning rate of 0"
-        ))
-        .with_hint("a lower --fp16_init_scale, more steps for the scale to fall, or --dtype fp32"));
+        let problem = format!(
+            "{steps} {were} skipped, as gradients overflowed fp16, and the others had a learning rate of 0"
+        );
+        let hint = "a lower --fp16_init_scale, more steps for the scale to fall, or --dtype fp32";
+        return Err(Error::Unchanged { problem, hint });
     }
-    Err(Error::config(format!("the adapter did not change in the whole run (largest change {moved})"))
-        .with_hint("raise --learning_rate"))
+    let problem = format!("{} at learning rates too small for its weights", counted(step, "step"));
+    Err(Error::Unchanged { problem, hint: "raise --learning_rate" })
 }
 
 fn log_line(
@@ -471,21 +522,4 @@ fn log_line(
         line.extend(trace);
     }
     line
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_and_profiled_steps_are_no_part_of_the_speed() {
-        let started = Instant::now().checked_sub(Duration::from_secs(10));
-        let mut window = Window { n_tokens: 900, started, paused_s: 4.0, ..Window::default() };
-        let speed = |window: &Window| window.tokens_per_second().round();
-        assert_eq!(speed(&window), 150.0);
-        window.leave_out(500, Duration::from_secs(4));
-        assert_eq!(speed(&window), 200.0);
-        window.leave_out(400, Duration::from_secs(1));
-        assert_eq!(speed(&window), 150.0, "nothing else is known");
-    }
 }
