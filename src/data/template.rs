@@ -12,8 +12,10 @@
 //!  <|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>)*
 //! ```
 //!
-//! There is no default system prompt and an empty one is none. Content is not trimmed, which Llama's own
-//! `chat_template` does. System and user content is encoded together with the `\n\n` before it, an answer on its own:
+//! There is no default system prompt and an empty one is none. `llama3_2`, the format of Llama 3.1 and later, always has a system
+//! message: two lines on dates and an empty one ([`DATES`]) before what the system prompt says, where there is one.
+//!
+//! Content is not trimmed, which Llama's own `chat_template` does. System and user content is encoded together with the `\n\n` before it, an answer on its own:
 //! in generation, too, the answer begins after the `\n\n` has been encoded.
 
 use std::fmt;
@@ -27,6 +29,8 @@ use crate::error::{Error, Result};
 pub enum Template {
     /// `llama3`: the format of the Llama-3 Instruct models.
     Llama3,
+    /// `llama3_2`: that of Llama 3.1, 3.2 and 3.3, by ms-swift's name.
+    Llama3_2,
     /// `default-generation`: text that goes on, for models without a chat format.
     ///
     /// `BOS {system}\n{question}\n{answer}\n…{query}` is one text, and `{answer} EOS` another, which follows without a
@@ -47,14 +51,19 @@ pub enum Piece {
 pub(super) const LLAMA3_CONTROL: [&str; 5] =
     ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"];
 
+/// What every system message of Llama 3.1 and later begins with. The second date is the one that 3.1's `chat_template` writes; 3.2's
+/// writes that of the day, with which no run could be repeated.
+const DATES: &str = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+
 impl Template {
     /// Every template, in the order of the help text.
-    pub const ALL: [Self; 2] = [Self::Llama3, Self::Default];
+    pub const ALL: [Self; 3] = [Self::Llama3, Self::Llama3_2, Self::Default];
 
     /// The name that `--template_type` knows it by.
     pub fn name(self) -> &'static str {
         match self {
             Self::Llama3 => "llama3",
+            Self::Llama3_2 => "llama3_2",
             Self::Default => "default-generation",
         }
     }
@@ -72,6 +81,9 @@ impl Template {
         match chat_template {
             None if has_tokens => Ok(Self::Llama3),
             None => Ok(Self::Default),
+            Some(text) if has_tokens && is_llama3(text) && text.contains("Cutting Knowledge Date") => {
+                Ok(Self::Llama3_2)
+            }
             Some(text) if has_tokens && is_llama3(text) => Ok(Self::Llama3),
             Some(_) => Err(Error::Config {
                 problems: vec![format!(
@@ -97,7 +109,8 @@ impl Template {
         };
         let id = |token: &str| tokenizer.token_to_id(token).ok_or_else(|| lacks(&format!("token `{token}`")));
         Ok(Renderer(match self {
-            Self::Llama3 => Control::Llama3 {
+            Self::Llama3 | Self::Llama3_2 => Control::Llama3 {
+                preamble: if self == Self::Llama3_2 { DATES } else { "" },
                 begin_of_text: id("<|begin_of_text|>")?,
                 start_header: id("<|start_header_id|>")?,
                 end_header: id("<|end_header_id|>")?,
@@ -134,16 +147,26 @@ pub struct Renderer(Control);
 
 #[derive(Debug, Clone, Copy)]
 enum Control {
-    Llama3 { begin_of_text: u32, start_header: u32, end_header: u32, eot: u32 },
-    Default { bos: Option<u32>, eos: u32 },
+    /// Every system message begins with `preamble`; there is none that is empty.
+    Llama3 {
+        preamble: &'static str,
+        begin_of_text: u32,
+        start_header: u32,
+        end_header: u32,
+        eot: u32,
+    },
+    Default {
+        bos: Option<u32>,
+        eos: u32,
+    },
 }
 
 impl Renderer {
     /// Renders everything up to the answer: an empty `system` is none, `history` is oldest first.
     pub fn prompt(&self, system: Option<&str>, history: &[(String, String)], query: &str) -> Vec<Piece> {
-        let system = system.filter(|system| !system.is_empty());
+        let system = system.unwrap_or_default();
         match self.0 {
-            Control::Llama3 { begin_of_text, start_header, end_header, eot } => {
+            Control::Llama3 { preamble, begin_of_text, start_header, end_header, eot } => {
                 let header = |role: &str, text: String| {
                     let role = Piece::Text(role.to_owned());
                     [Piece::Control(start_header), role, Piece::Control(end_header), Piece::Text(text)]
@@ -153,7 +176,10 @@ impl Renderer {
                 };
                 let to_answer = || header("assistant", "\n\n".to_owned());
                 let mut pieces = vec![Piece::Control(begin_of_text)];
-                pieces.extend(system.into_iter().flat_map(|system| said("system", system)));
+                let system = format!("{preamble}{system}");
+                if !system.is_empty() {
+                    pieces.extend(said("system", &system));
+                }
                 for (question, answer) in history {
                     pieces.extend(said("user", question));
                     pieces.extend(to_answer());
@@ -165,8 +191,12 @@ impl Renderer {
             }
             Control::Default { bos, .. } => {
                 let turns = history.iter().flat_map(|(question, answer)| [question.as_str(), answer]);
-                let lines: Vec<_> =
-                    system.into_iter().chain(turns).chain([query]).filter(|line| !line.is_empty()).collect();
+                let lines: Vec<_> = [system]
+                    .into_iter()
+                    .chain(turns)
+                    .chain([query])
+                    .filter(|line| !line.is_empty())
+                    .collect();
                 let text = (!lines.is_empty()).then(|| Piece::Text(lines.join("\n")));
                 bos.map(Piece::Control).into_iter().chain(text).collect()
             }
@@ -236,6 +266,20 @@ mod tests {
         assert_eq!(Some(renderer.end_of_answer()), tokenizer.token_to_id(EOT));
     }
 
+    /// As 3.1's `chat_template` has it with its own date.
+    #[test]
+    fn later_models_have_a_system_message_with_dates() {
+        let tokenizer = llama3_like();
+        let renderer = Template::Llama3_2.renderer(&tokenizer).unwrap();
+        let dates = r"\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+        for (system, text) in [(None, ""), (Some(""), ""), (Some("Antworte kurz."), "Antworte kurz.")] {
+            let expected = format!(
+                r#"<|begin_of_text|>{SH}"system"{EH}"{dates}{text}"{EOT}{SH}"user"{EH}"\n\nx"{EOT}{SH}"assistant"{EH}"\n\n""#
+            );
+            assert_eq!(spelled(&tokenizer, &renderer.prompt(system, &[], "x")), expected);
+        }
+    }
+
     #[test]
     fn default_generation_is_plain_text() {
         let tokenizer = sentencepiece_like();
@@ -255,6 +299,8 @@ mod tests {
         assert_eq!(Template::detect(&llama3, None).unwrap(), Template::Llama3);
         let own = "{{ '<|start_header_id|>' + role + '<|end_header_id|>' + text | trim + '<|eot_id|>' }}";
         assert_eq!(Template::detect(&llama3, Some(own)).unwrap(), Template::Llama3);
+        let later = format!("{{{{ 'Cutting Knowledge Date: December 2023' }}}}{own}");
+        assert_eq!(Template::detect(&llama3, Some(&later)).unwrap(), Template::Llama3_2);
         assert_eq!(Template::detect(&stories, None).unwrap(), Template::Default);
         let chatml = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}";
         for (tokenizer, chat_template) in [(&llama3, chatml), (&stories, chatml), (&stories, own)] {
@@ -282,7 +328,7 @@ mod tests {
         }
         let error = "chatml".parse::<Template>().unwrap_err().to_string();
         assert!(
-            error.contains("--template_type `chatml`: expected AUTO, llama3, default-generation"),
+            error.contains("--template_type `chatml`: expected AUTO, llama3, llama3_2, default-generation"),
             "{error}"
         );
     }
