@@ -229,7 +229,10 @@ impl Checkpoint {
                 let (halves, lost) = stored.halves(elements);
                 (TensorData::new(halves, shape), lost)
             }
-            DType::BF16 => (TensorData::new(stored.brain_floats(elements), shape), Lost::default()),
+            DType::BF16 => {
+                let (floats, lost) = stored.brain_floats(elements);
+                (TensorData::new(floats, shape), lost)
+            }
             _ => panic!("weights are read as f32, f16 or bf16, not {dtype:?}"),
         };
         let (read_bytes, total_bytes) = {

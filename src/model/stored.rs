@@ -66,11 +66,12 @@ impl StoredTensor {
         (halves, lost)
     }
 
-    /// Values as `bf16`: those of a file in it as they are, others rounded. It has the range of `f32`, and all but nothing is lost.
-    pub(super) fn brain_floats(&self, elements: Range<usize>) -> Vec<bf16> {
+    /// Values as `bf16`: those of a file in it as they are, others rounded; and how many are no numbers. It has the range of `f32`, so
+    /// that all but nothing is lost.
+    pub(super) fn brain_floats(&self, elements: Range<usize>) -> (Vec<bf16>, Lost) {
         let mut floats: Vec<bf16> = vec![0u16; elements.len()].reinterpret_into();
         let stored = self.stored(elements).chunks(BLOCK * self.width());
-        let mut block = [0.0; BLOCK];
+        let (mut block, mut not_finite) = ([0.0; BLOCK], 0);
         for (floats, stored) in floats.chunks_mut(BLOCK).zip(stored) {
             if self.dtype == Dtype::BF16 {
                 let pairs = stored.chunks_exact(2).map(|b| [b[0], b[1]]);
@@ -80,8 +81,9 @@ impl StoredTensor {
                 widen(stored, self.dtype, values);
                 floats.convert_from_f32_slice(values);
             }
+            not_finite += floats.iter().filter(|float| !float.is_finite()).count();
         }
-        floats
+        (floats, Lost { not_finite, ..Lost::default() })
     }
 
     fn stored(&self, elements: Range<usize>) -> &[u8] {
@@ -180,8 +182,9 @@ mod tests {
         // Every pattern, with infinities, NaNs and subnormals; more than a block of them.
         let bits: Vec<u16> = (0..=u16::MAX).collect();
         let tensor = stored(bits.iter().flat_map(|b| b.to_le_bytes()).collect(), Dtype::BF16);
-        let got: Vec<u16> = tensor.brain_floats(1..bits.len()).iter().map(|value| value.to_bits()).collect();
-        assert_eq!(got, bits[1..]);
+        let (got, lost) = tensor.brain_floats(1..bits.len());
+        assert_eq!(got.iter().map(|value| value.to_bits()).collect::<Vec<_>>(), bits[1..]);
+        assert_eq!(lost.not_finite, 2 << 7, "all patterns of the largest exponent");
     }
 
     #[test]
@@ -189,6 +192,6 @@ mod tests {
         let values: Vec<f32> = (0..2 * BLOCK + 3).map(|i| 1.0 + i as f32 / 1000.0).collect();
         let tensor = stored(values.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::F32);
         let want: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
-        assert_eq!(tensor.brain_floats(0..values.len()), want);
+        assert_eq!(tensor.brain_floats(0..values.len()).0, want);
     }
 }

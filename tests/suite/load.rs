@@ -20,7 +20,7 @@ use orpo_wgpu::model::load::{Checkpoint, Flaws, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::quantize::Storage;
-use orpo_wgpu::train::optim::read;
+use orpo_wgpu::ops::read::read;
 use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::support::{adapter, assert_close, left_out};
@@ -125,9 +125,14 @@ fn what_halves_do_not_hold_is_counted_and_refused() {
 fn weights_that_are_no_numbers_are_refused_in_every_precision() {
     const UP: &str = "model.layers.0.mlp.up_proj.weight";
     let config = demo::config().unwrap();
-    for storage in [Storage::F32, Storage::F16, Storage::PackedF16, Storage::Int8, Storage::Nf4] {
+    use Storage::{Bf16, F16, F32, Int8, Nf4, PackedF16};
+    for storage in [F32, F16, Bf16, PackedF16, Int8, Nf4] {
         let checkpoint = wide_checkpoint(&[(UP, &[f32::NAN, 1.0, f32::NEG_INFINITY])]);
-        let dtype = if storage == Storage::F16 { DType::F16 } else { DType::F32 };
+        let dtype = match storage {
+            F16 => DType::F16,
+            Bf16 => DType::BF16,
+            _ => DType::F32,
+        };
         let precision = Precision { dtype, linears: storage, head: storage };
         let error = load_llama::<Flex>(&checkpoint, &config, precision, 1 << 20, &Default::default());
         let error = error.map(drop).unwrap_err().to_string();

@@ -27,7 +27,8 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
 /// A tied model may come with `embed_tokens`, with `lm_head` or with both; the embedding counts.
 ///
 /// # Errors
-/// If tensors are missing, extra or misshapen: all of them in one error. If weights are not finite, or too large for `f16`.
+/// If tensors are missing, extra or misshapen: all of them in one error. If weights are not finite, or too large for `f16`; an embedding
+/// of its own, which stays in its file, is not looked at.
 pub fn load_llama<B: Kernels>(
     checkpoint: &Checkpoint,
     config: &LlamaConfig,
