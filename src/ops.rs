@@ -28,6 +28,7 @@ pub mod kernel;
 pub mod notes;
 mod product;
 pub mod profile;
+pub mod read;
 pub mod tune;
 mod wgpu;
 

@@ -29,6 +29,7 @@ use crate::model::Llama;
 use crate::model::llama::KeepPlan;
 use crate::ops::Kernels;
 use crate::ops::adamw::grad_norm;
+use crate::ops::read::read;
 use loss_scale::{LossScale, LossScaleConfig, MIN_SCALE};
 use metrics::{StepMetrics, StepTrace};
 use optim::{AdamW, AdamWConfig};
@@ -383,7 +384,7 @@ impl<B: Kernels> Training<'_, B> {
                 return Ok(None);
             }
             let stats = evaluate(self.model, upload(self.model, rows, indices, settings.loss_compat));
-            let batch = StepMetrics::from_stats(&optim::read(stats)?, settings.beta);
+            let batch = StepMetrics::from_stats(&read(stats)?, settings.beta);
             check_finite(step, "eval_loss", batch.loss, rows, indices)?;
             metrics.extend(vec![batch; indices.len()]);
         }
@@ -438,7 +439,7 @@ fn read_step<B: Kernels>(
 ) -> Result<(StepMetrics, f64)> {
     let lengths: Vec<usize> = stats.iter().map(|s| s.dims().iter().product()).collect();
     let flat = stats.into_iter().zip(&lengths).map(|(s, &n)| s.reshape([n]));
-    let values = optim::read(Tensor::cat(std::iter::once(norm).chain(flat).collect(), 0))?;
+    let values = read(Tensor::cat(std::iter::once(norm).chain(flat).collect(), 0))?;
     let (norm, mut values) = (f64::from(values[0]), &values[1..]);
     let mut all = Vec::with_capacity(lengths.len());
     for n in lengths {
@@ -488,7 +489,7 @@ fn check_moved<B: Kernels>(
     after: &[Tensor<B, 2>],
 ) -> Result<()> {
     let moved = before.iter().zip(after).map(|(b, a)| (a.clone() - b.clone()).abs().max());
-    let moved = optim::read(Tensor::cat(moved.collect(), 0).max())?[0];
+    let moved = read(Tensor::cat(moved.collect(), 0).max())?[0];
     if !moved.is_finite() {
         let rows = "the step's update".to_owned();
         return Err(Error::NonFinite { step, quantity: "the adapter", value: moved.into(), rows });

@@ -9,7 +9,7 @@ use burn_wgpu::Wgpu;
 
 use super::advice::misfit;
 use super::budget::{Case, Rows, Setting, runs_again};
-use super::limits::{self, measure_limits, wait};
+use super::limits::{self, measure_limits};
 use super::precision::PrecisionArgs;
 use super::profile_table::{self, Step};
 use super::tune;
@@ -25,10 +25,11 @@ use crate::model::llama::{KeepPlan, LINEAR_NAMES};
 use crate::model::presets::{PRESETS, preset};
 use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::adamw::grad_norm;
+use crate::ops::read::{read, wait};
 use crate::ops::tune::LinearKind;
 use crate::ops::{Kernels, profile};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
-use crate::train::optim::{AdamW, AdamWConfig, read};
+use crate::train::optim::{AdamW, AdamWConfig};
 use crate::train::step::{DeviceBatch, Gradients, forward_backward};
 
 const BETA: f32 = 0.1;

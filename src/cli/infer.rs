@@ -44,7 +44,7 @@ pub struct InferArgs {
     /// System prompt
     #[arg(long)]
     system: Option<String>,
-    /// Chat format: AUTO, llama3 or default-generation (plain text)
+    /// Chat format: AUTO, llama3, llama3_2 (3.1 and later) or default-generation (plain text)
     #[arg(long, default_value = "AUTO")]
     template_type: String,
     /// The most tokens of an answer

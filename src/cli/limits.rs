@@ -5,8 +5,9 @@ use std::time::Instant;
 use burn::tensor::{DType, Distribution, FloatDType, Tensor};
 
 use crate::device::DeviceChoice;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::lora_linear::lora_linear;
+use crate::ops::read::wait;
 use crate::ops::{Kernels, matrix_units_are_off};
 
 /// What a device can do at most.
@@ -109,18 +110,6 @@ fn per_launch(mut seconds: impl FnMut(u32) -> Result<f64>) -> Result<f64> {
         best = best.min(seconds(launches)? / f64::from(launches));
     }
     Ok(best)
-}
-
-/// Waits until everything launched is done.
-///
-/// # Errors
-/// If the device fails.
-pub fn wait<B: Kernels>(device: &B::Device) -> Result<()> {
-    B::sync(device).map_err(|e| Error::Device {
-        device: format!("{device:?}"),
-        problem: format!("failed: {e:?}"),
-        hint: None,
-    })
 }
 
 #[cfg(test)]

@@ -11,8 +11,8 @@ use crate::device::{self, DeviceChoice, size};
 use crate::error::Result;
 use crate::lora;
 use crate::model::Llama;
+use crate::ops::read::read;
 use crate::ops::{Kernels, profile};
-use crate::train::optim::read;
 use crate::train::step::{DeviceBatch, forward_backward};
 
 /// The share of the CPU's memory from which on a prediction is worth a trial.

@@ -535,7 +535,7 @@ mod tests {
 
     #[test]
     fn rows_of_one_line_are_rows_of_their_own() {
-        let text = format!("[{}]", vec![GOOD; 10].join(", "));
+        let text = format!("[{}]", [GOOD; 10].join(", "));
         let rows = parse(&text, Strictness::Strict).unwrap().rows;
         assert_eq!(rows[1].location.to_string(), format!("rows.jsonl:1:{}", GOOD.len() + 4));
         let (train, val) = split(rows, 0.2, Shuffle::Seeded(1));

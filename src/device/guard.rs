@@ -38,7 +38,7 @@ static HOOK: Once = Once::new();
 /// While it runs, panics of this thread, of the device's threads and of thread pools print nothing, unless `RUST_BACKTRACE` is `full`.
 ///
 /// # Errors
-/// What `work` returns; [`Error::Device`] with the panic's message if it, or the device's own thread, panics, and
+/// What `work` returns, with the device as the user names it; [`Error::Device`] with the panic's message if it, or the device's own thread, panics, and
 /// [`Error::OutOfMemory`] where that, or an error of the device, says that there was no room. `step` says what was being done, unless
 /// [`doing`] did.
 pub fn guard<T>(step: &str, choice: &DeviceChoice, work: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -56,7 +56,11 @@ pub fn guard<T>(step: &str, choice: &DeviceChoice, work: impl FnOnce() -> Result
     let cause = match (outcome, device_panics.into_iter().next()) {
         (Ok(Ok(value)), None) => return Ok(value),
         (Ok(Err(error)), None) => match error {
-            Error::Device { problem, .. } if is_out_of_memory(&problem) => problem,
+            // What the device itself says comes without a hint.
+            Error::Device { problem, hint, .. } if hint.is_none() || is_out_of_memory(&problem) => problem,
+            Error::Device { problem, hint, .. } => {
+                return Err(Error::Device { device: choice.to_string(), problem, hint });
+            }
             other => return Err(other),
         },
         (_, Some(message)) => message,
@@ -252,6 +256,13 @@ mod tests {
         assert_eq!(guard("a test", &DeviceChoice::Cpu, || Ok(7)).unwrap(), 7);
         assert_eq!(guarded(|| Err(Error::config("wrong"))), "invalid configuration: wrong");
         assert_eq!(guarded(|| panic!("no {}", "luck")), "device cpu: a test failed: no luck");
+        let lost = || {
+            let problem = "An error happened during execution\nCaused by:\n  lost".to_owned();
+            Err(Error::Device { device: "Cpu".to_owned(), problem, hint: None })
+        };
+        let error = guard::<()>("a test", &DeviceChoice::Cpu, lost).unwrap_err();
+        assert_eq!(error.to_string(), "device cpu: a test failed: lost");
+        assert!(error.hint().unwrap().starts_with("this is a fault of this program"), "{error:?}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::backend::Backend;
 
 use super::sample::{Sampler, SamplingConfig};
 use crate::data::tokenize::TextTokenizer;
@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::model::Llama;
 use crate::model::llama::KvCache;
 use crate::ops::Kernels;
+use crate::ops::read::read;
 
 /// Rows of a prompt that are read at a time, so that their activations stay small.
 const PREFILL_ROWS: usize = 512;
@@ -238,9 +239,9 @@ impl<'m, B: Kernels> Session<'m, B> {
                         self.cached = cached;
                         return Ok(logits);
                     }
-                    Err(problem) => {
+                    Err(error) => {
                         self.forget();
-                        return Err(self.failed(problem));
+                        return Err(error);
                     }
                 }
             }
@@ -248,25 +249,16 @@ impl<'m, B: Kernels> Session<'m, B> {
     }
 
     fn broken(&self, n_tokens: usize) -> Error {
-        self.failed(format!("the logits of token {} of the answer are not finite", n_tokens + 1))
-            .with_hint(
-                "an adapter whose training diverged does this: try another checkpoint, or none; so does an activation beyond \
-                 65504 in fp16: --dtype fp32",
-            )
+        Error::Device {
+            device: format!("{:?}", self.model.device()),
+            problem: format!("the logits of token {} of the answer are not finite", n_tokens + 1),
+            hint: Some(
+                "an adapter whose training diverged does this: try another checkpoint, or none; so does an activation beyond 65504 in \
+                 fp16: --dtype fp32"
+                    .to_owned(),
+            ),
+        }
     }
-
-    fn failed(&self, problem: String) -> Error {
-        let hint =
-            Some("try --device cpu; a full device: lower --max_new_tokens or shorten the prompt".to_owned());
-        Error::Device { device: format!("{:?}", self.model.device()), problem, hint }
-    }
-}
-
-/// Reads a tensor's values, or says why the device does not give them.
-fn read<B: Backend>(tensor: Tensor<B, 2>) -> Result<Vec<f32>, String> {
-    let one_line = |text: String| text.lines().map(str::trim).collect::<Vec<_>>().join(" ");
-    let data = tensor.try_into_data().map_err(|e| format!("failed: {}", one_line(e.to_string())))?;
-    data.convert::<f32>().into_vec().map_err(|e| format!("gave unreadable data: {e:?}"))
 }
 
 /// Generates one answer; see [`Session::generate`].

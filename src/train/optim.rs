@@ -2,7 +2,6 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::ops::adamw::{AdamWStep, adamw};
 
@@ -83,24 +82,5 @@ impl<B: Backend> AdamW<B> {
         for (slot, parameter) in slots.into_iter().zip(parameters) {
             *slot = parameter;
         }
-    }
-}
-
-/// Reads a tensor's values; the one place where a step waits for the device.
-///
-/// # Errors
-/// What the device says, also of the kernels launched before.
-pub fn read<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>> {
-    let device = format!("{:?}", tensor.device());
-    let failed = |problem: String| Error::Device {
-        device,
-        problem,
-        hint: Some("try --device cpu; a full device: lower --max_length or --batch_size".to_owned()),
-    };
-    match tensor.try_into_data() {
-        Ok(data) => {
-            data.convert::<f32>().into_vec().map_err(|e| failed(format!("gave unreadable data: {e:?}")))
-        }
-        Err(e) => Err(failed(format!("failed: {e:?}"))),
     }
 }

@@ -7,8 +7,8 @@ use orpo_wgpu::lora;
 use orpo_wgpu::model::Llama;
 use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
+use orpo_wgpu::ops::read::read;
 use orpo_wgpu::train::metrics::StepMetrics;
-use orpo_wgpu::train::optim::read;
 use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::goldens::Case;

@@ -11,8 +11,8 @@ use orpo_wgpu::lora;
 use orpo_wgpu::model::attention::AttentionLayout;
 use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::{DecoderLayer, Llama};
+use orpo_wgpu::ops::read::read;
 use orpo_wgpu::train::metrics::StepMetrics;
-use orpo_wgpu::train::optim::read;
 use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::goldens::Case;
