@@ -6,7 +6,7 @@ mod plan;
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::kernel::cast;
-use burn_cubecl::ops::numeric::{self, zeros_client};
+use burn_cubecl::ops::numeric;
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
@@ -351,12 +351,11 @@ impl Scratch {
         }
     }
 
-    /// Zeros of the output's shape and type.
-    pub(super) fn zeros(&self) -> Floats {
+    /// What the output is added to.
+    pub(super) fn place(&self) -> Floats {
         let CutKind { n, elements, .. } = self.kind;
-        let m = self.kind.rows();
-        let (client, device) = (self.lhs.client.clone(), self.lhs.device.clone());
-        zeros_client(client, device, Shape::from([m as usize, n as usize]), elements.out.dtype())
+        let shape = [self.kind.rows(), n].map(|extent| extent as usize);
+        tune::place(&self.lhs.client, &self.lhs.device, shape, elements.out.dtype())
     }
 
     pub(super) fn run(&self, choice: CutChoice, addend: Option<Floats>) -> Floats {

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::cube::settle;
 
 pub use pattern::is_product;
-pub(super) use pattern::{LEFT, RIGHT, operand};
+pub(super) use pattern::{LEFT, RIGHT, operand, place};
 
 /// A matrix engine that has several ways of making a product, of which a device has its fastest.
 pub trait Tunable: 'static {
@@ -67,16 +67,19 @@ pub trait Tunable: 'static {
         kind: Self::Kind,
     ) -> Self::Scratch;
 
-    /// Launches the product, and gives nothing where it cannot be made in this way. A way that writes its output itself writes it over
-    /// `zeros`, where these are there: then what is not written shows.
+    /// Launches the product, and gives nothing where it cannot be made in this way. With a `place` it is made to be looked at, and written
+    /// over that or added to it; without one there is only the time to be seen.
     fn launch(
         scratch: &Self::Scratch,
         choice: Self::Choice,
-        zeros: Option<CubeTensor<Self::Runtime>>,
+        place: Option<CubeTensor<Self::Runtime>>,
     ) -> Option<CubeTensor<Self::Runtime>>;
 
-    /// Zeros of the output's shape and type, without gaps between rows.
-    fn zeros(scratch: &Self::Scratch) -> CubeTensor<Self::Runtime>;
+    /// [`place`] of the output's shape and type.
+    fn place(scratch: &Self::Scratch) -> CubeTensor<Self::Runtime>;
+
+    /// Whether a product that is looked at is added to its place.
+    fn is_added(kind: Self::Kind) -> bool;
 }
 
 /// What the products of a linear layer depend on.
@@ -127,7 +130,7 @@ pub enum Verdict<C> {
 }
 
 /// Raised with every change of what is timed or held to be right: older timings say something else.
-pub const METHOD: u32 = 7;
+pub const METHOD: u32 = 8;
 /// Products of fewer operations are not timed: there is nothing to win.
 pub const LEAST_FLOPS: f64 = 1e8;
 /// Times that each way of making a product is timed, at least.
@@ -330,8 +333,8 @@ pub fn is_right<E: Tunable>(
     kind: E::Kind,
     choice: E::Choice,
 ) -> Result<bool, ServerError> {
-    let out = E::launch(scratch, choice, Some(E::zeros(scratch)));
-    out.map_or(Ok(false), |out| is_product(&out, E::depth(kind)))
+    let out = E::launch(scratch, choice, Some(E::place(scratch)));
+    out.map_or(Ok(false), |out| is_product(&out, E::depth(kind), E::is_added(kind)))
 }
 
 /// The best time of each way in ms, infinite where the device failed. They take turns, so that none is timed by a slower clock than the

@@ -7,8 +7,6 @@ use std::sync::LazyLock;
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
-use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::zeros_client;
 use burn_cubecl::tensor::CubeTensor;
 use cubek::matmul::components::tile::TileMatmulKind;
 use cubek::matmul::routines::double_buffering::{CyclicDoubleBufferingAlgorithm, DoubleBufferingArgs};
@@ -250,22 +248,20 @@ impl<R: Engine> Tunable for Routes<R> {
             scale: 1.0,
         };
         let operands = [left(depth, 0, dtype), right(depth, 0, dtype)];
-        let shape = Shape::from([m, n]);
-        let zeros = zeros_client(client.clone(), device.clone(), shape.clone(), out);
-        let addend = has_addend.then(|| into_contiguous(zeros));
-        Scratch { operands, adapter: (rank > 0).then(adapter), addend, shape, out }
+        let addend = has_addend.then(|| tune::place(client, device, [m, n], out));
+        Scratch { operands, adapter: (rank > 0).then(adapter), addend, shape: [m, n], out }
     }
 
-    fn launch(scratch: &Scratch<R>, route: Route, zeros: Option<CubeTensor<R>>) -> Option<CubeTensor<R>> {
+    fn launch(scratch: &Scratch<R>, route: Route, place: Option<CubeTensor<R>>) -> Option<CubeTensor<R>> {
         let Scratch { operands: [lhs, rhs], adapter, addend, shape, out } = scratch;
         let operands = Pair::new(lhs, rhs, adapter.as_ref());
-        // A residual, which is `f32`, is kept; gradients are added up in place. Without zeros there is only the time to be seen: sums of
-        // sums do as well.
+        // A residual, which is `f32`, is kept; gradients are added up in place, and where there is only the time to be seen sums of sums
+        // do as well.
         let is_in_place = *out != DType::F32;
-        let place = match (zeros, addend) {
-            (Some(zeros), _) => zeros,
+        let place = match (place, addend) {
+            (Some(place), _) => place,
             (None, Some(addend)) if is_in_place => addend.clone(),
-            (None, _) => empty(lhs, shape.clone(), *out),
+            (None, _) => empty(lhs, Shape::from(*shape), *out),
         };
         let at = match addend {
             Some(_) if is_in_place => Place::Over(&place),
@@ -274,9 +270,13 @@ impl<R: Engine> Tunable for Routes<R> {
         route.launch(&operands, &at).then_some(place)
     }
 
-    fn zeros(scratch: &Scratch<R>) -> CubeTensor<R> {
+    fn place(scratch: &Scratch<R>) -> CubeTensor<R> {
         let Scratch { operands: [lhs, _], shape, out, .. } = scratch;
-        into_contiguous(zeros_client(lhs.client.clone(), lhs.device.clone(), shape.clone(), *out))
+        tune::place(&lhs.client, &lhs.device, *shape, *out)
+    }
+
+    fn is_added(kind: RouteKind) -> bool {
+        kind.has_addend
     }
 }
 
@@ -285,6 +285,6 @@ pub struct Scratch<R: CubeRuntime> {
     operands: [CubeTensor<R>; 2],
     adapter: Option<Adapter<R>>,
     addend: Option<CubeTensor<R>>,
-    shape: Shape,
+    shape: [usize; 2],
     out: DType,
 }

@@ -110,11 +110,16 @@ impl Tunable for Cuts {
         Scratch::new(client, device, kind)
     }
 
-    fn launch(scratch: &Scratch, choice: CutChoice, zeros: Option<Floats>) -> Option<Floats> {
-        Some(scratch.run(choice, zeros))
+    fn launch(scratch: &Scratch, choice: CutChoice, place: Option<Floats>) -> Option<Floats> {
+        Some(scratch.run(choice, place))
     }
 
-    fn zeros(scratch: &Scratch) -> Floats {
-        scratch.zeros()
+    fn place(scratch: &Scratch) -> Floats {
+        scratch.place()
+    }
+
+    /// A product that is added to nothing differs in what it does not read.
+    fn is_added(_kind: CutKind) -> bool {
+        true
     }
 }

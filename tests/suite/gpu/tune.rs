@@ -96,10 +96,15 @@ fn every_way_is_right_on_the_known_product() {
                 assert!(is_right.unwrap(), "{choice:?} of {kind:?}");
                 n_matrices += usize::from(matches!(choice, CutChoice::Own(Cut::Matrices(_))));
             }
+            let added = Cuts::launch(&scratch, candidates(&device, kind)[0], Some(Cuts::place(&scratch)));
+            assert!(
+                !tune::is_product(&added.unwrap(), Cuts::depth(kind), false).unwrap(),
+                "what it is added to is seen in {kind:?}"
+            );
             let without = CutKind { rank: 0, ..kind };
             let out = Cuts::launch(&scratch, candidates(&device, kind)[0], None).unwrap();
             assert!(
-                !tune::is_product(&out, Cuts::depth(without)).unwrap(),
+                !tune::is_product(&out, Cuts::depth(without), false).unwrap(),
                 "the adapter is seen in {kind:?}"
             );
         }
@@ -166,7 +171,7 @@ fn a_wrong_product_is_seen() {
     let is_product = |values: &[f32], depth| {
         let data = TensorData::new(values.to_vec(), [values.len() / n, n]);
         let tensor = Tensor::<Gpu, 2>::from_data(data, &device).into_primitive().tensor();
-        tune::is_product(&tensor, depth).unwrap()
+        tune::is_product(&tensor, depth, false).unwrap()
     };
     assert!(is_product(&right, 96));
     assert!(!is_product(&right, 95), "another depth");
