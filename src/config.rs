@@ -7,7 +7,7 @@ mod byte_size;
 mod file;
 pub mod other_names;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 
@@ -195,6 +195,11 @@ pub struct TrainArgs {
     /// Taken for the sake of ms-swift's commands; nothing is asked of a hub
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().check_model_is_latest, help_heading = "Output")]
     pub check_model_is_latest: bool,
+
+    /// Names of the settings that the user gave, by flag or by `--config`: of those that were not, a value is only a default.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub given: BTreeSet<String>,
 }
 
 /// Takes PyTorch's names of the types as well; what is no type is told of with all else that is wrong.
@@ -274,6 +279,7 @@ impl Default for TrainArgs {
             resume_from_checkpoint: None,
             report_to: "tensorboard".to_owned(),
             check_model_is_latest: true,
+            given: BTreeSet::new(),
         }
     }
 }
@@ -313,9 +319,11 @@ impl TrainArgs {
         if !["model_id_or_path", "model_type"].into_iter().any(|name| given.contains_key(name)) {
             settings.extend(demo.clone());
         }
+        let names = given.keys().cloned().collect();
         settings.extend(given);
-        let mut args: Self =
+        let args: Self =
             serde_json::from_value(Value::Object(settings)).map_err(|e| Error::config(e.to_string()))?;
+        let mut args = Self { given: names, ..args };
         let accumulation = 16usize.div_ceil(args.batch_size.max(1));
         args.gradient_accumulation_steps.get_or_insert(accumulation);
         problems.extend(args.problems());

@@ -157,16 +157,42 @@ pub fn ranks(args: &TrainArgs) -> Result<[usize; LINEAR_NAMES.len()]> {
     }
 }
 
-/// An adapter keeps its rank, whatever `--lora_rank` says; the default says nothing.
-fn check_rank(args: &TrainArgs, config: &LoraConfig, folder: &Path) -> Result<()> {
-    let asked = args.lora_rank;
-    if asked == config.r || asked == TrainArgs::default().lora_rank {
+/// An adapter keeps its rank, its alpha and its modules: what was given for one of them has to be what it has.
+fn check_given(args: &TrainArgs, config: &LoraConfig, folder: &Path) -> Result<()> {
+    let modules = lora::target_modules(&args.lora_target_modules)?;
+    let has_modules = |other: &Vec<String>| modules.iter().all(|module| other.contains(module));
+    let settings = [
+        (
+            "lora_rank",
+            args.lora_rank == config.r,
+            format!("a rank of {}, and --lora_rank is {}", config.r, args.lora_rank),
+        ),
+        (
+            "lora_alpha",
+            args.lora_alpha == config.lora_alpha,
+            format!("an alpha of {}, and --lora_alpha is {}", config.lora_alpha, args.lora_alpha),
+        ),
+        (
+            "lora_target_modules",
+            modules.len() == config.target_modules.len() && has_modules(&config.target_modules),
+            format!(
+                "the modules {}, and --lora_target_modules is {}",
+                config.target_modules.join(","),
+                args.lora_target_modules.join(",")
+            ),
+        ),
+    ];
+    let others = settings.into_iter().filter(|(name, is_same, _)| !is_same && args.given.contains(*name));
+    let (flags, problems): (Vec<_>, Vec<_>) =
+        others.map(|(name, _, problem)| (format!("--{name}"), problem)).unzip();
+    if problems.is_empty() {
         return Ok(());
     }
-    Err(Error::file(folder, format!("the adapter has a rank of {}, and --lora_rank is {asked}", config.r))
-        .with_hint(
-            "leave --lora_rank out: training goes on with the adapter's; a new rank is a new adapter's",
-        ))
+    let hint = format!(
+        "leave {} out, on the command line and in --config: training goes on with the adapter's; other ones are a new adapter's",
+        flags.join(" and ")
+    );
+    Err(Error::file(folder, format!("the adapter has {}", problems.join("; "))).with_hint(hint))
 }
 
 /// The folder itself if it is a checkpoint, else the newest one of the run that it is.
@@ -211,7 +237,7 @@ fn run_on<B: Kernels>(
     let lora_config = match adapter_of(args) {
         Some(folder) => {
             let config = lora::load(&mut model, folder)?;
-            check_rank(args, &config, folder)?;
+            check_given(args, &config, folder)?;
             config
         }
         None => {

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::workplace::{Workplace, stderr};
+
 fn gqa(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa").join(name)
 }
@@ -68,5 +70,35 @@ fn train_and_plan_name_it_as_well() {
         command.args([subcommand, "--device", "cpu", "--adapters", &adapter]).current_dir(folder.path());
         let message = String::from_utf8(command.output().unwrap().stderr).unwrap();
         assert!(message.contains("is an adapter of `fixture`"), "{subcommand}: {message}");
+    }
+}
+
+/// Defaults are no wishes, and a wish for what happens to be the default is one.
+#[test]
+fn what_is_asked_of_an_adapter_and_is_not_what_it_has_is_refused_whole() {
+    let workplace = Workplace::new();
+    let small = ["--lora_rank", "4", "--lora_alpha", "16", "--lora_target_modules", "v_proj,q_proj"];
+    let output = workplace.train(&[&small[..], &["--max_steps", "1"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let from = |from: &'static str, flags: &[&str]| {
+        let run = [from, "out", "--max_steps", "2", "--output_dir", "next"];
+        workplace.train(&[&run, flags].concat())
+    };
+    let settings = "lora_rank = 8\nlora_alpha = 32\nlora_target_modules = 'ALL'\n";
+    fs::write(workplace.path("defaults.toml"), settings).unwrap();
+    let flags = ["--lora_rank", "8", "--lora_alpha", "32", "--lora_target_modules", "ALL"];
+    for start in ["--adapters", "--resume_from_checkpoint"] {
+        for defaults in [&flags[..], &["--config", "defaults.toml"]] {
+            let output = from(start, defaults);
+            let says = "checkpoint-1: the adapter has a rank of 4, and --lora_rank is 8; an alpha of 16, and --lora_alpha is 32; \
+                        the modules q_proj,v_proj, and --lora_target_modules is ALL\n\
+                        hint: leave --lora_rank and --lora_alpha and --lora_target_modules out, ";
+            assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+            assert!(stderr(&output).contains(says), "{}", stderr(&output));
+        }
+        for same in [&small[..], &["--config", "out/args.json"], &[]] {
+            let output = from(start, same);
+            assert!(output.status.success(), "{start} {same:?}: {}", stderr(&output));
+        }
     }
 }
