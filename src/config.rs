@@ -6,6 +6,7 @@
 mod byte_size;
 mod file;
 pub mod other_names;
+mod problems;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -17,14 +18,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use byte_size::ByteSize;
+pub(crate) use problems::{check_precision, template};
 
 use crate::error::{Error, Result};
-use crate::lora::MAX_RANK;
-use crate::train::loss_scale::{LossScaleConfig, MAX_SCALE, MIN_SCALE};
+use crate::train::loss_scale::LossScaleConfig;
 use crate::train::schedule::LrSchedulerType;
-
-/// What `--dtype` takes, whatever the case.
-const DTYPES: [&str; 4] = ["auto", "bf16", "fp16", "fp32"];
 
 /// What `orpo-wgpu train` is told. Names are ms-swift's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
@@ -326,104 +324,13 @@ impl TrainArgs {
         let mut args = Self { given: names, ..args };
         let accumulation = 16usize.div_ceil(args.batch_size.max(1));
         args.gradient_accumulation_steps.get_or_insert(accumulation);
-        problems.extend(args.problems());
-        if problems.is_empty() { Ok(args) } else { Err(Error::Config { problems, hint }) }
-    }
-
-    /// What is wrong with the settings, against each other and against what this build does. Their numbers are finite: those of the
-    /// flags are looked at before, and a file's as it is read.
-    fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        let mut require = |holds: bool, problem: String| {
-            if !holds {
-                problems.push(problem);
-            }
-        };
-        let positive = [
-            ("lora_rank", self.lora_rank),
-            ("batch_size", self.batch_size),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps.unwrap_or(1)),
-            ("max_steps", self.max_steps.unwrap_or(1)),
-            ("max_length", self.max_length),
-            ("logging_steps", self.logging_steps),
-            ("eval_steps", self.eval_steps),
-            ("save_steps", self.save_steps),
-            ("save_total_limit", self.save_total_limit),
-        ];
-        for (name, value) in positive {
-            require(value > 0, format!("--{name} is 0, expected at least 1"));
+        let (more, what_to_do) = args.problems();
+        problems.extend(more);
+        if problems.is_empty() {
+            Ok(args)
+        } else {
+            Err(Error::Config { problems, hint: hint.or(what_to_do) })
         }
-        // An adapter that there is already keeps its own.
-        let is_new = self.adapters.is_none() && self.resume_from_checkpoint.is_none();
-        require(
-            !is_new || self.lora_rank <= MAX_RANK,
-            format!("--lora_rank is {}, expected at most {MAX_RANK}", self.lora_rank),
-        );
-        let in_range = [
-            ("dataset_test_ratio", self.dataset_test_ratio),
-            ("warmup_ratio", self.warmup_ratio),
-            ("adam_beta1", self.adam_beta1),
-            ("adam_beta2", self.adam_beta2),
-        ];
-        for (name, value) in in_range {
-            require(
-                (0.0..1.0).contains(&value),
-                format!("--{name} is {value}, expected at least 0 and less than 1"),
-            );
-        }
-        let not_negative = [
-            ("beta", self.beta),
-            ("learning_rate", self.learning_rate),
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-            ("adam_epsilon", self.adam_epsilon),
-        ];
-        let scales = [
-            ("fp16_init_scale", self.fp16_init_scale, MIN_SCALE..=MAX_SCALE),
-            ("fp16_growth_factor", self.fp16_growth_factor, 1.0..=1024.0),
-            ("fp16_backoff_factor", self.fp16_backoff_factor, 1e-3..=0.999),
-        ];
-        for (name, value, range) in scales {
-            require(
-                range.contains(&value),
-                format!("--{name} is {value}, expected {} to {}", range.start(), range.end()),
-            );
-        }
-        require(self.fp16_growth_interval > 0, "--fp16_growth_interval is 0, expected at least 1".to_owned());
-        for (name, value) in not_negative {
-            require(value >= 0.0, format!("--{name} is {value}, expected at least 0"));
-        }
-        for (name, value) in [("num_train_epochs", self.num_train_epochs), ("lora_alpha", self.lora_alpha)] {
-            require(value > 0.0, format!("--{name} is {value}, expected more than 0"));
-        }
-        require(
-            self.lora_dropout == 0.0,
-            format!(
-                "--lora_dropout is {}: ORPO runs without dropout (TRL and ms-swift set it to 0 in silence)",
-                self.lora_dropout
-            ),
-        );
-        require(
-            self.sft_type == "lora",
-            format!("--sft_type is `{}`: this build trains `lora`", self.sft_type),
-        );
-        require(
-            DTYPES.contains(&self.dtype.to_ascii_lowercase().as_str()),
-            format!("--dtype is `{}`, expected AUTO, bf16, fp16 or fp32", self.dtype),
-        );
-        require(
-            [0, 4, 8].contains(&self.quantization_bit),
-            format!("--quantization_bit is {}, expected 0, 4 or 8", self.quantization_bit),
-        );
-        require(
-            ["tensorboard", "none"].contains(&self.report_to.as_str()),
-            format!("--report_to is `{}`, expected tensorboard or none", self.report_to),
-        );
-        require(
-            self.adapters.is_none() || self.resume_from_checkpoint.is_none(),
-            "--adapters starts anew and --resume_from_checkpoint goes on: give one of them".to_owned(),
-        );
-        problems
     }
 
     /// The configuration as `args.json` holds it.

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::progress::loading_bar;
+use crate::config;
 use crate::data::template::Template;
 use crate::data::tokenize::TextTokenizer;
 use crate::demo;
@@ -74,9 +75,9 @@ impl OpenModel {
             stop_ids.extend(generation_eos(folder)?);
         }
         let tokenizer = tokenizer.with_stop_ids(&stop_ids);
-        let template = match template_type {
-            "AUTO" | "auto" => Template::detect(&tokenizer, tokenizer.chat_template())?,
-            named => named.parse()?,
+        let template = match config::template(template_type)? {
+            None => Template::detect(&tokenizer, tokenizer.chat_template())?,
+            Some(named) => named,
         };
         Ok(Self { config, tokenizer, template, name, source })
     }

@@ -35,8 +35,8 @@ pub fn run(args: TrainArgs) -> Result<()> {
         return Ok(());
     }
     let args = &train::with_checkpoint(args)?;
-    let source = Source::open(args)?;
     let selected = device::select(&args.device)?;
+    let source = Source::open(args)?;
     let is_elsewhere = selected.choice == DeviceChoice::Cpu && args.device.eq_ignore_ascii_case("auto");
     // Memory of a device that is not here is asked about where none is here.
     let choice = match args.max_memory.filter(|_| is_elsewhere) {

@@ -24,8 +24,8 @@ use crate::demo;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result, counted};
 use crate::lora::{self, LoraConfig};
-use crate::model::Llama;
 use crate::model::llama::{Keep, LINEAR_NAMES};
+use crate::model::{Llama, Precision};
 use crate::ops::Kernels;
 use crate::shell::pasted;
 use crate::train::loss_scale::LossScaleConfig;
@@ -54,24 +54,28 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     adapter_of(&args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
-    let data = Data::load(&args, &open)?;
     let ranks = ranks(&args)?;
+    // Before the rows, which may take long: a device that is not there, and a type that it does not have.
     let selected = device::select(&args.device)?;
+    let choice = &selected.choice;
+    let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
+    let data = Data::load(&args, &open)?;
     if let Some(note) = &selected.note {
         tell("device", note);
     }
-    let choice = &selected.choice;
     let case = Case::new(&args, &open.config, ranks, Rows::Known(&data.train), choice)?
         .with_val(&data.val)
         .stored_with(open.width()?);
     device::guard("training", choice, || match choice {
-        DeviceChoice::Cpu => run_on::<Flex>(&args, &open, target_modules, &data, &Default::default(), &case),
+        DeviceChoice::Cpu => {
+            run_on::<Flex>(&args, &open, precision, target_modules, &data, &Default::default(), &case)
+        }
         DeviceChoice::Wgpu { device, .. } => {
-            run_on::<Wgpu>(&args, &open, target_modules, &data, device, &case)
+            run_on::<Wgpu>(&args, &open, precision, target_modules, &data, device, &case)
         }
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda(gpu) => {
-            run_on::<burn_cuda::Cuda>(&args, &open, target_modules, &data, &gpu.device(), &case)
+            run_on::<burn_cuda::Cuda>(&args, &open, precision, target_modules, &data, &gpu.device(), &case)
         }
     })
     .map_err(|error| with_advice(error, &args, &case))
@@ -214,13 +218,13 @@ fn checkpoint_of(folder: &Path) -> Result<PathBuf> {
 fn run_on<B: Kernels>(
     args: &TrainArgs,
     open: &OpenModel,
+    precision: Precision,
     target_modules: Vec<String>,
     data: &Data,
     device: &B::Device,
     case: &Case<'_>,
 ) -> Result<()> {
     let choice = case.choice;
-    let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
     let dtype = precision.dtype;
     device::self_test::<B>(device, choice, dtype)?;
     let loss_scale = (dtype == DType::F16).then_some(LossScaleConfig {
@@ -348,9 +352,6 @@ fn settings(args: &TrainArgs, loss_scale: Option<LossScaleConfig>, data: &Data) 
         warmup_steps: if max_steps == 1 { 0 } else { (args.warmup_ratio * max_steps as f64).ceil() as usize },
         max_steps,
     };
-    if args.learning_rate == 0.0 {
-        return Err(Error::config("--learning_rate is 0: nothing would be learned"));
-    }
     Ok(TrainSettings {
         plan,
         beta: args.beta as f32,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// Who may import whom, by the first module of a `use crate::` line. Everything may import `error`.
 const MAY_IMPORT: [(&str, &[&str]); 13] = [
     ("cli", &["cli", "config", "data", "demo", "device", "infer", "lora", "model", "ops", "shell", "train"]),
-    ("config", &["data", "lora", "shell", "train"]),
+    ("config", &["data", "device", "lora", "shell", "train"]),
     ("data", &["ops", "shell"]),
     ("demo", &["data", "model"]),
     ("device", &[]),
