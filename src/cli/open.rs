@@ -189,8 +189,7 @@ fn check_folder(folder: &Path) -> Result<()> {
         _ if folder.join("config.json").exists() => return Ok(()),
         _ if folder.join(lora::ADAPTER_CONFIG_FILE).exists() => {
             return Err(Error::file(folder, "is an adapter, not a model").with_hint(
-                "--adapters takes it; --model_id_or_path is the model that it was trained on, and where it is left out the one that the \
-                 adapter names",
+                "--adapters takes it; --model_id_or_path is the model that it was trained on, and where it is left out, the demo is taken",
             ));
         }
         _ if folder.is_dir() => "holds no config.json",
@@ -239,7 +238,7 @@ mod tests {
         assert!(of("model").is_ok());
         for (name, says) in [
             ("empty", "holds no config.json"),
-            ("adapter", "--adapters takes it"),
+            ("adapter", "where it is left out, the demo is taken"),
             ("model/config.json", "is not a folder"),
             ("nowhere", "there is no such folder"),
         ] {
