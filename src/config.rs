@@ -21,6 +21,7 @@ pub use byte_size::ByteSize;
 pub(crate) use problems::{check_precision, template};
 
 use crate::error::{Error, Result};
+use crate::shell::pasted;
 use crate::train::loss_scale::LossScaleConfig;
 use crate::train::schedule::LrSchedulerType;
 
@@ -331,6 +332,17 @@ impl TrainArgs {
         } else {
             Err(Error::Config { problems, hint: hint.or(what_to_do) })
         }
+    }
+
+    /// Those of these settings that are not the defaults, as flags that can be pasted.
+    pub(crate) fn changed_flags(&self, names: &[&str]) -> String {
+        let (own, default) = (to_map(self), to_map(&Self::default()));
+        let changed = names.iter().filter(|name| own.get(**name) != default.get(**name));
+        let flag = |name: &&str| match &own[*name] {
+            Value::String(text) => format!("--{name} {}", pasted(Path::new(text))),
+            other => format!("--{name} {other}"),
+        };
+        changed.map(flag).collect::<Vec<_>>().join(" ")
     }
 
     /// The configuration as `args.json` holds it.

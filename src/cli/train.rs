@@ -263,6 +263,7 @@ fn run_on<B: Kernels>(
         .with_hint("raise --max_steps or --num_train_epochs"));
     }
     // What the device and the adapter brought along goes over the flags, and into the run's own record.
+    let asked = args;
     let is_auto = args.dtype.eq_ignore_ascii_case("auto");
     let args = &TrainArgs {
         dtype: if is_auto { precision.dtype_name().to_owned() } else { args.dtype.clone() },
@@ -338,7 +339,7 @@ fn run_on<B: Kernels>(
     device::doing("answering after the training");
     let after = answers(&model, open, &questions, "after training")?;
     print_answers(&questions, start, &before, &after);
-    print_summary(&summary, args);
+    print_summary(&summary, asked);
     Ok(())
 }
 

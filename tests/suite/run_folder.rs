@@ -70,7 +70,7 @@ fn a_run_writes_the_files_that_it_promises() {
     // The summary's last line is the command to talk to the result.
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(
-        stdout.contains("orpo-wgpu infer --model_id_or_path model --adapters out/checkpoint-2"),
+        stdout.contains("orpo-wgpu infer --model_id_or_path model --device cpu --adapters out/checkpoint-2"),
         "{stdout}"
     );
     // The run stands for its newest checkpoint.
