@@ -23,6 +23,7 @@ pub(crate) use problems::{check_precision, template};
 use crate::error::{Error, Result};
 use crate::shell::pasted;
 use crate::train::loss_scale::LossScaleConfig;
+use crate::train::optim::AdamWConfig;
 use crate::train::schedule::LrSchedulerType;
 
 /// What `orpo-wgpu train` is told. Names are ms-swift's.
@@ -39,10 +40,10 @@ pub struct TrainArgs {
     #[arg(long, help_heading = "Model")]
     pub adapters: Option<PathBuf>,
     /// What is trained: `lora`
-    #[arg(long, default_value = "lora", help_heading = "Model")]
+    #[arg(long, default_value_t = Self::default().sft_type, help_heading = "Model")]
     pub sft_type: String,
     /// Modules that carry an adapter: ALL (every linear but lm_head) or names such as q_proj,v_proj
-    #[arg(long, value_delimiter = ',', default_value = "ALL", help_heading = "Model")]
+    #[arg(long, value_delimiter = ',', default_values_t = Self::default().lora_target_modules, help_heading = "Model")]
     pub lora_target_modules: Vec<String>,
     /// Rank of the adapters, at most 256
     #[arg(long, default_value_t = Self::default().lora_rank, help_heading = "Model")]
@@ -54,7 +55,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().lora_dropout, help_heading = "Model")]
     pub lora_dropout: f64,
     /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
-    #[arg(long, default_value = "AUTO", value_parser = parse_dtype, help_heading = "Model")]
+    #[arg(long, default_value_t = Self::default().dtype, value_parser = parse_dtype, help_heading = "Model")]
     pub dtype: String,
     /// What fp16 multiplies the loss with at first, so that small gradients do not vanish; it falls when gradients overflow
     #[arg(long, default_value_t = Self::default().fp16_init_scale, help_heading = "Training")]
@@ -94,13 +95,13 @@ pub struct TrainArgs {
     #[arg(long, help_heading = "Data")]
     pub system: Option<String>,
     /// Chat format: AUTO, llama3 or default-generation (plain text)
-    #[arg(long, default_value = "AUTO", help_heading = "Data")]
+    #[arg(long, default_value_t = Self::default().template_type, help_heading = "Data")]
     pub template_type: String,
     /// The most tokens of a row, prompt + longer answer
     #[arg(long, default_value_t = Self::default().max_length, help_heading = "Data")]
     pub max_length: usize,
     /// What happens to longer rows: delete (left out, and named) or truncation_right (the answers are cut)
-    #[arg(long, default_value = "delete", help_heading = "Data")]
+    #[arg(long, default_value_t = Self::default().truncation_strategy, help_heading = "Data")]
     pub truncation_strategy: String,
     /// A row that cannot be used is an error
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().strict, help_heading = "Data")]
@@ -110,7 +111,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().beta, help_heading = "Training")]
     pub beta: f64,
     /// Tokens of the NLL term: swift (chosen response), trl (prompt and chosen response) or llamafactory (mean by pair)
-    #[arg(long, default_value = "swift", help_heading = "Training")]
+    #[arg(long, default_value_t = Self::default().loss_compat, help_heading = "Training")]
     pub loss_compat: String,
     /// Pairs of a micro-batch
     #[arg(long, default_value_t = Self::default().batch_size, help_heading = "Training")]
@@ -128,7 +129,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().learning_rate, help_heading = "Training")]
     pub learning_rate: f64,
     /// How the rate falls
-    #[arg(long, value_enum, default_value_t, help_heading = "Training")]
+    #[arg(long, value_enum, default_value_t = Self::default().lr_scheduler_type, help_heading = "Training")]
     pub lr_scheduler_type: LrSchedulerType,
     /// Share of the steps in which the rate rises
     #[arg(long, default_value_t = Self::default().warmup_ratio, help_heading = "Training")]
@@ -158,7 +159,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().seed, help_heading = "Training")]
     pub seed: u64,
     /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
-    #[arg(long, default_value = "auto", help_heading = "Training")]
+    #[arg(long, default_value_t = Self::default().device, help_heading = "Training")]
     pub device: String,
     /// Memory that the device is taken to have instead of what it says: 8GiB (of 2^30 bytes, as cards are sold) or 8GB (of 10^9)
     #[arg(long, help_heading = "Training")]
@@ -177,7 +178,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().save_total_limit, help_heading = "Output")]
     pub save_total_limit: usize,
     /// Folder for runs
-    #[arg(long, default_value = "output", help_heading = "Output")]
+    #[arg(long, default_value_os_t = Self::default().output_dir, help_heading = "Output")]
     pub output_dir: PathBuf,
     /// Write into {output_dir}/{model_type}/v{N}-{time} instead of into the folder itself
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().add_output_dir_suffix, help_heading = "Output")]
@@ -189,7 +190,7 @@ pub struct TrainArgs {
     #[arg(long, help_heading = "Output")]
     pub resume_from_checkpoint: Option<PathBuf>,
     /// Trackers: tensorboard or none
-    #[arg(long, default_value = "tensorboard", help_heading = "Output")]
+    #[arg(long, default_value_t = Self::default().report_to, help_heading = "Output")]
     pub report_to: String,
     /// Taken for the sake of ms-swift's commands; nothing is asked of a hub
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().check_model_is_latest, help_heading = "Output")]
@@ -334,6 +335,17 @@ impl TrainArgs {
         }
     }
 
+    /// The optimizer's settings.
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig {
+            adam_beta1: self.adam_beta1,
+            adam_beta2: self.adam_beta2,
+            adam_epsilon: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
+
     /// Those of these settings that are not the defaults, as flags that can be pasted.
     pub(crate) fn changed_flags(&self, names: &[&str]) -> String {
         let (own, default) = (to_map(self), to_map(&Self::default()));
@@ -408,6 +420,12 @@ mod tests {
             assert!(message.contains(says), "no `{says}` in {message}");
         }
         assert_eq!(error.hint(), Some("did you mean `beta`?"));
+    }
+
+    #[test]
+    fn no_flags_are_the_defaults() {
+        let matches = train_command().try_get_matches_from(["train"]).unwrap();
+        assert_eq!(TrainArgs::from_arg_matches(&matches).unwrap(), TrainArgs::default());
     }
 
     #[test]

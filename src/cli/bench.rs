@@ -14,7 +14,7 @@ use super::precision::PrecisionArgs;
 use super::profile_table::{self, Step};
 use super::tune;
 use super::words::millions;
-use crate::config::ByteSize;
+use crate::config::{ByteSize, TrainArgs};
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy};
@@ -28,10 +28,9 @@ use crate::ops::adamw::grad_norm;
 use crate::ops::tune::LinearKind;
 use crate::ops::{Kernels, profile};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
-use crate::train::optim::{AdamW, AdamWConfig, read};
+use crate::train::optim::{AdamW, read};
 use crate::train::step::{DeviceBatch, Gradients, forward_backward};
 
-const BETA: f32 = 0.1;
 /// The products are timed as for a run of so many steps, which is what the bench tells of.
 const STEPS_OF_A_RUN: usize = 1000;
 
@@ -48,21 +47,21 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 512)]
     max_length: usize,
     /// Pairs of a step
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = TrainArgs::default().batch_size)]
     batch_size: usize,
     #[command(flatten)]
     precision: PrecisionArgs,
     /// Rank of the adapters, at most 256
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = TrainArgs::default().lora_rank)]
     lora_rank: usize,
     /// Run each layer again in backward instead of keeping its activations
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = true)]
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainArgs::default().gradient_checkpointing)]
     gradient_checkpointing: bool,
     /// Steps that are timed, after one to warm up
     #[arg(long, default_value_t = 5)]
     max_steps: usize,
     /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value_t = TrainArgs::default().device)]
     device: String,
     /// Memory that the device is taken to have instead of what it says: 8GiB or 8GB
     #[arg(long)]
@@ -226,8 +225,9 @@ fn run_on<B: Kernels>(
         limits.bytes / 1e9
     );
     let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);
-    let target_modules = lora::target_modules(&["ALL".to_owned()])?;
-    lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
+    let TrainArgs { lora_target_modules, lora_alpha, seed, .. } = TrainArgs::default();
+    let target_modules = lora::target_modules(&lora_target_modules)?;
+    lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha, target_modules }, seed);
     tune::tune(choice, &tune::linears(&model, [batch.n_tokens(); 2]), STEPS_OF_A_RUN, note);
     say!("backward {}", runs_again(shape.keep, config.num_hidden_layers));
     let mut bench = Bench::new(model, batch, shape.keep);
@@ -329,21 +329,27 @@ pub(super) struct Bench<B: Kernels> {
     prefetched: Option<DeviceBatch<B>>,
     keep: KeepPlan,
     optimizer: AdamW<B>,
+    beta: f32,
+    learning_rate: f64,
 }
 
 impl<B: Kernels> Bench<B> {
     pub(super) fn new(model: Llama<B>, batch: Batch, keep: KeepPlan) -> Self {
-        let config = AdamWConfig {
-            adam_beta1: 0.9,
-            adam_beta2: 0.95,
-            adam_epsilon: 1e-8,
-            weight_decay: 0.1,
-            max_grad_norm: 1.0,
-        };
         let initial = lora::parameters(&model);
-        let optimizer = AdamW::new(config, &initial);
+        let settings = TrainArgs::default();
+        let optimizer = AdamW::new(settings.adamw(), &initial);
         let prefetched = Some(DeviceBatch::new(&model, &batch));
-        Self { _initial: initial, model, batch, prefetched, keep, optimizer }
+        let TrainArgs { beta, learning_rate, .. } = settings;
+        Self {
+            _initial: initial,
+            model,
+            batch,
+            prefetched,
+            keep,
+            optimizer,
+            beta: beta as f32,
+            learning_rate,
+        }
     }
 
     /// Seconds of a micro-batch that others of its step follow, before which nothing is updated.
@@ -358,7 +364,7 @@ impl<B: Kernels> Bench<B> {
 
     fn forward_backward(&mut self) -> Gradients<B> {
         let batch = self.prefetched.take().expect("the step before has prefetched the batch");
-        forward_backward(&self.model, batch, BETA, 1.0, self.keep)
+        forward_backward(&self.model, batch, self.beta, 1.0, self.keep)
     }
 
     fn prefetch(&mut self) {
@@ -370,7 +376,7 @@ impl<B: Kernels> Bench<B> {
         let started = Instant::now();
         let grads = self.forward_backward();
         let norm = grad_norm(&grads.lora);
-        self.optimizer.update(1e-5, lora::tensors_mut(&mut self.model), grads.lora, &norm, 1.0);
+        self.optimizer.update(self.learning_rate, lora::tensors_mut(&mut self.model), grads.lora, &norm, 1.0);
         self.prefetch();
         let stats = read(grads.stats)?;
         let norm = read(norm)?;

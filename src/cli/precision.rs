@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 
-use crate::config::{check_precision, parse_dtype};
+use crate::config::{TrainArgs, check_precision, parse_dtype};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::Precision;
@@ -12,13 +12,13 @@ use crate::ops::quantize::Storage;
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct PrecisionArgs {
     /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
-    #[arg(long, default_value = "AUTO", value_parser = parse_dtype)]
+    #[arg(long, default_value_t = TrainArgs::default().dtype, value_parser = parse_dtype)]
     pub(super) dtype: String,
     /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = TrainArgs::default().quantization_bit)]
     pub(super) quantization_bit: u32,
     /// Store lm_head in int8 as well, where the linear layers are quantised
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = false)]
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainArgs::default().quantize_lm_head)]
     pub(super) quantize_lm_head: bool,
 }
 

@@ -29,7 +29,6 @@ use crate::model::{Llama, Precision};
 use crate::ops::Kernels;
 use crate::shell::pasted;
 use crate::train::loss_scale::LossScaleConfig;
-use crate::train::optim::AdamWConfig;
 use crate::train::plan::Plan;
 use crate::train::run_folder::{
     CheckpointTexts, RunFolder, Tracker, TrainerState, holds_run, newest_checkpoint,
@@ -358,13 +357,7 @@ fn settings(args: &TrainArgs, loss_scale: Option<LossScaleConfig>, data: &Data) 
         beta: args.beta as f32,
         loss_compat,
         schedule,
-        adamw: AdamWConfig {
-            adam_beta1: args.adam_beta1,
-            adam_beta2: args.adam_beta2,
-            adam_epsilon: args.adam_epsilon,
-            weight_decay: args.weight_decay,
-            max_grad_norm: args.max_grad_norm,
-        },
+        adamw: args.adamw(),
         loss_scale,
         keep: Keep::Input.into(),
         logging_steps: args.logging_steps,
