@@ -346,6 +346,16 @@ impl TrainArgs {
         }
     }
 
+    /// How the loss is scaled in fp16.
+    pub fn loss_scale(&self) -> LossScaleConfig {
+        LossScaleConfig {
+            init_scale: self.fp16_init_scale,
+            growth_factor: self.fp16_growth_factor,
+            backoff_factor: self.fp16_backoff_factor,
+            growth_interval: self.fp16_growth_interval,
+        }
+    }
+
     /// Those of these settings that are not the defaults, as flags that can be pasted.
     pub(crate) fn changed_flags(&self, names: &[&str]) -> String {
         let (own, default) = (to_map(self), to_map(&Self::default()));

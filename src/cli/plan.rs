@@ -8,7 +8,7 @@ use super::budget::{Budget, Case, Rows, Setting, USABLE, runs_again};
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
 use super::rows::{Data, lengths, load, note_positions, shuffle};
-use super::train;
+use super::start;
 use super::words::{entry, millions, thousands};
 use super::work::Work;
 use crate::config::TrainArgs;
@@ -34,7 +34,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
         print_presets();
         return Ok(());
     }
-    let args = &train::with_checkpoint(args)?;
+    let args = &start::with_checkpoint(args)?;
     let selected = device::select(&args.device)?;
     let source = Source::open(args)?;
     let is_elsewhere = selected.choice == DeviceChoice::Cpu && args.device.eq_ignore_ascii_case("auto");
@@ -49,7 +49,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
     };
     let is_elsewhere = is_elsewhere && choice != DeviceChoice::Cpu;
-    let ranks = train::ranks(args)?;
+    let ranks = start::ranks(args)?;
     let rows = source.pairs.as_deref().map_or(Rows::Longest, Rows::Known);
     let case = Case::new(args, &source.config, ranks, rows, &choice)?
         .with_val(&source.val)
@@ -135,7 +135,7 @@ impl Source {
         }
         let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
         let embedding_width = open.width()?;
-        train::adapter_of(args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
+        start::adapter_of(args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
         if args.dataset.is_empty() && !open.is_demo() {
             return Ok(Self {
                 name: open.name.clone(),
