@@ -20,6 +20,7 @@ pub mod interrupts;
 pub mod keyboard;
 pub mod limits;
 pub mod longest;
+mod measured_step;
 pub mod nearest;
 pub mod open;
 pub mod outcome;
