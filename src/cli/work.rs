@@ -20,7 +20,7 @@ use crate::model::{Llama, Precision};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
 
 /// The share of the best product's rate that a step is taken to run at: norms, attention and the head come in between, and products of
-/// few tokens are slow. A guess, until a GPU has been measured.
+/// few tokens are slow. `bench` came to 44 to 64 % on an H100, and on two cores to 38 to 43 % with a small model (README).
 const RATE: f64 = 0.5;
 /// Pairs that are counted where the data set is not known.
 const PAIRS: usize = 1000;
