@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::workplace::{Workplace, stderr, write_pairs};
+use crate::workplace::{Workplace, orpo_wgpu, stderr, write_pairs};
 
 /// A spoiled input, the flags it is given with, and what the run must say and end with.
 struct Case {
@@ -309,20 +309,6 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             code: 2,
             says: &["run.yaml: YAML is not read", "hint: `beta: 0.1` is `beta = 0.1` in TOML", "> run.json"],
         },
-        Case {
-            name: "a model name without a folder",
-            spoil: |w| fs::write(w.path("run.toml"), "model_type = \"llama3-8b-instruct\"\n").unwrap(),
-            flags: &[
-                "--adapters",
-                "missing",
-                "--model_type",
-                "llama3-8b-instruct",
-                "--model_id_or_path",
-                "llama3",
-            ],
-            code: 1,
-            says: &["llama3", "nothing is downloaded"],
-        },
     ];
     let mut failures = Vec::new();
     for case in cases {
@@ -348,6 +334,25 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn a_model_s_name_alone_is_no_model_to_train() {
+    let workplace = Workplace::new();
+    fs::write(workplace.path("run.toml"), "model_type = 'llama3-8b-instruct'\n").unwrap();
+    for name in [["--model_type", "llama3-8b-instruct"], ["--config", "run.toml"]] {
+        let flags = [&["train", "--device", "cpu", "--output_dir", "out"], &name[..]].concat();
+        let output = orpo_wgpu(&flags).current_dir(workplace.0.path()).output().unwrap();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        for says in [
+            "--model_type `llama3-8b-instruct` names a model, and nothing is downloaded",
+            "hint: fetch the model and pass its folder as --model_id_or_path",
+        ] {
+            assert!(message.contains(says), "no `{says}` in {message}");
+        }
+        assert_eq!(workplace.written(), Vec::<String>::new());
+    }
 }
 
 #[test]
