@@ -20,6 +20,7 @@ pub mod interrupts;
 pub mod keyboard;
 pub mod limits;
 pub mod longest;
+mod measured_step;
 pub mod nearest;
 pub mod open;
 pub mod outcome;
@@ -27,7 +28,9 @@ pub mod plan;
 mod precision;
 pub mod profile_table;
 pub mod progress;
+mod record;
 pub mod rows;
+mod start;
 mod tips;
 pub mod train;
 mod tune;
@@ -209,6 +212,32 @@ mod tests {
             let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
             assert!(help.contains("--learning_rate 0.002 --batch_size 8"), "{name}: {help}");
         }
+    }
+
+    #[test]
+    fn a_flag_has_one_default_in_every_subcommand() {
+        let command = command();
+        let train = command.find_subcommand("train").unwrap();
+        let mut n_shared = 0;
+        // Measured is another length, and few steps; a model of its own and draws of its own have defaults of their own.
+        for (name, own) in
+            [("plan", &[][..]), ("infer", &["seed"]), ("bench", &["max_length", "max_steps", "model_type"])]
+        {
+            let subcommand = command.find_subcommand(name).unwrap();
+            for flag in subcommand.get_arguments().filter(|flag| !own.contains(&flag.get_id().as_str())) {
+                let Some(trains) = train.get_arguments().find(|other| other.get_id() == flag.get_id()) else {
+                    continue;
+                };
+                n_shared += 1;
+                assert_eq!(
+                    flag.get_default_values(),
+                    trains.get_default_values(),
+                    "{name} --{}",
+                    flag.get_id()
+                );
+            }
+        }
+        assert!(n_shared > 50, "only {n_shared} flags are shared");
     }
 
     #[test]

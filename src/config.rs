@@ -6,8 +6,9 @@
 mod byte_size;
 mod file;
 pub mod other_names;
+mod problems;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 
@@ -17,14 +18,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use byte_size::ByteSize;
+pub(crate) use problems::{check_precision, template};
 
 use crate::error::{Error, Result};
-use crate::lora::MAX_RANK;
-use crate::train::loss_scale::{LossScaleConfig, MAX_SCALE, MIN_SCALE};
+use crate::shell::pasted;
+use crate::train::loss_scale::LossScaleConfig;
+use crate::train::optim::AdamWConfig;
 use crate::train::schedule::LrSchedulerType;
-
-/// What `--dtype` takes, whatever the case.
-const DTYPES: [&str; 4] = ["auto", "bf16", "fp16", "fp32"];
 
 /// What `orpo-wgpu train` is told. Names are ms-swift's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
@@ -40,10 +40,10 @@ pub struct TrainArgs {
     #[arg(long, help_heading = "Model")]
     pub adapters: Option<PathBuf>,
     /// What is trained: `lora`
-    #[arg(long, default_value = "lora", help_heading = "Model")]
+    #[arg(long, default_value_t = Self::default().sft_type, help_heading = "Model")]
     pub sft_type: String,
     /// Modules that carry an adapter: ALL (every linear but lm_head) or names such as q_proj,v_proj
-    #[arg(long, value_delimiter = ',', default_value = "ALL", help_heading = "Model")]
+    #[arg(long, value_delimiter = ',', default_values_t = Self::default().lora_target_modules, help_heading = "Model")]
     pub lora_target_modules: Vec<String>,
     /// Rank of the adapters, at most 256
     #[arg(long, default_value_t = Self::default().lora_rank, help_heading = "Model")]
@@ -55,7 +55,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().lora_dropout, help_heading = "Model")]
     pub lora_dropout: f64,
     /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
-    #[arg(long, default_value = "AUTO", value_parser = parse_dtype, help_heading = "Model")]
+    #[arg(long, default_value_t = Self::default().dtype, value_parser = parse_dtype, help_heading = "Model")]
     pub dtype: String,
     /// What fp16 multiplies the loss with at first, so that small gradients do not vanish; it falls when gradients overflow
     #[arg(long, default_value_t = Self::default().fp16_init_scale, help_heading = "Training")]
@@ -94,14 +94,14 @@ pub struct TrainArgs {
     /// System prompt of rows that have none of their own
     #[arg(long, help_heading = "Data")]
     pub system: Option<String>,
-    /// Chat format: AUTO, llama3 or default-generation (plain text)
-    #[arg(long, default_value = "AUTO", help_heading = "Data")]
+    /// Chat format: AUTO, llama3, llama3_2 (3.1 and later) or default-generation (plain text)
+    #[arg(long, default_value_t = Self::default().template_type, help_heading = "Data")]
     pub template_type: String,
     /// The most tokens of a row, prompt + longer answer
     #[arg(long, default_value_t = Self::default().max_length, help_heading = "Data")]
     pub max_length: usize,
     /// What happens to longer rows: delete (left out, and named) or truncation_right (the answers are cut)
-    #[arg(long, default_value = "delete", help_heading = "Data")]
+    #[arg(long, default_value_t = Self::default().truncation_strategy, help_heading = "Data")]
     pub truncation_strategy: String,
     /// A row that cannot be used is an error
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().strict, help_heading = "Data")]
@@ -111,7 +111,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().beta, help_heading = "Training")]
     pub beta: f64,
     /// Tokens of the NLL term: swift (chosen response), trl (prompt and chosen response) or llamafactory (mean by pair)
-    #[arg(long, default_value = "swift", help_heading = "Training")]
+    #[arg(long, default_value_t = Self::default().loss_compat, help_heading = "Training")]
     pub loss_compat: String,
     /// Pairs of a micro-batch
     #[arg(long, default_value_t = Self::default().batch_size, help_heading = "Training")]
@@ -129,7 +129,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().learning_rate, help_heading = "Training")]
     pub learning_rate: f64,
     /// How the rate falls
-    #[arg(long, value_enum, default_value_t, help_heading = "Training")]
+    #[arg(long, value_enum, default_value_t = Self::default().lr_scheduler_type, help_heading = "Training")]
     pub lr_scheduler_type: LrSchedulerType,
     /// Share of the steps in which the rate rises
     #[arg(long, default_value_t = Self::default().warmup_ratio, help_heading = "Training")]
@@ -159,7 +159,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().seed, help_heading = "Training")]
     pub seed: u64,
     /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
-    #[arg(long, default_value = "auto", help_heading = "Training")]
+    #[arg(long, default_value_t = Self::default().device, help_heading = "Training")]
     pub device: String,
     /// Memory that the device is taken to have instead of what it says: 8GiB (of 2^30 bytes, as cards are sold) or 8GB (of 10^9)
     #[arg(long, help_heading = "Training")]
@@ -178,7 +178,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().save_total_limit, help_heading = "Output")]
     pub save_total_limit: usize,
     /// Folder for runs
-    #[arg(long, default_value = "output", help_heading = "Output")]
+    #[arg(long, default_value_os_t = Self::default().output_dir, help_heading = "Output")]
     pub output_dir: PathBuf,
     /// Write into {output_dir}/{model_type}/v{N}-{time} instead of into the folder itself
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().add_output_dir_suffix, help_heading = "Output")]
@@ -190,11 +190,16 @@ pub struct TrainArgs {
     #[arg(long, help_heading = "Output")]
     pub resume_from_checkpoint: Option<PathBuf>,
     /// Trackers: tensorboard or none
-    #[arg(long, default_value = "tensorboard", help_heading = "Output")]
+    #[arg(long, default_value_t = Self::default().report_to, help_heading = "Output")]
     pub report_to: String,
     /// Taken for the sake of ms-swift's commands; nothing is asked of a hub
     #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().check_model_is_latest, help_heading = "Output")]
     pub check_model_is_latest: bool,
+
+    /// Names of the settings that the user gave, by flag or by `--config`: of those that were not, a value is only a default.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub given: BTreeSet<String>,
 }
 
 /// Takes PyTorch's names of the types as well; what is no type is told of with all else that is wrong.
@@ -274,6 +279,7 @@ impl Default for TrainArgs {
             resume_from_checkpoint: None,
             report_to: "tensorboard".to_owned(),
             check_model_is_latest: true,
+            given: BTreeSet::new(),
         }
     }
 }
@@ -313,109 +319,52 @@ impl TrainArgs {
         if !["model_id_or_path", "model_type"].into_iter().any(|name| given.contains_key(name)) {
             settings.extend(demo.clone());
         }
+        let names = given.keys().cloned().collect();
         settings.extend(given);
-        let mut args: Self =
+        let args: Self =
             serde_json::from_value(Value::Object(settings)).map_err(|e| Error::config(e.to_string()))?;
+        let mut args = Self { given: names, ..args };
         let accumulation = 16usize.div_ceil(args.batch_size.max(1));
         args.gradient_accumulation_steps.get_or_insert(accumulation);
-        problems.extend(args.problems());
-        if problems.is_empty() { Ok(args) } else { Err(Error::Config { problems, hint }) }
+        let (more, what_to_do) = args.problems();
+        problems.extend(more);
+        if problems.is_empty() {
+            Ok(args)
+        } else {
+            Err(Error::Config { problems, hint: hint.or(what_to_do) })
+        }
     }
 
-    /// What is wrong with the settings, against each other and against what this build does. Their numbers are finite: those of the
-    /// flags are looked at before, and a file's as it is read.
-    fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        let mut require = |holds: bool, problem: String| {
-            if !holds {
-                problems.push(problem);
-            }
+    /// The optimizer's settings.
+    pub fn adamw(&self) -> AdamWConfig {
+        AdamWConfig {
+            adam_beta1: self.adam_beta1,
+            adam_beta2: self.adam_beta2,
+            adam_epsilon: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
+
+    /// How the loss is scaled in fp16.
+    pub fn loss_scale(&self) -> LossScaleConfig {
+        LossScaleConfig {
+            init_scale: self.fp16_init_scale,
+            growth_factor: self.fp16_growth_factor,
+            backoff_factor: self.fp16_backoff_factor,
+            growth_interval: self.fp16_growth_interval,
+        }
+    }
+
+    /// Those of these settings that are not the defaults, as flags that can be pasted.
+    pub(crate) fn changed_flags(&self, names: &[&str]) -> String {
+        let (own, default) = (to_map(self), to_map(&Self::default()));
+        let changed = names.iter().filter(|name| own.get(**name) != default.get(**name));
+        let flag = |name: &&str| match &own[*name] {
+            Value::String(text) => format!("--{name} {}", pasted(Path::new(text))),
+            other => format!("--{name} {other}"),
         };
-        let positive = [
-            ("lora_rank", self.lora_rank),
-            ("batch_size", self.batch_size),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps.unwrap_or(1)),
-            ("max_steps", self.max_steps.unwrap_or(1)),
-            ("max_length", self.max_length),
-            ("logging_steps", self.logging_steps),
-            ("eval_steps", self.eval_steps),
-            ("save_steps", self.save_steps),
-            ("save_total_limit", self.save_total_limit),
-        ];
-        for (name, value) in positive {
-            require(value > 0, format!("--{name} is 0, expected at least 1"));
-        }
-        // An adapter that there is already keeps its own.
-        let is_new = self.adapters.is_none() && self.resume_from_checkpoint.is_none();
-        require(
-            !is_new || self.lora_rank <= MAX_RANK,
-            format!("--lora_rank is {}, expected at most {MAX_RANK}", self.lora_rank),
-        );
-        let in_range = [
-            ("dataset_test_ratio", self.dataset_test_ratio),
-            ("warmup_ratio", self.warmup_ratio),
-            ("adam_beta1", self.adam_beta1),
-            ("adam_beta2", self.adam_beta2),
-        ];
-        for (name, value) in in_range {
-            require(
-                (0.0..1.0).contains(&value),
-                format!("--{name} is {value}, expected at least 0 and less than 1"),
-            );
-        }
-        let not_negative = [
-            ("beta", self.beta),
-            ("learning_rate", self.learning_rate),
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-            ("adam_epsilon", self.adam_epsilon),
-        ];
-        let scales = [
-            ("fp16_init_scale", self.fp16_init_scale, MIN_SCALE..=MAX_SCALE),
-            ("fp16_growth_factor", self.fp16_growth_factor, 1.0..=1024.0),
-            ("fp16_backoff_factor", self.fp16_backoff_factor, 1e-3..=0.999),
-        ];
-        for (name, value, range) in scales {
-            require(
-                range.contains(&value),
-                format!("--{name} is {value}, expected {} to {}", range.start(), range.end()),
-            );
-        }
-        require(self.fp16_growth_interval > 0, "--fp16_growth_interval is 0, expected at least 1".to_owned());
-        for (name, value) in not_negative {
-            require(value >= 0.0, format!("--{name} is {value}, expected at least 0"));
-        }
-        for (name, value) in [("num_train_epochs", self.num_train_epochs), ("lora_alpha", self.lora_alpha)] {
-            require(value > 0.0, format!("--{name} is {value}, expected more than 0"));
-        }
-        require(
-            self.lora_dropout == 0.0,
-            format!(
-                "--lora_dropout is {}: ORPO runs without dropout (TRL and ms-swift set it to 0 in silence)",
-                self.lora_dropout
-            ),
-        );
-        require(
-            self.sft_type == "lora",
-            format!("--sft_type is `{}`: this build trains `lora`", self.sft_type),
-        );
-        require(
-            DTYPES.contains(&self.dtype.to_ascii_lowercase().as_str()),
-            format!("--dtype is `{}`, expected AUTO, bf16, fp16 or fp32", self.dtype),
-        );
-        require(
-            [0, 4, 8].contains(&self.quantization_bit),
-            format!("--quantization_bit is {}, expected 0, 4 or 8", self.quantization_bit),
-        );
-        require(
-            ["tensorboard", "none"].contains(&self.report_to.as_str()),
-            format!("--report_to is `{}`, expected tensorboard or none", self.report_to),
-        );
-        require(
-            self.adapters.is_none() || self.resume_from_checkpoint.is_none(),
-            "--adapters starts anew and --resume_from_checkpoint goes on: give one of them".to_owned(),
-        );
-        problems
+        changed.map(flag).collect::<Vec<_>>().join(" ")
     }
 
     /// The configuration as `args.json` holds it.
@@ -481,6 +430,12 @@ mod tests {
             assert!(message.contains(says), "no `{says}` in {message}");
         }
         assert_eq!(error.hint(), Some("did you mean `beta`?"));
+    }
+
+    #[test]
+    fn no_flags_are_the_defaults() {
+        let matches = train_command().try_get_matches_from(["train"]).unwrap();
+        assert_eq!(TrainArgs::from_arg_matches(&matches).unwrap(), TrainArgs::default());
     }
 
     #[test]

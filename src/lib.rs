@@ -20,6 +20,8 @@ pub mod demo;
 pub mod device;
 pub mod error;
 pub mod infer;
+#[cfg(test)]
+mod left_out;
 pub mod lora;
 pub mod model;
 pub mod ops;

@@ -1,38 +1,32 @@
 //! `orpo-wgpu bench`: a training step on random weights, and how far from the device's own limits it is.
 
 use std::path::Path;
-use std::time::Instant;
 
-use burn::tensor::Tensor;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
 use super::advice::misfit;
 use super::budget::{Case, Rows, Setting, runs_again};
 use super::limits::{self, measure_limits};
+use super::measured_step::{MeasuredStep, median};
 use super::precision::PrecisionArgs;
 use super::profile_table::{self, Step};
 use super::tune;
 use super::words::millions;
-use crate::config::ByteSize;
-use crate::data::batch::{Batch, LossCompat, pack};
+use crate::config::{ByteSize, TrainArgs};
+use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy};
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result, counted};
 use crate::lora::{self, LoraConfig, MAX_RANK};
-use crate::model::llama::{KeepPlan, LINEAR_NAMES};
-use crate::model::presets::{PRESETS, preset};
+use crate::model::llama::LINEAR_NAMES;
+use crate::model::presets;
 use crate::model::{Llama, LlamaConfig, Precision};
-use crate::ops::adamw::grad_norm;
-use crate::ops::read::{read, wait};
 use crate::ops::tune::LinearKind;
 use crate::ops::{Kernels, profile};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
-use crate::train::optim::{AdamW, AdamWConfig};
-use crate::train::step::{DeviceBatch, Gradients, forward_backward};
 
-const BETA: f32 = 0.1;
 /// The products are timed as for a run of so many steps, which is what the bench tells of.
 const STEPS_OF_A_RUN: usize = 1000;
 
@@ -49,21 +43,21 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 512)]
     max_length: usize,
     /// Pairs of a step
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = TrainArgs::default().batch_size)]
     batch_size: usize,
     #[command(flatten)]
     precision: PrecisionArgs,
     /// Rank of the adapters, at most 256
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = TrainArgs::default().lora_rank)]
     lora_rank: usize,
     /// Run each layer again in backward instead of keeping its activations
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = true)]
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainArgs::default().gradient_checkpointing)]
     gradient_checkpointing: bool,
     /// Steps that are timed, after one to warm up
     #[arg(long, default_value_t = 5)]
     max_steps: usize,
     /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value_t = TrainArgs::default().device)]
     device: String,
     /// Memory that the device is taken to have instead of what it says: 8GiB or 8GB
     #[arg(long)]
@@ -76,7 +70,7 @@ pub struct BenchArgs {
 /// Settings that cannot be run, a device that is not there or fails.
 pub fn run(args: &BenchArgs) -> Result<()> {
     if args.model_type == "list" {
-        print_presets();
+        say!("{}", presets::list());
         return Ok(());
     }
     let config = args.config()?;
@@ -92,13 +86,6 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda(gpu) => run_on::<burn_cuda::Cuda>(args, &config, &shape, &gpu.device(), choice),
     })
-}
-
-/// Lists what `--model_type` knows.
-pub(super) fn print_presets() {
-    for (name, what) in PRESETS {
-        say!("{name:24} {what}");
-    }
 }
 
 impl BenchArgs {
@@ -118,14 +105,11 @@ impl BenchArgs {
         if self.lora_rank > MAX_RANK {
             problems.push(format!("--lora_rank is {}, expected at most {MAX_RANK}", self.lora_rank));
         }
-        let Some(config) = preset(&self.model_type) else {
-            let names = PRESETS.map(|(name, _)| name).join(", ");
-            problems.push(format!("--model_type `{}`: expected one of {names}", self.model_type));
+        let config = presets::named(&self.model_type);
+        problems.extend(config.as_ref().err().cloned());
+        let Some(config) = config.ok().filter(|_| problems.is_empty()) else {
             return Err(Error::Config { problems, hint: None });
         };
-        if !problems.is_empty() {
-            return Err(Error::Config { problems, hint: None });
-        }
         let num_hidden_layers = self.num_hidden_layers.unwrap_or(config.num_hidden_layers);
         Ok(LlamaConfig { num_hidden_layers, ..config })
     }
@@ -227,23 +211,25 @@ fn run_on<B: Kernels>(
         limits.bytes / 1e9
     );
     let mut model = Llama::<B>::random(config, precision, choice.shard_bytes(), device);
-    let target_modules = lora::target_modules(&["ALL".to_owned()])?;
-    lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha: 32.0, target_modules }, 42);
+    let TrainArgs { lora_target_modules, lora_alpha, seed, .. } = TrainArgs::default();
+    let target_modules = lora::target_modules(&lora_target_modules)?;
+    lora::attach(&mut model, &LoraConfig { r: args.lora_rank, lora_alpha, target_modules }, seed);
     tune::tune(choice, &tune::linears(&model, [batch.n_tokens(); 2]), STEPS_OF_A_RUN, note);
     say!("backward {}", runs_again(shape.keep, config.num_hidden_layers));
-    let mut bench = Bench::new(model, batch, shape.keep);
+    let n_tokens = batch.n_tokens();
+    let mut step = MeasuredStep::new(model, batch, shape.keep);
 
     let compiles = if *choice == DeviceChoice::Cpu { "" } else { ", in which kernels are compiled" };
     say!("warm-up  the first step{compiles}");
-    let first_s = bench.timed_step()?;
+    let first_s = step.timed()?;
     say!("         took {first_s:.2} s");
     let mut times = Vec::with_capacity(args.max_steps);
     for _ in 0..args.max_steps {
-        times.push(bench.timed_step()?);
+        times.push(step.timed()?);
     }
     let step_s = median(&mut times);
     let flops = StepFlops::of(config, shape).total();
-    let tokens = bench.batch.n_tokens() as f64;
+    let tokens = n_tokens as f64;
     say!(
         "\n{:.1} tokens/s ({:.1} with a pair's shared tokens counted twice): {step_s:.3} s a step, the median of {}",
         tokens / step_s,
@@ -257,7 +243,7 @@ fn run_on<B: Kernels>(
         100.0 * flops / step_s / limits.product.flops
     );
     profile::start();
-    let (profiled, peak) = profile::watch_memory(|| bench.timed_step());
+    let (profiled, peak) = profile::watch_memory(|| step.timed());
     let entries = profile::finish();
     let profiled_s = profiled?;
     print_memory(config, shape, peak, choice, bytes_before);
@@ -272,13 +258,6 @@ fn run_on<B: Kernels>(
         say!("{}", profile_table::WHY_EXCEEDED);
     }
     Ok(())
-}
-
-/// The middle one of these times, or the mean of the two in the middle.
-pub(super) fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    let middle = times.len() / 2;
-    if times.len() % 2 == 1 { times[middle] } else { f64::midpoint(times[middle - 1], times[middle]) }
 }
 
 /// `bytes_before`: what the device held before it was given anything.
@@ -320,87 +299,11 @@ fn print_memory(
     );
 }
 
-/// A model with its optimizer and the batch that every step takes.
-pub(super) struct Bench<B: Kernels> {
-    /// The adapter as it began, which a run keeps to see whether it has learnt anything.
-    _initial: Vec<Tensor<B, 2>>,
-    model: Llama<B>,
-    batch: Batch,
-    /// That of the next step, prefetched as in a run.
-    prefetched: Option<DeviceBatch<B>>,
-    keep: KeepPlan,
-    optimizer: AdamW<B>,
-}
-
-impl<B: Kernels> Bench<B> {
-    pub(super) fn new(model: Llama<B>, batch: Batch, keep: KeepPlan) -> Self {
-        let config = AdamWConfig {
-            adam_beta1: 0.9,
-            adam_beta2: 0.95,
-            adam_epsilon: 1e-8,
-            weight_decay: 0.1,
-            max_grad_norm: 1.0,
-        };
-        let initial = lora::parameters(&model);
-        let optimizer = AdamW::new(config, &initial);
-        let prefetched = Some(DeviceBatch::new(&model, &batch));
-        Self { _initial: initial, model, batch, prefetched, keep, optimizer }
-    }
-
-    /// Seconds of a micro-batch that others of its step follow, before which nothing is updated.
-    pub(super) fn timed_micro_batch(&mut self) -> Result<f64> {
-        let started = Instant::now();
-        let grads = self.forward_backward();
-        self.prefetch();
-        read(grads.stats)?;
-        wait::<B>(&self.model.device())?;
-        Ok(started.elapsed().as_secs_f64())
-    }
-
-    fn forward_backward(&mut self) -> Gradients<B> {
-        let batch = self.prefetched.take().expect("the step before has prefetched the batch");
-        forward_backward(&self.model, batch, BETA, 1.0, self.keep)
-    }
-
-    fn prefetch(&mut self) {
-        self.prefetched = Some(DeviceBatch::new(&self.model, &self.batch));
-    }
-
-    /// Seconds of one whole step.
-    pub(super) fn timed_step(&mut self) -> Result<f64> {
-        let started = Instant::now();
-        let grads = self.forward_backward();
-        let norm = grad_norm(&grads.lora);
-        self.optimizer.update(1e-5, lora::tensors_mut(&mut self.model), grads.lora, &norm, 1.0);
-        self.prefetch();
-        let stats = read(grads.stats)?;
-        let norm = read(norm)?;
-        wait::<B>(&self.model.device())?;
-        if let Some(value) = stats.iter().chain(&norm).find(|value| !value.is_finite()) {
-            let rows = "random weights".to_owned();
-            return Err(Error::NonFinite {
-                step: self.optimizer.n_updates,
-                quantity: "a figure",
-                value: f64::from(*value),
-                rows,
-            });
-        }
-        Ok(started.elapsed().as_secs_f64())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use clap::{Args, FromArgMatches};
 
     use super::*;
-
-    #[test]
-    fn the_median_is_in_the_middle() {
-        assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&mut [4.0, 1.0, 2.0, 9.0]), 3.0);
-        assert_eq!(median(&mut [5.0]), 5.0);
-    }
 
     #[test]
     fn what_train_would_refuse_is_not_measured() {

@@ -11,6 +11,7 @@ use super::keyboard::Keyboard;
 use super::open::{OpenModel, adapter_in};
 use super::precision::PrecisionArgs;
 use super::words::noted;
+use crate::config::TrainArgs;
 use crate::data::prompts::{Prompt, read_prompts};
 use crate::demo;
 use crate::device::{self, DeviceChoice};
@@ -45,7 +46,7 @@ pub struct InferArgs {
     #[arg(long)]
     system: Option<String>,
     /// Chat format: AUTO, llama3, llama3_2 (3.1 and later) or default-generation (plain text)
-    #[arg(long, default_value = "AUTO")]
+    #[arg(long, default_value_t = TrainArgs::default().template_type)]
     template_type: String,
     /// The most tokens of an answer
     #[arg(long, default_value_t = GenerationConfig::default().max_new_tokens)]
@@ -66,7 +67,7 @@ pub struct InferArgs {
     #[arg(long, default_value_t = SamplingConfig::default().seed)]
     seed: u64,
     /// Where to compute: auto, cpu, wgpu or wgpu:1; cuda or cuda:1 in a build with that feature
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value_t = TrainArgs::default().device)]
     device: String,
     #[command(flatten)]
     precision: PrecisionArgs,

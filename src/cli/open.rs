@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::progress::loading_bar;
+use crate::config;
 use crate::data::template::Template;
 use crate::data::tokenize::TextTokenizer;
 use crate::demo;
@@ -74,9 +75,9 @@ impl OpenModel {
             stop_ids.extend(generation_eos(folder)?);
         }
         let tokenizer = tokenizer.with_stop_ids(&stop_ids);
-        let template = match template_type {
-            "AUTO" | "auto" => Template::detect(&tokenizer, tokenizer.chat_template())?,
-            named => named.parse()?,
+        let template = match config::template(template_type)? {
+            None => Template::detect(&tokenizer, tokenizer.chat_template())?,
+            Some(named) => named,
         };
         Ok(Self { config, tokenizer, template, name, source })
     }
@@ -188,8 +189,7 @@ fn check_folder(folder: &Path) -> Result<()> {
         _ if folder.join("config.json").exists() => return Ok(()),
         _ if folder.join(lora::ADAPTER_CONFIG_FILE).exists() => {
             return Err(Error::file(folder, "is an adapter, not a model").with_hint(
-                "--adapters takes it; --model_id_or_path is the model that it was trained on, and where it is left out the one that the \
-                 adapter names",
+                "--adapters takes it; --model_id_or_path is the model that it was trained on, and where it is left out, the demo is taken",
             ));
         }
         _ if folder.is_dir() => "holds no config.json",
@@ -238,7 +238,7 @@ mod tests {
         assert!(of("model").is_ok());
         for (name, says) in [
             ("empty", "holds no config.json"),
-            ("adapter", "--adapters takes it"),
+            ("adapter", "where it is left out, the demo is taken"),
             ("model/config.json", "is not a folder"),
             ("nowhere", "there is no such folder"),
         ] {

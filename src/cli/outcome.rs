@@ -1,5 +1,7 @@
 //! What `train` prints when it is done: the demo's answers before and after, and what the run came to.
 
+use std::path::Path;
+
 use comfy_table::{ContentArrangement, Table, presets};
 
 use super::open::OpenModel;
@@ -15,6 +17,16 @@ use crate::train::metrics::StepMetrics;
 
 /// Answers of the demo that are shown; all are counted.
 const SHOWN_ANSWERS: usize = 6;
+/// The flags of `infer` that say what they say of a run: of what the model is made, and how a conversation is written.
+const SHARED_WITH_INFER: [&str; 7] = [
+    "model_id_or_path",
+    "dtype",
+    "quantization_bit",
+    "quantize_lm_head",
+    "template_type",
+    "system",
+    "device",
+];
 
 /// Answers the demo's questions, and says `when`.
 ///
@@ -92,19 +104,63 @@ pub fn print_summary(summary: &Summary, args: &TrainArgs) {
     let steps = counted(summary.n_steps, "step");
     say!("{steps} in {:.1} s, evaluations and saves included", summary.elapsed_s);
     say!("adapter: {}", summary.checkpoint.display());
-    // On the weights that it was trained on.
-    let bits = match args.quantization_bit {
-        0 => String::new(),
-        bits if args.quantize_lm_head => format!("--quantization_bit {bits} --quantize_lm_head true "),
-        bits => format!("--quantization_bit {bits} "),
-    };
-    let model = args.model_id_or_path.as_ref();
-    let model = model.map(|folder| format!("--model_id_or_path {} ", pasted(folder))).unwrap_or_default();
-    say!("talk to it: {} infer {model}{bits}--adapters {}", program(), pasted(&summary.checkpoint));
+    say!("talk to it: {}", infer_command(args, &summary.checkpoint));
+}
+
+/// The command that talks to an adapter as it was trained: on the same weights, in the same form.
+fn infer_command(args: &TrainArgs, checkpoint: &Path) -> String {
+    let flags = args.changed_flags(&SHARED_WITH_INFER);
+    let space = if flags.is_empty() { "" } else { " " };
+    format!("{} infer {flags}{space}--adapters {}", program(), pasted(checkpoint))
 }
 
 /// The program as it was called, so that a command can be pasted.
 pub fn program() -> String {
     let name = std::env::args_os().next().unwrap_or_else(|| env!("CARGO_PKG_NAME").into());
     name.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn flags_of(subcommand: &str) -> BTreeSet<String> {
+        let command = crate::cli::command();
+        let flags = command.find_subcommand(subcommand).unwrap().get_arguments();
+        flags.filter_map(|flag| flag.get_long().map(str::to_owned)).collect()
+    }
+
+    #[test]
+    fn what_infer_and_train_share_is_handed_on() {
+        let (train, infer) = (flags_of("train"), flags_of("infer"));
+        // Which adapter it is, is known; a seed draws something else in each.
+        let own = ["adapters", "seed"];
+        let shared: BTreeSet<&str> =
+            train.intersection(&infer).map(String::as_str).filter(|name| !own.contains(name)).collect();
+        assert_eq!(shared, SHARED_WITH_INFER.into());
+    }
+
+    #[test]
+    fn a_run_is_talked_to_as_it_was_trained() {
+        let command = |args: &TrainArgs| infer_command(args, Path::new("out/checkpoint-2"));
+        let plain = command(&TrainArgs::default());
+        assert!(plain.ends_with(" infer --adapters out/checkpoint-2"), "{plain}");
+        let args = TrainArgs {
+            model_id_or_path: Some("my model".into()),
+            dtype: "fp32".to_owned(),
+            quantization_bit: 8,
+            quantize_lm_head: true,
+            template_type: "default-generation".to_owned(),
+            system: Some("Answer in one word, and don't explain.".to_owned()),
+            device: "wgpu:1".to_owned(),
+            lora_rank: 4,
+            ..TrainArgs::default()
+        };
+        let flags = "infer --model_id_or_path 'my model' --dtype fp32 --quantization_bit 8 --quantize_lm_head true \
+                     --template_type default-generation --system 'Answer in one word, and don'\\''t explain.' \
+                     --device wgpu:1 --adapters out/checkpoint-2";
+        assert!(command(&args).ends_with(flags), "{}", command(&args));
+    }
 }

@@ -3,12 +3,11 @@
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets as styles};
 
 use super::advice::advice;
-use super::bench::print_presets;
 use super::budget::{Budget, Case, Rows, Setting, USABLE, runs_again};
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
 use super::rows::{Data, lengths, load, note_positions, shuffle};
-use super::train;
+use super::start;
 use super::words::{entry, millions, thousands};
 use super::work::Work;
 use crate::config::TrainArgs;
@@ -19,7 +18,7 @@ use crate::demo;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::{Error, Result, counted};
 use crate::model::LlamaConfig;
-use crate::model::presets::{PRESETS, preset};
+use crate::model::presets;
 use crate::train::cost::StepMemory;
 
 /// Columns of the table's first one, which holds the longest flag: all of them together fit 80.
@@ -31,12 +30,12 @@ const SETTINGS_WIDTH: u16 = 34;
 /// What the settings, the model's folder and the data can be wrong in, and a device that is not there.
 pub fn run(args: TrainArgs) -> Result<()> {
     if args.model_type.as_deref() == Some("list") {
-        print_presets();
+        say!("{}", presets::list());
         return Ok(());
     }
-    let args = &train::with_checkpoint(args)?;
-    let source = Source::open(args)?;
+    let args = &start::with_checkpoint(args)?;
     let selected = device::select(&args.device)?;
+    let source = Source::open(args)?;
     let is_elsewhere = selected.choice == DeviceChoice::Cpu && args.device.eq_ignore_ascii_case("auto");
     // Memory of a device that is not here is asked about where none is here.
     let choice = match args.max_memory.filter(|_| is_elsewhere) {
@@ -49,7 +48,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
     };
     let is_elsewhere = is_elsewhere && choice != DeviceChoice::Cpu;
-    let ranks = train::ranks(args)?;
+    let ranks = start::ranks(args)?;
     let rows = source.pairs.as_deref().map_or(Rows::Longest, Rows::Known);
     let case = Case::new(args, &source.config, ranks, rows, &choice)?
         .with_val(&source.val)
@@ -118,11 +117,11 @@ impl Source {
     /// A model folder, with its data where they are named, the shape of a published model, or the demo.
     fn open(args: &TrainArgs) -> Result<Self> {
         if let (Some(name), None) = (&args.model_type, &args.model_id_or_path) {
-            let Some(config) = preset(name) else {
-                let names = PRESETS.map(|(name, _)| name).join(", ");
-                return Err(Error::config(format!("--model_type `{name}`: expected one of {names}"))
-                    .with_hint("of another model, pass the folder as --model_id_or_path; config.json and the tokenizer will do"));
-            };
+            let config = presets::named(name).map_err(|unknown| {
+                Error::config(unknown).with_hint(
+                    "of another model, pass the folder as --model_id_or_path; config.json and the tokenizer will do",
+                )
+            })?;
             return Ok(Self {
                 name: format!("{name}, the published shape"),
                 config,
@@ -135,7 +134,7 @@ impl Source {
         }
         let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
         let embedding_width = open.width()?;
-        train::adapter_of(args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
+        start::adapter_of(args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
         if args.dataset.is_empty() && !open.is_demo() {
             return Ok(Self {
                 name: open.name.clone(),
@@ -284,7 +283,7 @@ mod tests {
         let adapter = Box::new(Adapter { memory_bytes: Some(80 << 30), ..Adapter::unknown() });
         let choice = DeviceChoice::Wgpu { device, adapter };
         let args = TrainArgs { dtype: "fp32".to_owned(), ..TrainArgs::default() };
-        let config = preset("llama3-8b-instruct").unwrap();
+        let config = presets::named("llama3-8b-instruct").unwrap();
         let case = Case::new(&args, &config, [8; 7], Rows::Longest, &choice).unwrap();
         let budget = case.predict(&Setting::of(&args)).unwrap().unwrap();
         assert!(budget.memory.total() < 80 << 30 && !case.fits(&budget));

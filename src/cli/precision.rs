@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 
-use crate::config::parse_dtype;
+use crate::config::{TrainArgs, check_precision, parse_dtype};
 use crate::device::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::model::Precision;
@@ -12,13 +12,13 @@ use crate::ops::quantize::Storage;
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct PrecisionArgs {
     /// Data type of the computation: bf16, fp16, fp32, or AUTO for the first of them that a GPU computes in
-    #[arg(long, default_value = "AUTO", value_parser = parse_dtype)]
+    #[arg(long, default_value_t = TrainArgs::default().dtype, value_parser = parse_dtype)]
     pub(super) dtype: String,
     /// Bits of the frozen linear layers: 8 (int8), 4 (NF4), or 0 for those of --dtype
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = TrainArgs::default().quantization_bit)]
     pub(super) quantization_bit: u32,
     /// Store lm_head in int8 as well, where the linear layers are quantised
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = false)]
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainArgs::default().quantize_lm_head)]
     pub(super) quantize_lm_head: bool,
 }
 
@@ -42,10 +42,10 @@ pub(super) fn resolve(
     quantization_bit: u32,
     quantize_lm_head: bool,
 ) -> Result<Precision> {
+    check_precision(dtype, quantization_bit, quantize_lm_head)?;
     let precision = match dtype.to_ascii_lowercase().as_str() {
         "auto" if choice.computes_bf16() => Precision::dense(DType::BF16),
         "auto" if choice.computes_f16() && !choice.is_software() => Precision::dense(DType::F16),
-        "auto" | "fp32" => Precision::dense(DType::F32),
         "fp16" if choice.computes_f16() => Precision::dense(DType::F16),
         "fp16" => Precision { dtype: DType::F32, linears: Storage::PackedF16, head: Storage::PackedF16 },
         "bf16" if choice.computes_bf16() => Precision::dense(DType::BF16),
@@ -59,21 +59,13 @@ pub(super) fn resolve(
                 "--dtype AUTO takes what suits the device; a checkpoint in bf16 is converted while it is loaded",
             ));
         }
-        other => {
-            return Err(Error::config(format!("--dtype is `{other}`, expected AUTO, bf16, fp16 or fp32")));
-        }
+        // AUTO on every other device, and fp32.
+        _ => Precision::dense(DType::F32),
     };
     let linears = match quantization_bit {
-        0 if quantize_lm_head => {
-            return Err(Error::config("--quantize_lm_head is true, but the linear layers are not quantised")
-                .with_hint("--quantization_bit 8 or 4 quantises them"));
-        }
-        0 => return Ok(precision),
         8 => Storage::Int8,
         4 => Storage::Nf4,
-        other => {
-            return Err(Error::config(format!("--quantization_bit is {other}, expected 0, 4 or 8")));
-        }
+        _ => return Ok(precision),
     };
     let head = if quantize_lm_head { Storage::Int8 } else { precision.head };
     Ok(Precision { linears, head, ..precision })

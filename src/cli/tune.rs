@@ -1,8 +1,9 @@
 //! Timings of the device's products, kept between runs.
 //!
 //! A run that is long enough to gain from it times the products of its own shapes once; the next run on the same adapter and driver
-//! reads them from `${XDG_CACHE_HOME:-~/.cache}/orpo-wgpu/tune-….json`. The file is only ever a saving of time: without it, or with
-//! one that cannot be read, the products are timed again.
+//! reads them from `${XDG_CACHE_HOME:-~/.cache}/orpo-wgpu/tune-….json`. Another driver, other kernels and a run without matrix units have
+//! files of their own, so that none writes over another's. A file is only ever a saving of time: without it, or with one that cannot be
+//! read, the products are timed again.
 
 use std::collections::HashSet;
 use std::fs;
@@ -45,21 +46,27 @@ fn revision<E: Tunable>() -> String {
 
 impl Identity {
     fn of_adapter(adapter: &Adapter) -> Self {
-        Self {
-            file_name: format!("tune-{:04x}-{:04x}.json", adapter.vendor_id, adapter.device_id),
-            of: [adapter.name.clone(), adapter.driver.clone(), revision::<Cuts>()],
-        }
+        let device = format!("{:04x}-{:04x}", adapter.vendor_id, adapter.device_id);
+        Self::new(&device, [adapter.name.clone(), adapter.driver.clone(), revision::<Cuts>()])
+    }
+
+    fn new(device: &str, of: [String; 3]) -> Self {
+        Self { file_name: format!("tune-{device}-{:016x}.json", fnv1a(&of.join("\n"))), of }
     }
 
     #[cfg(feature = "cuda")]
     fn of_gpu<E: Tunable>(gpu: &crate::device::CudaGpu, driver: String) -> Self {
         let name: String =
             gpu.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-        Self {
-            file_name: format!("tune-cuda-{name}.json").to_lowercase(),
-            of: [gpu.name.clone(), driver, revision::<E>()],
-        }
+        Self::new(&format!("cuda-{name}").to_lowercase(), [gpu.name.clone(), driver, revision::<E>()])
     }
+}
+
+/// FNV-1a, which is the same in every build; the standard library's hashes need not be.
+fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
 /// The model's linear layers on packed rows of so many tokens, each kind once.
@@ -219,6 +226,20 @@ mod tests {
     }
 
     #[test]
+    fn what_timings_say_nothing_of_has_another_file() {
+        let name = |driver: &str, revision: &str| {
+            let of = ["a GPU", driver, revision].map(str::to_owned);
+            Identity::new("10de-2330", of).file_name
+        };
+        let with = name("580", "1, method 2");
+        assert_eq!(with, name("580", "1, method 2"));
+        assert!(with.starts_with("tune-10de-2330-") && with.ends_with(".json"), "{with}");
+        assert_ne!(with, name("570", "1, method 2"), "another driver");
+        assert_ne!(with, name("580", "1, method 2, no matrix units"));
+        assert_eq!(fnv1a("foobar"), 0x8594_4171_f739_67e8, "the same in every build");
+    }
+
+    #[test]
     #[cfg(feature = "cuda")]
     fn a_gpu_has_a_file_of_its_own() {
         let identity = |name: &str, driver: &str| {
@@ -231,8 +252,8 @@ mod tests {
             Identity::of_gpu::<Cuts>(&gpu, driver.to_owned())
         };
         let new = identity("NVIDIA H100 80GB HBM3", "570.86");
-        assert_eq!(new.file_name, "tune-cuda-nvidia-h100-80gb-hbm3.json");
-        assert_ne!(new.of, identity("NVIDIA H100 80GB HBM3", "550.54").of);
+        assert!(new.file_name.starts_with("tune-cuda-nvidia-h100-80gb-hbm3-"), "{}", new.file_name);
+        assert_ne!(new.file_name, identity("NVIDIA H100 80GB HBM3", "550.54").file_name);
         assert_ne!(new.file_name, identity("NVIDIA L4", "570.86").file_name);
     }
 

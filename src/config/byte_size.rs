@@ -26,11 +26,8 @@ impl FromStr for ByteSize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let fails = || {
-            format!(
-                "`{text}` is no size: expected 24GiB (1 GiB = 2^30 bytes, as cards are sold), 24GB (1 GB = 10^9) or bytes"
-            )
-        };
+        let expected = "expected 24GiB (1 GiB = 2^30 bytes, as cards are sold), 24GB (1 GB = 10^9) or bytes";
+        let fails = || format!("`{text}` is no size: {expected}");
         let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let (number, unit) = (&text[..end], text[end..].trim());
         let factor = match unit {
@@ -40,7 +37,9 @@ impl FromStr for ByteSize {
             unit => UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit)).ok_or_else(fails)?.1,
         };
         let bytes = number.parse::<f64>().map_err(|_| fails())? * factor as f64;
-        // Less than a KiB is a unit that was forgotten.
+        if unit.is_empty() && bytes > 0.0 && bytes < 1024.0 {
+            return Err(format!("`{text}` without a unit is bytes; did you mean {number}GB? {expected}"));
+        }
         if bytes >= 1024.0 && bytes < u64::MAX as f64 { Ok(Self(bytes as u64)) } else { Err(fails()) }
     }
 }
@@ -87,7 +86,9 @@ mod tests {
             assert_eq!(size.to_string().parse::<ByteSize>(), Ok(size), "{text}");
         }
         assert_eq!(ByteSize(24_000_000_000).to_string(), "24GB");
-        for text in ["", "GB", "24", "24T", "0GB", "-1GB", "1.2.3GB", "1e9"] {
+        let unit_is_forgotten = "8".parse::<ByteSize>().unwrap_err();
+        assert!(unit_is_forgotten.starts_with("`8` without a unit is bytes; did you mean 8GB? "));
+        for text in ["", "GB", "24", "24B", "24T", "0GB", "-1GB", "1.2.3GB", "1e9"] {
             assert!(text.parse::<ByteSize>().unwrap_err().contains("expected 24GiB"), "{text}");
         }
     }

@@ -12,6 +12,22 @@ pub const PRESETS: [(&str, &str); 5] = [
     ("small", "4 layers of 512 with 32,000 tokens, for devices in software"),
 ];
 
+/// The names with what they stand for, a line each.
+pub fn list() -> String {
+    PRESETS.map(|(name, what)| format!("{name:24} {what}")).join("\n")
+}
+
+/// [`preset`] of a `--model_type`.
+///
+/// # Errors
+/// Says which names there are.
+pub fn named(model_type: &str) -> Result<LlamaConfig, String> {
+    preset(model_type).ok_or_else(|| {
+        let names = PRESETS.map(|(name, _)| name).join(", ");
+        format!("--model_type `{model_type}`: expected one of {names}")
+    })
+}
+
 /// The shape that goes by a name (each model's published `config.json`).
 pub fn preset(name: &str) -> Option<LlamaConfig> {
     let base = LlamaConfig {

@@ -73,7 +73,12 @@ pub(super) fn readable_f32<R: CubeRuntime>(tensor: CubeTensor<R>) -> CubeTensor<
 }
 
 /// A new contiguous tensor on the device of `like`, not initialised.
-pub(super) fn empty<R: CubeRuntime>(like: &CubeTensor<R>, shape: Shape, dtype: DType) -> CubeTensor<R> {
+pub(super) fn empty<R: CubeRuntime>(
+    like: &CubeTensor<R>,
+    shape: impl Into<Shape>,
+    dtype: DType,
+) -> CubeTensor<R> {
+    let shape = shape.into();
     let handle = like.client.empty(shape.num_elements() * dtype.size());
     CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
 }

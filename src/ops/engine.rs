@@ -11,7 +11,7 @@
 #[cfg(test)]
 mod any_device;
 mod extended;
-mod odds;
+mod orpo_loss;
 mod product;
 mod rank;
 mod routes;
@@ -98,7 +98,7 @@ pub trait Engine: CubeRuntime {
 
     /// The statistics of [`orpo_loss`](super::orpo_loss::orpo_loss).
     fn orpo_loss_forward<B: Floating<Self>>(logps: Tensor<B, 1>, pairs: &[PairSpan]) -> Tensor<B, 2> {
-        tensor(odds::launch_forward(input(logps), pairs))
+        tensor(orpo_loss::launch_forward(input(logps), pairs))
     }
 
     /// The loss's derivative by every entry's log-probability.
@@ -108,7 +108,7 @@ pub trait Engine: CubeRuntime {
         beta: f32,
         grad_scale: f32,
     ) -> Tensor<B, 1> {
-        tensor(odds::launch_backward(input(stats), pairs, beta, grad_scale))
+        tensor(orpo_loss::launch_backward(input(stats), pairs, beta, grad_scale))
     }
 
     /// Whether the device's warps multiply as [`attention_mma`](Self::attention_mma) has them.

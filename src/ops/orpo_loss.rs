@@ -16,10 +16,14 @@
 //! in log space because its parts over- and underflow where it does not. A mean log-probability above [`MEAN_LOGP_MAX`]
 //! (a memorised answer) counts as that, which keeps the odds finite. Everything is `f32`.
 
+use burn::cubecl::server::Handle;
 use burn::tensor::backend::Backend;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
+use burn_cubecl::CubeRuntime;
+use burn_cubecl::tensor::CubeTensor;
 
-use super::Kernels;
+use super::cube::{bytes, empty};
+use super::{Kernels, profile};
 
 /// The largest mean log-probability whose odds are taken as they are, in nats; `odds(−1e-8) = 1e8`.
 pub const MEAN_LOGP_MAX: f32 = -1e-8;
@@ -89,7 +93,7 @@ fn check_spans(n_entries: usize, pairs: &[PairSpan]) {
 pub(super) const SPAN_WORDS: usize = 8;
 
 /// The kernels hold no index against the number of entries: the spans have to be in order, and the last within it.
-pub(super) fn check_order(pairs: &[PairSpan], n_entries: usize) {
+fn check_order(pairs: &[PairSpan], n_entries: usize) {
     let ends = pairs.iter().flat_map(|p| [p.nll_start, p.chosen_start, p.rejected_start, p.end]);
     assert!(
         ends.clone().is_sorted() && ends.last().is_some_and(|end| end as usize <= n_entries),
@@ -98,11 +102,48 @@ pub(super) fn check_order(pairs: &[PairSpan], n_entries: usize) {
 }
 
 /// A pair's span as the kernels have it.
-pub(super) fn span_words(pairs: &[PairSpan]) -> Vec<[u32; SPAN_WORDS]> {
+fn span_words(pairs: &[PairSpan]) -> Vec<[u32; SPAN_WORDS]> {
     pairs
         .iter()
         .map(|p| [p.nll_start, p.chosen_start, p.rejected_start, p.end, p.nll_weight.to_bits(), 0, 0, 0])
         .collect()
+}
+
+/// The statistics, `[pairs, 5]`, of a kernel that `launch` launches with the log-probabilities, the spans' words and its output.
+pub(super) fn forward_by<R: CubeRuntime>(
+    logps: CubeTensor<R>,
+    pairs: &[PairSpan],
+    launch: impl FnOnce(&CubeTensor<R>, Handle, &CubeTensor<R>) + Send,
+) -> CubeTensor<R> {
+    let n_entries = logps.meta.shape()[0];
+    let stats = empty(&logps, [pairs.len(), 5], DType::F32);
+    launched("orpo_loss forward", n_entries, &logps, pairs, stats, launch)
+}
+
+/// The derivative by every entry, `[entries]`, of a kernel that `launch` launches with the statistics, the spans' words and its output.
+pub(super) fn backward_by<R: CubeRuntime>(
+    stats: CubeTensor<R>,
+    pairs: &[PairSpan],
+    launch: impl FnOnce(&CubeTensor<R>, Handle, &CubeTensor<R>) + Send,
+) -> CubeTensor<R> {
+    let n_entries = pairs.last().map_or(0, |span| span.end as usize);
+    let dlogps = empty(&stats, [n_entries], DType::F32);
+    launched("orpo_loss backward", n_entries, &stats, pairs, dlogps, launch)
+}
+
+fn launched<R: CubeRuntime>(
+    name: &'static str,
+    n_entries: usize,
+    input: &CubeTensor<R>,
+    pairs: &[PairSpan],
+    output: CubeTensor<R>,
+    launch: impl FnOnce(&CubeTensor<R>, Handle, &CubeTensor<R>) + Send,
+) -> CubeTensor<R> {
+    check_order(pairs, n_entries);
+    let spans = input.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
+    let moved = bytes(&[input, &output]);
+    profile::kernel(name, n_entries, moved, &input.client, || launch(input, spans, &output));
+    output
 }
 
 /// `log(1 − eˣ)` for `x < 0`, in plain burn tensors, with the switch at −ln 2 (cran.r-project.org/package=Rmpfr, log1mexp-note).

@@ -4,13 +4,13 @@ mod cuts;
 mod plan;
 
 use burn::cubecl::client::ComputeClient;
-use burn::tensor::{DType, Shape};
+use burn::tensor::DType;
 use burn_cubecl::kernel::cast;
 use burn_cubecl::ops::numeric;
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
-use super::cube::bytes;
+use super::cube::{bytes, empty};
 use super::engine::{self, Adapter, Rest, Rounding, turned};
 use super::kernel::{Cut, Element, Elements, Layout, MAX_WORKGROUPS, PANEL, Quads, Shader, launch};
 use super::profile;
@@ -21,12 +21,6 @@ pub(super) use plan::Device;
 use plan::Plan;
 
 pub(super) type Floats = CubeTensor<WgpuRuntime>;
-
-/// A new tensor on the device of `like`, not initialised.
-pub(super) fn output<const D: usize>(like: &Floats, shape: [usize; D], dtype: DType) -> Floats {
-    let handle = like.client.empty(shape.iter().product::<usize>() * dtype.size());
-    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(shape), handle, dtype)
-}
 
 /// Rows and columns.
 pub(super) fn dims(tensor: &Floats) -> [u32; 2] {
@@ -190,7 +184,7 @@ impl<'a> Product<'a> {
         }
         // The parts are summed in another launch, which the addend joins.
         let (addend, dtype) = (self.addend.take(), self.dtype);
-        let parts = output(self.lhs, [splits as usize, m as usize, n as usize], DType::F32);
+        let parts = empty(self.lhs, [splits as usize, m as usize, n as usize], DType::F32);
         self.launch(cut, [m, n, depth], [splits, span], &parts);
         sum(parts, addend, dtype)
     }
@@ -248,7 +242,7 @@ impl<'a> Product<'a> {
 fn output_or(addend: Option<&Floats>, like: &Floats, [m, n]: [u32; 2], dtype: DType) -> Floats {
     match addend {
         Some(addend) if addend.can_mut() => addend.clone(),
-        _ => output(like, [m as usize, n as usize], dtype),
+        _ => empty(like, [m as usize, n as usize], dtype),
     }
 }
 
@@ -287,7 +281,7 @@ pub(super) fn lora_backward(
     let splits = Device::of(&dy.client).busy.div_ceil(panels).clamp(1, steps.div_ceil(2));
     let span = steps.div_ceil(splits) * PANEL;
     let splits = tokens.div_ceil(span);
-    let parts = |n: u32, lines: u32| output(dy, [n, lines, r].map(|n| n as usize), DType::F32);
+    let parts = |n: u32, lines: u32| empty(dy, [n, lines, r].map(|n| n as usize), DType::F32);
     let (ds_parts, db_parts) = (parts(panels, tokens), parts(splits, n_out));
     let flops = 4 * tokens as usize * n_out as usize * r as usize;
     let moved = bytes(&[dy, b, s, &ds_parts, &db_parts]);

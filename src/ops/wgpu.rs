@@ -8,9 +8,8 @@ use super::engine::{self, Engine, Floating};
 use super::gpu::{input, operand, tensor};
 use super::kernel::{Layout, RANK_QUADS, Shader, launch};
 use super::lora_linear::{Lora, LoraGrads};
-use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan, check_order, span_words};
-use super::product::{Floats, Product, dims, lora_backward, output};
-use super::{cube, profile};
+use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan, backward_by, forward_by};
+use super::product::{Floats, Product, dims, lora_backward};
 
 impl Engine for WgpuRuntime {
     fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, loras: &[&Lora<B>]) -> Vec<Tensor<B, 2>> {
@@ -90,12 +89,7 @@ impl Engine for WgpuRuntime {
     }
 
     fn orpo_loss_forward<B: Floating<Self>>(logps: Tensor<B, 1>, pairs: &[PairSpan]) -> Tensor<B, 2> {
-        let logps = input(logps);
-        check_order(pairs, logps.meta.shape()[0]);
-        let stats = output(&logps, [pairs.len(), 5], DType::F32);
-        let spans = logps.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
-        let moved = cube::bytes(&[&logps, &stats]);
-        profile::kernel("orpo_loss forward", logps.meta.num_elements(), moved, &logps.client, || {
+        let forward = forward_by(input(logps), pairs, |logps, spans, stats| {
             launch(
                 &logps.client,
                 Shader::OrpoLoss,
@@ -104,7 +98,7 @@ impl Engine for WgpuRuntime {
                 &[pairs.len() as u32, MEAN_LOGP_MAX.to_bits()],
             );
         });
-        tensor(stats)
+        tensor(forward)
     }
 
     fn orpo_loss_backward<B: Floating<Self>>(
@@ -113,13 +107,7 @@ impl Engine for WgpuRuntime {
         beta: f32,
         grad_scale: f32,
     ) -> Tensor<B, 1> {
-        let stats = input(stats);
-        let n_entries = pairs.last().map_or(0, |span| span.end as usize);
-        check_order(pairs, n_entries);
-        let dlogps = output(&stats, [n_entries], DType::F32);
-        let spans = stats.client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
-        let moved = cube::bytes(&[&stats, &dlogps]);
-        profile::kernel("orpo_loss backward", n_entries, moved, &stats.client, || {
+        let backward = backward_by(input(stats), pairs, |stats, spans, dlogps| {
             launch(
                 &stats.client,
                 Shader::OrpoLossBackward,
@@ -128,7 +116,7 @@ impl Engine for WgpuRuntime {
                 &[pairs.len() as u32, MEAN_LOGP_MAX.to_bits(), beta.to_bits(), grad_scale.to_bits()],
             );
         });
-        tensor(dlogps)
+        tensor(backward)
     }
 }
 

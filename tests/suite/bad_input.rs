@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::workplace::{Workplace, stderr, write_pairs};
+use crate::workplace::{Workplace, orpo_wgpu, stderr, write_pairs};
 
 /// A spoiled input, the flags it is given with, and what the run must say and end with.
 struct Case {
@@ -201,18 +201,58 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             code: 1,
             says: &["wgpu:99", "hint:"],
         },
+        Case {
+            name: "no such device, and no rows either",
+            spoil: |w| write_pairs(w, "not json\n"),
+            flags: &["--device", "wgpu:99"],
+            code: 1,
+            says: &["wgpu:99"],
+        },
         Case { name: "unknown device", spoil: |_| {}, flags: &["--device", "tpu"], code: 2, says: &["tpu"] },
         Case {
-            name: "a learning rate of 0",
+            name: "words that say nothing, of a model that is not there",
             spoil: |_| {},
-            flags: &["--learning_rate", "0"],
+            flags: &[
+                "--model_id_or_path",
+                "nowhere",
+                "--loss_compat",
+                "tlr",
+                "--device",
+                "tpu",
+                "--truncation_strategy",
+                "left",
+                "--template_type",
+                "chatml",
+                "--lora_target_modules",
+                "query",
+                "--learning_rate",
+                "0",
+                "--quantize_lm_head",
+                "true",
+            ],
             code: 2,
-            says: &["--learning_rate is 0"],
+            says: &[
+                "--loss_compat `tlr`: expected swift",
+                "--device `tpu`: expected auto",
+                "--truncation_strategy `left`: expected delete",
+                "--template_type `chatml`: expected AUTO",
+                "--lora_target_modules: no module named `query`",
+                "--learning_rate is 0, expected more than 0",
+                "--quantize_lm_head is true",
+                "hint: ",
+            ],
+        },
+        Case {
+            name: "a learning rate without its minus",
+            spoil: |_| {},
+            flags: &["--learning_rate", "1e4"],
+            code: 2,
+            says: &["--learning_rate is 10000, expected more than 0 and less than 1"],
         },
         Case { name: "dtype", spoil: |_| {}, flags: &["--dtype", "fp8"], code: 2, says: &["fp8", "fp32"] },
         Case {
-            name: "dtype of the device",
-            spoil: |_| {},
+            name: "dtype of the device, before the rows",
+            spoil: |w| write_pairs(w, "not json\n"),
             flags: &["--dtype", "bf16", "--device", "cpu"],
             code: 2,
             says: &["--dtype bf16: cpu does not compute in bf16", "the CPU can do fp16"],
@@ -269,20 +309,6 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             code: 2,
             says: &["run.yaml: YAML is not read", "hint: `beta: 0.1` is `beta = 0.1` in TOML", "> run.json"],
         },
-        Case {
-            name: "a model name without a folder",
-            spoil: |w| fs::write(w.path("run.toml"), "model_type = \"llama3-8b-instruct\"\n").unwrap(),
-            flags: &[
-                "--adapters",
-                "missing",
-                "--model_type",
-                "llama3-8b-instruct",
-                "--model_id_or_path",
-                "llama3",
-            ],
-            code: 1,
-            says: &["llama3", "nothing is downloaded"],
-        },
     ];
     let mut failures = Vec::new();
     for case in cases {
@@ -308,6 +334,25 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
+fn a_model_s_name_alone_is_no_model_to_train() {
+    let workplace = Workplace::new();
+    fs::write(workplace.path("run.toml"), "model_type = 'llama3-8b-instruct'\n").unwrap();
+    for name in [["--model_type", "llama3-8b-instruct"], ["--config", "run.toml"]] {
+        let flags = [&["train", "--device", "cpu", "--output_dir", "out"], &name[..]].concat();
+        let output = orpo_wgpu(&flags).current_dir(workplace.0.path()).output().unwrap();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        for says in [
+            "--model_type `llama3-8b-instruct` names a model, and nothing is downloaded",
+            "hint: fetch the model and pass its folder as --model_id_or_path",
+        ] {
+            assert!(message.contains(says), "no `{says}` in {message}");
+        }
+        assert_eq!(workplace.written(), Vec::<String>::new());
+    }
 }
 
 #[test]

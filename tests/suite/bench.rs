@@ -1,25 +1,15 @@
 //! `orpo-wgpu bench` and `train --profile` as a user meets them.
 
-use std::path::Path;
-use std::process::{Command, Output};
-
 use crate::support::adapter;
-
-fn orpo_wgpu(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_orpo-wgpu")).args(args).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
+use crate::workplace::{fixture, orpo_wgpu, stderr, stdout};
 
 /// One layer, short sequences: what is looked at is what it says.
 fn bench(flags: &[&str]) -> String {
     let small =
         ["bench", "--num_hidden_layers", "1", "--max_length", "24", "--max_steps", "1", "--batch_size", "2"];
-    let output = orpo_wgpu(&[&small, flags].concat());
-    assert!(output.status.success(), "{flags:?}: {}", text(&output.stderr));
-    text(&output.stdout)
+    let output = orpo_wgpu(&[&small, flags].concat()).output().unwrap();
+    assert!(output.status.success(), "{flags:?}: {}", stderr(&output));
+    stdout(&output)
 }
 
 /// The number before `what`.
@@ -97,9 +87,9 @@ fn a_bad_setting_is_an_error() {
         (["--max_length", "2"], "--max_length is 2, expected at least 4"),
         (["--device", "wgpu:99"], "wgpu:99"),
     ] {
-        let output = orpo_wgpu(&["bench", flags[0], flags[1]]);
+        let output = orpo_wgpu(&["bench", flags[0], flags[1]]).output().unwrap();
         assert!(!output.status.success(), "{flags:?} is taken");
-        assert!(text(&output.stderr).contains(says), "{flags:?}: {}", text(&output.stderr));
+        assert!(stderr(&output).contains(says), "{flags:?}: {}", stderr(&output));
     }
 }
 
@@ -109,30 +99,14 @@ fn train_profiles_a_step_when_asked() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa");
-    let (model, pairs) = (case.join("model"), case.join("pairs.jsonl"));
-    let output = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"))
-        .args([
-            "train",
-            "--profile",
-            "--device",
-            "wgpu",
-            "--dtype",
-            "fp16",
-            "--max_steps",
-            "2",
-            "--output_dir",
-        ])
-        .arg(folder.path())
-        .arg("--model_id_or_path")
-        .arg(model)
-        .arg("--dataset")
-        .arg(pairs)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    let printed = text(&output.stdout);
+    let flags = ["train", "--profile", "--device", "wgpu", "--dtype", "fp16", "--max_steps", "2"];
+    let mut command = orpo_wgpu(&flags);
+    command.arg("--output_dir").arg(folder.path());
+    command.arg("--model_id_or_path").arg(fixture("gqa/model"));
+    let output = command.arg("--dataset").arg(fixture("gqa/pairs.jsonl")).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let printed = stdout(&output);
     assert!(printed.contains("kernels of step 2") && printed.contains("lora_linear forward"), "{printed}");
-    let said = text(&output.stderr);
+    let said = stderr(&output);
     assert!(said.contains(" in fp16 on wgpu"), "{said}");
 }

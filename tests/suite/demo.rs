@@ -1,7 +1,6 @@
 //! The demo, run as a user runs it: answers to held-out questions turn from English to Chinese.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
 
 use burn::tensor::DType;
@@ -10,6 +9,8 @@ use orpo_wgpu::infer::generate::{GenerationConfig, answer};
 use orpo_wgpu::model::load::load_llama;
 use orpo_wgpu::model::{Llama, Precision};
 use orpo_wgpu::{demo, lora};
+
+use crate::workplace::{fixture, orpo_wgpu, stderr, stdout};
 
 fn base() -> Llama<Flex> {
     load_llama(
@@ -53,10 +54,9 @@ fn held_out_questions_are_in_no_pair() {
 fn training_the_demo_turns_held_out_answers_from_english_to_chinese() {
     let folder = tempfile::tempdir().unwrap();
     let started = Instant::now();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
-    let output = command.args(["train", "--device", "cpu"]).current_dir(folder.path()).output().unwrap();
+    let output = orpo_wgpu(&["train", "--device", "cpu"]).current_dir(folder.path()).output().unwrap();
     let elapsed_s = started.elapsed().as_secs_f64();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{}", stderr(&output));
     assert!(elapsed_s < 180.0, "the demo took {elapsed_s:.0} s");
 
     let model = base();
@@ -74,18 +74,11 @@ fn training_the_demo_turns_held_out_answers_from_english_to_chinese() {
     assert!(chinese >= 0.9, "after training {chinese:.2} of the answers are Chinese: {after:?}");
     assert!(emoji >= 0.9, "after training {emoji:.2} of the answers have an emoji: {after:?}");
 
-    let infer = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"))
-        .args(["infer", "--device", "cpu", "--temperature", "0", &demo::held_out().unwrap().rows[0].query])
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
-    let printed = String::from_utf8_lossy(&infer.stdout);
-    assert_eq!(
-        printed.trim(),
-        after[0].trim(),
-        "infer finds the demo's newest adapter: {}",
-        String::from_utf8_lossy(&infer.stderr)
-    );
+    let question = &demo::held_out().unwrap().rows[0].query;
+    let mut command = orpo_wgpu(&["infer", "--device", "cpu", "--temperature", "0", question]);
+    let infer = command.current_dir(folder.path()).output().unwrap();
+    let printed = stdout(&infer);
+    assert_eq!(printed.trim(), after[0].trim(), "infer finds the demo's newest adapter: {}", stderr(&infer));
 }
 
 fn newest_checkpoint(folder: &Path) -> std::path::PathBuf {
@@ -99,12 +92,11 @@ fn newest_checkpoint(folder: &Path) -> std::path::PathBuf {
 #[test]
 fn the_demo_s_model_is_not_trained_on_other_rows_without_a_word() {
     let folder = tempfile::tempdir().unwrap();
-    let pairs = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa/pairs.jsonl");
+    let pairs = fixture("gqa/pairs.jsonl");
     let says = |dataset: &Path| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
-        command.args(["train", "--device", "cpu", "--max_steps", "1", "--dataset"]).arg(dataset);
-        let output = command.current_dir(folder.path()).output().unwrap();
-        String::from_utf8_lossy(&output.stderr).contains("--model_id_or_path DIR names yours")
+        let mut command = orpo_wgpu(&["train", "--device", "cpu", "--max_steps", "1", "--dataset"]);
+        let output = command.arg(dataset).current_dir(folder.path()).output().unwrap();
+        stderr(&output).contains("--model_id_or_path DIR names yours")
     };
     assert_eq!([pairs.as_path(), Path::new("demo")].map(says), [true, false]);
 }
@@ -112,9 +104,8 @@ fn the_demo_s_model_is_not_trained_on_other_rows_without_a_word() {
 #[test]
 fn infer_says_where_it_found_no_adapter_of_the_demo() {
     let folder = tempfile::tempdir().unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
-    command.args(["infer", "--device", "cpu", "--max_new_tokens", "1", "hi"]).current_dir(folder.path());
-    let says = String::from_utf8_lossy(&command.output().unwrap().stderr).into_owned();
+    let mut command = orpo_wgpu(&["infer", "--device", "cpu", "--max_new_tokens", "1", "hi"]);
+    let says = stderr(&command.current_dir(folder.path()).output().unwrap());
     let looked_in = Path::new("output").join("demo");
     assert!(says.contains(&format!("no adapter, as there is none below {}", looked_in.display())), "{says}");
 }

@@ -1,13 +1,12 @@
 //! Devices on the adapter at hand, and what a driver's failure turns into.
 
-use std::process::Command;
-
 use burn::tensor::{DType, Tensor};
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::device::{self, DeviceChoice};
 use serde_json::Value;
 
 use crate::support::adapter;
+use crate::workplace::{orpo_wgpu, stdout};
 
 /// One test, since a failure on one thread is everybody's who computes on the device meanwhile.
 #[test]
@@ -57,11 +56,7 @@ fn does_not_fit(choice: &DeviceChoice, device: &WgpuDevice, shard_bytes: usize) 
 
 #[test]
 fn the_cpu_is_listed_as_well() {
-    let devices = |flags: &[&str]| {
-        let output =
-            Command::new(env!("CARGO_BIN_EXE_orpo-wgpu")).arg("devices").args(flags).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()
-    };
+    let devices = |flags: &[&str]| stdout(&orpo_wgpu(&["devices"]).args(flags).output().unwrap());
     let table = devices(&[]);
     assert!(table.lines().any(|line| line.starts_with(" cpu ") && line.contains("thread")), "{table}");
     let json: Value = serde_json::from_str(&devices(&["--json"])).unwrap();

@@ -3,7 +3,7 @@
 //! Every case is run from the files that a user would give: a model folder, a PEFT adapter to start from and a file of pairs.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
@@ -28,6 +28,7 @@ use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
 use serde_json::{Map, Value};
 
 use crate::support::{adapter, assert_close};
+use crate::workplace::fixture;
 
 pub(crate) const CASES: [&str; 4] = ["gqa", "tied_rope", "odd", "history_system"];
 
@@ -41,7 +42,7 @@ pub(crate) struct Case {
 
 impl Case {
     pub(crate) fn open(name: &str) -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(name);
+        let folder = fixture(name);
         let golden: Value =
             serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
         let words: Vec<&str> =

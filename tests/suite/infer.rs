@@ -25,7 +25,8 @@ use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::token_logps::{Expected, ScoredToken, token_logps};
 use serde_json::Value;
 
-use crate::support::{adapter, assert_close};
+use crate::support::{adapter, assert_close, left_out};
+use crate::workplace::fixture;
 
 /// The folder of data that is not part of the repository; without it a test is left out, which is said.
 fn shared() -> Option<PathBuf> {
@@ -33,15 +34,8 @@ fn shared() -> Option<PathBuf> {
     if folder.is_dir() {
         return Some(folder);
     }
-    let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    // Written to the stream itself: the harness keeps what the macros print to itself when a test passes.
-    writeln!(std::io::stderr(), "LEFT OUT: {test}, as there is no {}", folder.display())
-        .expect("standard error can be written");
+    left_out(&format!("there is no {}", folder.display()));
     None
-}
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(name)
 }
 
 fn load<B: Kernels>(folder: &Path, device: &B::Device) -> Llama<B> {
@@ -131,8 +125,8 @@ fn check_forward<B: Kernels>(model: &Llama<B>, vectors: &Value) {
 
 /// Every case's model with its adapter: what is generated with a cache is what whole passes without one would choose.
 fn check_cached_equals_uncached<B: Kernels>(case: &str, n_new: usize, device: &B::Device) {
-    let mut model = load::<B>(&golden(case).join("model"), device);
-    lora::load(&mut model, &golden(case).join("adapter")).unwrap();
+    let mut model = load::<B>(&fixture(case).join("model"), device);
+    lora::load(&mut model, &fixture(case).join("adapter")).unwrap();
     let prompt: Vec<u32> = (0..11).map(|i| i * 37 % 300).collect();
     let mut tokens = prompt.clone();
     for _ in 0..n_new {
@@ -157,7 +151,7 @@ fn cached_equals_uncached_on_the_adapter() {
 
 #[test]
 fn a_prompt_in_chunks_gives_the_logits_of_one_pass() {
-    let model = load::<Flex>(&golden("gqa").join("model"), &Default::default());
+    let model = load::<Flex>(&fixture("gqa/model"), &Default::default());
     let tokens: Vec<u32> = (0..40).map(|i| i * 53 % 300).collect();
     let mut cache = model.new_cache();
     let parts = [&tokens[..17], &tokens[17..18], &tokens[18..]];
@@ -173,7 +167,7 @@ fn a_prompt_in_chunks_gives_the_logits_of_one_pass() {
 
 #[test]
 fn generation_says_why_it_ends() {
-    let model = load::<Flex>(&golden("gqa").join("model"), &Default::default());
+    let model = load::<Flex>(&fixture("gqa/model"), &Default::default());
     let context = model.config.max_position_embeddings;
     let free = greedy(&model, &[1, 2, 3], 6);
     assert_eq!((free.tokens.len(), free.stop_reason, free.n_prefilled), (6, StopReason::MaxNewTokens, 3));
@@ -200,7 +194,7 @@ fn generation_says_why_it_ends() {
 
 #[test]
 fn a_prompt_that_cannot_be_read_is_an_error() {
-    let model = load::<Flex>(&golden("gqa").join("model"), &Default::default());
+    let model = load::<Flex>(&fixture("gqa/model"), &Default::default());
     let (context, vocab_size) = (model.config.max_position_embeddings, model.config.vocab_size);
     let error = |prompt: &[u32], config: GenerationConfig| {
         let result = generate(&model, prompt, &[], &config, &mut |_| ControlFlow::Continue(()));
@@ -221,7 +215,7 @@ fn a_prompt_that_cannot_be_read_is_an_error() {
 
 #[test]
 fn a_session_goes_on_from_what_it_has_read() {
-    let model = load::<Flex>(&golden("gqa").join("model"), &Default::default());
+    let model = load::<Flex>(&fixture("gqa/model"), &Default::default());
     let config = GenerationConfig::greedy(5);
     let mut session = Session::new(&model, &config);
     let mut ask = |prompt: &[u32]| session.generate(prompt, &[], &mut |_| ControlFlow::Continue(())).unwrap();
@@ -261,7 +255,7 @@ struct Talk {
 
 impl Talk {
     fn new() -> Self {
-        let folder = golden("history_system").join("model");
+        let folder = fixture("history_system/model");
         let tokenizer = TextTokenizer::from_folder(&folder).unwrap();
         Self { model: load::<Flex>(&folder, &Default::default()), tokenizer }
     }

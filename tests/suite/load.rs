@@ -24,6 +24,7 @@ use orpo_wgpu::ops::read::read;
 use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
 
 use crate::support::{adapter, assert_close, left_out};
+use crate::workplace::fixture;
 
 fn tiny() -> LlamaConfig {
     LlamaConfig { num_hidden_layers: 2, vocab_size: 301, ..demo::config().unwrap() }
@@ -148,7 +149,7 @@ fn weights_that_are_no_numbers_are_refused_in_every_precision() {
 #[test]
 fn a_listener_hears_of_every_byte_that_is_read() {
     let demo = (wide_checkpoint(&[]), demo::config().unwrap(), 2);
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa/model");
+    let folder = fixture("gqa/model");
     let gqa_config = LlamaConfig::read(&folder.join("config.json")).unwrap();
     let gqa = (Checkpoint::open_folder(&folder).unwrap(), gqa_config, 4);
     assert!(demo.1.tie_word_embeddings && !gqa.1.tie_word_embeddings, "one of each kind");

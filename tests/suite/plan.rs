@@ -1,7 +1,7 @@
 //! `orpo-wgpu plan`, and what `train` does with the same prediction: refuse, try the longest pair first, say what to do.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Output, Stdio};
 
 use burn_flex::Flex;
 use orpo_wgpu::cli::progress::Progress;
@@ -24,26 +24,15 @@ use orpo_wgpu::train::{Observer, TrainData, TrainSettings, train};
 use serde_json::{Map, Value};
 
 use crate::support::adapter;
-
-fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(path)
-}
-
-fn orpo_wgpu(args: &[&str], folder: &Path) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_orpo-wgpu")).args(args).current_dir(folder).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
+use crate::workplace::{fixture, orpo_wgpu, stderr, stdout};
 
 /// Runs `plan` with these flags in an empty folder, which stays empty.
 fn plan(flags: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let output = orpo_wgpu(&[&["plan"], flags].concat(), folder.path());
-    assert!(output.status.success(), "{flags:?}: {}", text(&output.stderr));
+    let output = orpo_wgpu(&[&["plan"], flags].concat()).current_dir(folder.path()).output().unwrap();
+    assert!(output.status.success(), "{flags:?}: {}", stderr(&output));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "plan writes nothing");
-    text(&output.stdout)
+    stdout(&output)
 }
 
 /// The cells of the row of the table that these flags head, on however many lines they are.
@@ -174,10 +163,13 @@ fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     }
     let pairs = fixture("gqa/pairs.jsonl");
     let flags = ["plan", "--model_id_or_path", ".", "--device", "cpu", "--max_length", "60", "--dataset"];
-    let output = orpo_wgpu(&[&flags[..], &[pairs.to_str().unwrap()]].concat(), folder.path());
-    let printed = text(&output.stdout);
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    let left_out = text(&output.stderr).matches("left out: ").count();
+    let output = orpo_wgpu(&[&flags[..], &[pairs.to_str().unwrap()]].concat())
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let printed = stdout(&output);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let left_out = stderr(&output).matches("left out: ").count();
     let says =
         format!("data     {} pairs to train on, 0 to evaluate on, {left_out} rows left out", 7 - left_out);
     assert!(left_out > 0 && printed.contains(&says), "{printed}");
@@ -202,8 +194,11 @@ fn sequences_that_the_model_was_not_made_for_are_told() {
     let (model, folder) = (fixture("gqa/model"), tempfile::tempdir().unwrap());
     let notes = |max_length: &str| {
         let model = ["--model_id_or_path", model.to_str().unwrap(), "--device", "cpu"];
-        let output = orpo_wgpu(&[&["plan", "--max_length", max_length], &model[..]].concat(), folder.path());
-        text(&output.stderr)
+        let output = orpo_wgpu(&[&["plan", "--max_length", max_length], &model[..]].concat())
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        stderr(&output)
     };
     assert!(notes("600").contains("has 600 tokens, the model was made for 512"), "{}", notes("600"));
     assert_eq!(notes("512"), "");
@@ -226,7 +221,7 @@ fn train_predicts_for_the_cpu_what_plan_does() {
     ]);
     assert!(printed.contains("  the embedding, as it is stored"), "{printed}");
     let trained = train_gqa(folder.path(), &["--device", "cpu", "--max_steps", "1"]);
-    let message = text(&trained.stderr);
+    let message = stderr(&trained);
     let total = &row(&printed, "as chosen")[2];
     assert!(message.contains(&format!("memory   {total} of ")), "no {total} in {message}");
 }
@@ -234,13 +229,12 @@ fn train_predicts_for_the_cpu_what_plan_does() {
 /// As behind `| head`.
 #[test]
 fn a_reader_that_goes_away_is_no_error() {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
     let mut child =
-        command.arg("plan").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        orpo_wgpu(&["plan"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    assert!(!text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("panicked"), "{}", stderr(&output));
 }
 
 #[test]
@@ -252,17 +246,17 @@ fn bad_flags_are_errors() {
         (["--dtype", "fp8"], 2, "--dtype is `fp8`"),
         (["--model_id_or_path", "nowhere"], 1, "there is no such folder"),
     ] {
-        let output = orpo_wgpu(&["plan", flags[0], flags[1]], folder.path());
+        let output = orpo_wgpu(&["plan", flags[0], flags[1]]).current_dir(folder.path()).output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{flags:?}");
-        assert!(text(&output.stderr).contains(says), "{flags:?}: {}", text(&output.stderr));
+        assert!(stderr(&output).contains(says), "{flags:?}: {}", stderr(&output));
     }
 }
 
 /// Trains the `gqa` case's model in a folder of its own.
 fn train_gqa(folder: &Path, flags: &[&str]) -> Output {
     let (model, pairs) = (fixture("gqa/model"), fixture("gqa/pairs.jsonl"));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
-    command.arg("train").arg("--model_id_or_path").arg(model).arg("--dataset").arg(pairs);
+    let mut command = orpo_wgpu(&["train", "--model_id_or_path"]);
+    command.arg(model).arg("--dataset").arg(pairs);
     command.args(["--output_dir", "out", "--add_output_dir_suffix", "false", "--overwrite_output_dir"]);
     command.args(["--warmup_ratio", "0"]);
     command.args(flags).current_dir(folder).output().unwrap()
@@ -273,7 +267,7 @@ fn train_refuses_what_does_not_fit_and_the_flags_that_it_names_fit() {
     let folder = tempfile::tempdir().unwrap();
     let base = ["--device", "cpu", "--max_steps", "1", "--max_memory", "1500KB", "--batch_size", "4"];
     let refused = train_gqa(folder.path(), &base);
-    let message = text(&refused.stderr);
+    let message = stderr(&refused);
     assert_eq!(refused.status.code(), Some(2), "{message}");
     assert!(message.contains("is predicted to take ") && message.contains("(85 % of 1.4 MiB)"), "{message}");
     assert!(!folder.path().join("out").exists(), "nothing is written");
@@ -282,11 +276,11 @@ fn train_refuses_what_does_not_fit_and_the_flags_that_it_names_fit() {
     assert!(flags.contains(&"--batch_size"), "{message}");
     let flags = [&base[..6], &flags].concat();
     let taken = train_gqa(folder.path(), &flags);
-    assert!(taken.status.success(), "{flags:?}: {}", text(&taken.stderr));
+    assert!(taken.status.success(), "{flags:?}: {}", stderr(&taken));
     // A device that is said to have more is believed.
     let more =
         train_gqa(folder.path(), &[&base[..4], &["--batch_size", "4", "--max_memory", "1GB"]].concat());
-    assert!(more.status.success(), "{}", text(&more.stderr));
+    assert!(more.status.success(), "{}", stderr(&more));
 }
 
 #[test]
@@ -296,7 +290,7 @@ fn the_longest_row_is_tried_first_and_changes_nothing() {
         let flags =
             ["--device", "cpu", "--max_steps", "2", "--logging_steps", "1", "--max_memory", max_memory];
         let output = train_gqa(folder.path(), &flags);
-        let message = text(&output.stderr);
+        let message = stderr(&output);
         assert!(output.status.success(), "{message}");
         let log = std::fs::read_to_string(folder.path().join("out/logging.jsonl")).unwrap();
         let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -320,7 +314,7 @@ fn the_adapter_s_trial_says_how_far_the_prediction_was_off() {
     }
     let folder = tempfile::tempdir().unwrap();
     let output = train_gqa(folder.path(), &["--device", "wgpu", "--max_steps", "1", "--dtype", "fp32"]);
-    let message = text(&output.stderr);
+    let message = stderr(&output);
     assert!(output.status.success(), "{message}");
     let line = message.lines().find(|line| line.starts_with("longest  row ")).expect(&message);
     let off: f64 = line.split(" predicted (").nth(1).unwrap().split(" %").next().unwrap().parse().unwrap();

@@ -2,7 +2,6 @@
 //! model that they were made of does.
 
 use std::path::Path;
-use std::process::Command;
 
 use burn::tensor::DType;
 use burn_flex::Flex;
@@ -17,6 +16,7 @@ use serde_json::Value;
 
 use crate::goldens::{Case, relative_distance, values};
 use crate::support::{adapter, assert_close};
+use crate::workplace::{orpo_wgpu, stderr};
 
 const PRECISIONS: [Precision; 3] = [
     Precision { dtype: DType::F32, linears: Storage::Int8, head: Storage::F32 },
@@ -79,14 +79,13 @@ fn the_gpu_computes_what_the_codes_stand_for() {
 /// The losses of a few steps of the demo, and its loss on held-out pairs after them.
 fn demo_losses(flags: &[&str]) -> Vec<f64> {
     let folder = tempfile::tempdir().unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"))
-        .args(["train", "--device", "cpu", "--max_steps", "4", "--logging_steps", "1"])
+    let output = orpo_wgpu(&["train", "--device", "cpu", "--max_steps", "4", "--logging_steps", "1"])
         .args(["--add_output_dir_suffix", "false", "--report_to", "none", "--output_dir"])
         .arg(folder.path())
         .args(flags)
         .output()
         .unwrap();
-    assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{flags:?}: {}", stderr(&output));
     let log = std::fs::read_to_string(folder.path().join(Path::new("logging.jsonl"))).unwrap();
     let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let losses = lines.filter_map(|line| line.get("loss").or(line.get("eval_loss")).and_then(Value::as_f64));

@@ -1,39 +1,33 @@
 //! What a user is told of the rows of a run.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Output;
 
-fn gqa(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens/gqa").join(name)
-}
+use crate::workplace::{fixture, orpo_wgpu, stderr, stdout};
 
 /// Runs a subcommand on the `gqa` case's model and the `pairs.jsonl` of a folder.
-fn orpo_wgpu(subcommand: &str, folder: &Path, flags: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
-    command.arg(subcommand).arg("--model_id_or_path").arg(gqa("model"));
+fn run(subcommand: &str, folder: &Path, flags: &[&str]) -> Output {
+    let mut command = orpo_wgpu(&[subcommand, "--model_id_or_path"]);
+    command.arg(fixture("gqa/model"));
     command.args(["--dataset", "pairs.jsonl", "--device", "cpu"]).args(flags).current_dir(folder);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{flags:?}: {}", stderr(&output));
     output
 }
 
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
 #[test]
 fn the_first_rows_that_are_left_out_are_named_and_the_run_s_folder_lists_all() {
     let folder = tempfile::tempdir().unwrap();
     // Of the seven pairs, four have more than 60 tokens.
-    let pairs = fs::read_to_string(gqa("pairs.jsonl")).unwrap().repeat(3);
+    let pairs = fs::read_to_string(fixture("gqa/pairs.jsonl")).unwrap().repeat(3);
     fs::write(folder.path().join("pairs.jsonl"), pairs).unwrap();
     let list = folder.path().join("out/left_out.txt");
     let flags = ["--output_dir", "out", "--add_output_dir_suffix", "false", "--overwrite_output_dir"];
     let train = |max_length: &str| {
         let flags =
             [&flags[..], &["--max_steps", "1", "--warmup_ratio", "0", "--max_length", max_length]].concat();
-        let message = stderr(&orpo_wgpu("train", folder.path(), &flags));
+        let message = stderr(&run("train", folder.path(), &flags));
         message.lines().filter_map(|line| line.strip_prefix("left out: ")).map(str::to_owned).collect()
     };
 
@@ -53,16 +47,13 @@ fn the_first_rows_that_are_left_out_are_named_and_the_run_s_folder_lists_all() {
 #[test]
 fn train_and_plan_say_lengths_and_steps_alike_and_name_what_max_length_counts() {
     let folder = tempfile::tempdir().unwrap();
-    fs::copy(gqa("pairs.jsonl"), folder.path().join("pairs.jsonl")).unwrap();
-    let planned = orpo_wgpu("plan", folder.path(), &["--max_length", "121"]);
-    let trained = orpo_wgpu(
-        "train",
-        folder.path(),
-        &["--max_length", "121", "--max_steps", "1", "--warmup_ratio", "0"],
-    );
+    fs::copy(fixture("gqa/pairs.jsonl"), folder.path().join("pairs.jsonl")).unwrap();
+    let planned = run("plan", folder.path(), &["--max_length", "121"]);
+    let trained =
+        run("train", folder.path(), &["--max_length", "121", "--max_steps", "1", "--warmup_ratio", "0"]);
     let says = "\nlengths  38 to 121 tokens for prompt + longer answer, which --max_length counts;\n         \
                 38 to 122 for prompt + both answers, which a step computes (median 68,\n         90 % up to 108)\n";
-    let planned = String::from_utf8(planned.stdout).unwrap();
+    let planned = stdout(&planned);
     assert!(
         planned.contains(says)
             && planned.contains("data     7 pairs to train on, 0 to evaluate on, 0 rows left out"),

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::workplace::{Workplace, fixture, orpo_wgpu, stderr, write_pairs};
+use crate::workplace::{Workplace, fixture, orpo_wgpu, stderr, stdout, write_pairs};
 
 #[test]
 fn a_run_writes_the_files_that_it_promises() {
@@ -68,10 +68,10 @@ fn a_run_writes_the_files_that_it_promises() {
         assert_eq!(ours[key], theirs[key], "{key} of adapter_config.json");
     }
     // The summary's last line is the command to talk to the result.
-    let stdout = String::from_utf8_lossy(&output.stdout);
+    let printed = stdout(&output);
     assert!(
-        stdout.contains("orpo-wgpu infer --model_id_or_path model --adapters out/checkpoint-2"),
-        "{stdout}"
+        printed.contains("orpo-wgpu infer --model_id_or_path model --device cpu --adapters out/checkpoint-2"),
+        "{printed}"
     );
     // The run stands for its newest checkpoint.
     let flags = ["--model_id_or_path", "model", "--adapters", "out", "--max_new_tokens", "1"];
@@ -150,7 +150,7 @@ fn a_terminal_sees_the_lines_of_the_log_as_well() {
     let mut script = Command::new("script");
     let output = script.args(["-qec", &train, "/dev/null"]).current_dir(workplace.0.path()).output();
     let output = output.expect("`script` of util-linux runs");
-    let seen = String::from_utf8_lossy(&output.stdout);
+    let seen = stdout(&output);
     assert!(output.status.success(), "{seen}");
     for says in ["step 1/2  loss ", "step 2/2  loss ", "step 2/2  eval_loss "] {
         assert_eq!(seen.matches(says).count(), 1, "`{says}` in {seen}");
@@ -172,7 +172,7 @@ fn one_row_and_one_step_are_counted_as_one() {
     ] {
         assert!(message.contains(says), "no `{says}` in {message}");
     }
-    let printed = String::from_utf8_lossy(&output.stdout);
+    let printed = stdout(&output);
     assert!(printed.contains("\n1 step in "), "{printed}");
 }
 
@@ -202,7 +202,7 @@ fn one_line_of_the_log_is_summed_up_once() {
     let workplace = Workplace::new();
     let header = |logging_steps: &str| {
         let output = workplace.train(&["--logging_steps", logging_steps]);
-        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        let printed = stdout(&output);
         let header = printed.lines().find(|line| line.contains("training rows")).expect(&printed);
         header
             .split("  ")

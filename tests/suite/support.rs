@@ -1,11 +1,14 @@
 //! What the tests share: comparison, the device to test on, reproducible numbers.
 
-use std::io::Write;
 use std::sync::LazyLock;
 
 use burn::tensor::DType;
 use burn_wgpu::WgpuDevice;
 use orpo_wgpu::device::{self, DeviceChoice};
+
+#[path = "../../src/left_out.rs"]
+mod left_out;
+pub(crate) use left_out::left_out;
 
 /// Compares element by element: `|got − want| <= atol + rtol · |want|`.
 ///
@@ -98,13 +101,6 @@ fn may_be_left_out(why: &str) {
     let is_allowed = std::env::var("ORPO_WGPU_SKIP_GPU").is_ok_and(|value| value == "1");
     assert!(is_allowed, "{why}; ORPO_WGPU_SKIP_GPU=1 leaves these tests out");
     left_out(why);
-}
-
-/// Says that this test is left out, and why.
-pub(crate) fn left_out(why: &str) {
-    let test = std::thread::current().name().unwrap_or("a test").to_owned();
-    // Written to the stream itself: the harness keeps what the macros print to itself when a test passes.
-    writeln!(std::io::stderr(), "LEFT OUT: {test}, as {why}").expect("standard error can be written");
 }
 
 /// Whether the adapter has matrix units, of which the test is told; without them it is left out.

@@ -6,13 +6,14 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-/// A command line of the binary, on the CPU: what is tested here is not the device.
+/// A command line of the binary.
 pub(crate) fn orpo_wgpu(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_orpo-wgpu"));
     command.args(args);
     command
 }
 
+/// A file or folder of the golden cases.
 pub(crate) fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(path)
 }
@@ -36,7 +37,8 @@ impl Workplace {
         self.0.path().join(name)
     }
 
-    /// Runs `train` for two steps on the model and the pairs of this folder, with these flags on top.
+    /// Runs `train` for two steps on the model and the pairs of this folder, with these flags on top; on the CPU, as it is mostly not the
+    /// device that is tested.
     pub(crate) fn train(&self, flags: &[&str]) -> Output {
         self.train_command(flags).output().unwrap()
     }
@@ -77,6 +79,10 @@ impl Workplace {
         files.sort();
         files
     }
+}
+
+pub(crate) fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 pub(crate) fn stderr(output: &Output) -> String {

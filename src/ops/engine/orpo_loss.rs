@@ -5,13 +5,11 @@
 use burn::cubecl;
 use burn::cubecl::prelude::*;
 use burn::cubecl::server::Handle;
-use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use crate::ops::cube::{bytes, cube_sum, empty};
-use crate::ops::orpo_loss::{MEAN_LOGP_MAX, PairSpan, SPAN_WORDS, check_order, span_words};
-use crate::ops::profile;
+use crate::ops::cube::cube_sum;
+use crate::ops::orpo_loss::{MEAN_LOGP_MAX, PairSpan, SPAN_WORDS, backward_by, forward_by};
 
 /// Threads of a pair.
 const THREADS: u32 = 64;
@@ -126,27 +124,20 @@ fn backward(
 
 /// Launches forward: `[entries] -> [pairs, 5]`.
 pub(super) fn launch_forward<R: CubeRuntime>(logps: CubeTensor<R>, pairs: &[PairSpan]) -> CubeTensor<R> {
-    let client = logps.client.clone();
-    let n_entries = logps.meta.shape()[0];
-    check_order(pairs, n_entries);
-    let stats = empty(&logps, Shape::from([pairs.len(), 5]), DType::F32);
-    let moved = bytes(&[&logps, &stats]);
-    let spans = client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
-    profile::kernel("orpo_loss forward", n_entries, moved, &client, || {
+    forward_by(logps, pairs, |logps, spans, stats| {
         #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
         // SAFETY: the spans are in order and end within the entries.
         unsafe {
             forward::launch_unchecked::<R>(
-                &client,
+                &logps.client,
                 CubeCount::Static(pairs.len() as u32, 1, 1),
                 CubeDim::new_1d(THREADS),
-                logps.into_array_arg(),
+                logps.clone().into_array_arg(),
                 words(spans, pairs),
                 stats.clone().into_array_arg(),
             );
         }
-    });
-    stats
+    })
 }
 
 /// Launches backward: `[pairs, 5] -> [entries]`.
@@ -156,29 +147,22 @@ pub(super) fn launch_backward<R: CubeRuntime>(
     beta: f32,
     grad_scale: f32,
 ) -> CubeTensor<R> {
-    let client = stats.client.clone();
-    let n_entries = pairs.last().map_or(0, |span| span.end as usize);
-    check_order(pairs, n_entries);
-    let dlogps = empty(&stats, Shape::from([n_entries]), DType::F32);
-    let moved = bytes(&[&stats, &dlogps]);
-    let spans = client.create_from_slice(bytemuck::cast_slice(&span_words(pairs)));
-    profile::kernel("orpo_loss backward", n_entries, moved, &client, || {
+    backward_by(stats, pairs, |stats, spans, dlogps| {
         #[expect(unsafe_code, reason = "a checked launch counts every turn of loops that are known to end")]
         // SAFETY: the spans are in order, and there are as many entries as the last one ends at.
         unsafe {
             backward::launch_unchecked::<R>(
-                &client,
+                &stats.client,
                 CubeCount::Static(pairs.len() as u32, 1, 1),
                 CubeDim::new_1d(THREADS),
-                stats.into_array_arg(),
+                stats.clone().into_array_arg(),
                 words(spans, pairs),
                 dlogps.clone().into_array_arg(),
                 beta / pairs.len() as f32,
                 grad_scale,
             );
         }
-    });
-    dlogps
+    })
 }
 
 fn words<R: CubeRuntime>(handle: Handle, pairs: &[PairSpan]) -> ArrayArg<R> {

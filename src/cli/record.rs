@@ -1,0 +1,97 @@
+//! A run's folder, and what is written there of the run itself.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::open::OpenModel;
+use super::rows::is_demo_set;
+use crate::config::TrainArgs;
+use crate::data::source;
+use crate::error::Result;
+use crate::lora::LoraConfig;
+use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
+
+/// Creates the run's folder, with these settings in it and the log so far, and gives its path as well.
+///
+/// # Errors
+/// If it cannot be written.
+pub(super) fn create_folder(
+    args: &TrainArgs,
+    open: &OpenModel,
+    lora_config: &LoraConfig,
+    log_history: Vec<Value>,
+) -> Result<(PathBuf, RunFolder)> {
+    let folder = run_folder(args, open);
+    let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
+    let texts = texts(args, open, lora_config);
+    let files = RunFolder::create(&folder, texts, args.save_total_limit, log_history, tracker)?;
+    Ok((folder, files))
+}
+
+/// The run's folder: `{output_dir}/{model_type}/v{N}-{time}`, or the output folder itself.
+fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
+    if !args.add_output_dir_suffix {
+        return args.output_dir.clone();
+    }
+    let base_name = || {
+        let folder = Path::new(&open.name);
+        let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+        folder.file_name().map_or(open.name.clone(), |name| name.to_string_lossy().into_owned())
+    };
+    let folder = args.output_dir.join(args.model_type.clone().unwrap_or_else(base_name));
+    let version = |name: &str| name.strip_prefix('v')?.split('-').next()?.parse::<usize>().ok();
+    let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+    let next = entries
+        .filter_map(|e| version(&e.file_name().to_string_lossy()))
+        .max()
+        .map_or(0, |newest| newest + 1);
+    folder.join(format!("v{next}-{}", jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")))
+}
+
+/// The same settings with paths in full, so that a run's record can be read from every folder.
+fn in_full(args: &TrainArgs) -> TrainArgs {
+    let full = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+    let specs = |specs: &[String]| match is_demo_set(specs) {
+        true => specs.to_vec(),
+        false => specs.iter().map(|spec| source::in_full(spec)).collect(),
+    };
+    TrainArgs {
+        model_id_or_path: args.model_id_or_path.as_ref().map(full),
+        adapters: args.adapters.as_ref().map(full),
+        dataset: specs(&args.dataset),
+        val_dataset: specs(&args.val_dataset),
+        output_dir: full(&args.output_dir),
+        // Of this command alone: another that takes the record would write over this run.
+        overwrite_output_dir: false,
+        resume_from_checkpoint: args.resume_from_checkpoint.as_ref().map(full),
+        ..args.clone()
+    }
+}
+
+fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> CheckpointTexts {
+    let base_model = match &args.model_id_or_path {
+        // PEFT resolves the name from wherever it runs, so a folder is named in full.
+        Some(folder) => std::path::absolute(folder).unwrap_or_else(|_| folder.clone()).display().to_string(),
+        None => open.name.clone(),
+    };
+    if open.is_demo() {
+        let card = "# ORPO adapter for the demo of orpo-wgpu\n\nIts base model is inside the program: `orpo-wgpu infer --adapters .`\n";
+        return CheckpointTexts { base_model, args: in_full(args).to_json(), card: card.to_owned() };
+    }
+    let card = format!(
+        "---\nbase_model: {base_model}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- orpo\n- lora\n---\n\n\
+         # ORPO adapter for {base_model}\n\n\
+         LoRA of rank {} (alpha {}) on {}, trained with [orpo-wgpu](https://crates.io/crates/orpo-wgpu): beta {}, \
+         learning rate {:e}, loss `{}`. The settings are in `args.json`.\n\n\
+         ```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n\
+         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(\"{base_model}\"), \".\")\n```\n",
+        lora_config.r,
+        lora_config.lora_alpha,
+        lora_config.target_modules.join(", "),
+        args.beta,
+        args.learning_rate,
+        args.loss_compat,
+    );
+    CheckpointTexts { base_model, args: in_full(args).to_json(), card }
+}

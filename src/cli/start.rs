@@ -1,0 +1,131 @@
+//! What a run starts from: a new adapter, one that there is, or a checkpoint.
+
+use std::path::{Path, PathBuf};
+
+use super::open::adapter_in;
+use crate::config::TrainArgs;
+use crate::error::{Error, Result};
+use crate::lora::{self, LoraConfig};
+use crate::model::Llama;
+use crate::model::llama::LINEAR_NAMES;
+use crate::ops::Kernels;
+use crate::train::TrainSettings;
+use crate::train::run_folder::{TrainerState, newest_checkpoint};
+
+/// The same settings, where `--resume_from_checkpoint` and `--adapters` are checkpoints instead of the runs that they are the newest
+/// of.
+///
+/// # Errors
+/// If there is none to resume from.
+pub(super) fn with_checkpoint(args: TrainArgs) -> Result<TrainArgs> {
+    let resume_from_checkpoint = args.resume_from_checkpoint.as_deref().map(checkpoint_of).transpose()?;
+    let adapters = args.adapters.as_deref().map(adapter_in);
+    Ok(TrainArgs { resume_from_checkpoint, adapters, ..args })
+}
+
+/// The adapter that the run starts from.
+pub(super) fn adapter_of(args: &TrainArgs) -> Option<&Path> {
+    args.resume_from_checkpoint.as_deref().or(args.adapters.as_deref())
+}
+
+/// The ranks of the run's adapters: those of the adapter it starts from, else those of `--lora_rank` and `--lora_target_modules`.
+///
+/// # Errors
+/// If that adapter's configuration cannot be read, or there is no such module.
+pub(super) fn ranks(args: &TrainArgs) -> Result<[usize; LINEAR_NAMES.len()]> {
+    match adapter_of(args) {
+        Some(folder) => lora::ranks_of(folder),
+        None => Ok(lora::ranks(args.lora_rank, &lora::target_modules(&args.lora_target_modules)?)),
+    }
+}
+
+/// An adapter keeps its rank, its alpha and its modules: what was given for one of them has to be what it has.
+fn check_given(args: &TrainArgs, config: &LoraConfig, folder: &Path) -> Result<()> {
+    let modules = lora::target_modules(&args.lora_target_modules)?;
+    let has_modules = |other: &Vec<String>| modules.iter().all(|module| other.contains(module));
+    let settings = [
+        (
+            "lora_rank",
+            args.lora_rank == config.r,
+            format!("a rank of {}, and --lora_rank is {}", config.r, args.lora_rank),
+        ),
+        (
+            "lora_alpha",
+            args.lora_alpha == config.lora_alpha,
+            format!("an alpha of {}, and --lora_alpha is {}", config.lora_alpha, args.lora_alpha),
+        ),
+        (
+            "lora_target_modules",
+            modules.len() == config.target_modules.len() && has_modules(&config.target_modules),
+            format!(
+                "the modules {}, and --lora_target_modules is {}",
+                config.target_modules.join(","),
+                args.lora_target_modules.join(",")
+            ),
+        ),
+    ];
+    let others = settings.into_iter().filter(|(name, is_same, _)| !is_same && args.given.contains(*name));
+    let (flags, problems): (Vec<_>, Vec<_>) =
+        others.map(|(name, _, problem)| (format!("--{name}"), problem)).unzip();
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let hint = format!(
+        "leave {} out, on the command line and in --config: training goes on with the adapter's; other ones are a new adapter's",
+        flags.join(" and ")
+    );
+    Err(Error::file(folder, format!("the adapter has {}", problems.join("; "))).with_hint(hint))
+}
+
+/// The folder itself if it is a checkpoint, else the newest one of the run that it is.
+fn checkpoint_of(folder: &Path) -> Result<PathBuf> {
+    if folder.join(lora::ADAPTER_FILE).exists() {
+        return Ok(folder.to_owned());
+    }
+    if !folder.is_dir() {
+        return Err(Error::file(folder, "there is no such folder")
+            .with_hint("--resume_from_checkpoint takes a run's folder, or one of the checkpoints in it"));
+    }
+    newest_checkpoint([folder.to_owned()]).ok_or_else(|| {
+        Error::file(folder, "holds no checkpoint to resume from").with_hint(
+            "--save_steps says how often one is saved; the same command without --resume_from_checkpoint begins the run again",
+        )
+    })
+}
+
+/// Gives the model its adapter: the one that the run starts from, else a new one.
+///
+/// # Errors
+/// If that adapter cannot be read, does not fit the model, or is another than was asked for.
+pub(super) fn start_adapter<B: Kernels>(args: &TrainArgs, model: &mut Llama<B>) -> Result<LoraConfig> {
+    if let Some(folder) = adapter_of(args) {
+        let config = lora::load(model, folder)?;
+        check_given(args, &config, folder)?;
+        return Ok(config);
+    }
+    let target_modules = lora::target_modules(&args.lora_target_modules)?;
+    let config = LoraConfig { r: args.lora_rank, lora_alpha: args.lora_alpha, target_modules };
+    lora::attach(model, &config, args.seed);
+    Ok(config)
+}
+
+/// Where the run that is resumed was; none if it is a new one.
+///
+/// # Errors
+/// If the checkpoint cannot be read, is of other settings, or is the last one already.
+pub(super) fn resume_state<B: Kernels>(
+    args: &TrainArgs,
+    model: &Llama<B>,
+    settings: &TrainSettings,
+) -> Result<Option<TrainerState<B>>> {
+    let Some(folder) = &args.resume_from_checkpoint else { return Ok(None) };
+    let state = TrainerState::read(folder, model, &settings.plan)?;
+    let (n_done, max_steps) = (state.global_step, settings.schedule.max_steps);
+    if n_done >= max_steps {
+        return Err(Error::config(format!(
+            "nothing to train: {n_done} of {max_steps} steps are done already"
+        ))
+        .with_hint("raise --max_steps or --num_train_epochs"));
+    }
+    Ok(Some(state))
+}
