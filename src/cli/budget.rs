@@ -1,5 +1,6 @@
 //! What a run's longest step takes of the device's memory, under the settings that were chosen and under others.
 
+use std::cmp::Reverse;
 use std::path::Path;
 
 use super::precision;
@@ -7,7 +8,7 @@ use super::words::thousands;
 use crate::config::TrainArgs;
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
-use crate::data::tokenize::{TokenizedPair, TruncationStrategy, fit};
+use crate::data::tokenize::{TokenizedPair, TruncationStrategy, fit, room_for_answers};
 use crate::device::DeviceChoice;
 use crate::error::Result;
 use crate::model::LlamaConfig;
@@ -259,7 +260,9 @@ impl<'a> Case<'a> {
     /// How many rows `max_length` leaves out.
     fn n_left_out(&self, max_length: usize) -> usize {
         match self.rows {
-            Rows::Known(rows) => rows.iter().filter(|row| self.fitted(row, max_length).is_none()).count(),
+            Rows::Known(rows) => {
+                rows.iter().filter(|row| room_for_answers(row, max_length, self.truncation).is_err()).count()
+            }
             Rows::Longest => 0,
         }
     }
@@ -282,26 +285,38 @@ impl<'a> Case<'a> {
         }
     }
 
-    /// The pair within `max_length`; none if it is left out.
-    fn fitted(&self, pair: &TokenizedPair, max_length: usize) -> Option<TokenizedPair> {
-        fit(pair.clone(), max_length, self.truncation).ok()
-    }
-
     /// The micro-batch of the longest pairs.
     pub fn longest_batch(&self, max_length: usize, batch_size: usize) -> Batch {
         let pairs: Vec<TokenizedPair> = match self.rows {
-            Rows::Known(rows) => {
-                let all = rows.iter().chain(self.val);
-                let mut pairs: Vec<_> = all.filter_map(|pair| self.fitted(pair, max_length)).collect();
-                // What answers share from their beginning on is computed once, and does not count twice.
-                pairs
-                    .sort_by_cached_key(|pair| std::cmp::Reverse(pack(&[pair], self.loss_compat).n_tokens()));
-                pairs.truncate(batch_size);
-                pairs
-            }
+            Rows::Known(rows) => self.longest_pairs(rows, max_length, batch_size),
             Rows::Longest => vec![longest_pair(max_length); batch_size],
         };
         pack(&pairs.iter().collect::<Vec<_>>(), self.loss_compat)
+    }
+
+    /// The `n` pairs that take the most tokens within `max_length`, those to evaluate on among them, the longest first.
+    fn longest_pairs(&self, rows: &[TokenizedPair], max_length: usize, n: usize) -> Vec<TokenizedPair> {
+        // What answers share from their beginning on is computed once, and does not count twice; only those are compared that may be
+        // longer than the longest so far.
+        let most = |pair: &TokenizedPair| {
+            let room = room_for_answers(pair, max_length, self.truncation).ok()?;
+            Some(pair.prompt.len() + pair.chosen.len().min(room) + pair.rejected.len().min(room))
+        };
+        let mut pairs: Vec<_> =
+            rows.iter().chain(self.val).filter_map(|pair| Some((most(pair)?, pair))).collect();
+        pairs.sort_by_key(|(most, _)| Reverse(*most));
+        let mut longest: Vec<(usize, TokenizedPair)> = Vec::new();
+        for (most, pair) in pairs {
+            if longest.len() == n && longest.last().is_none_or(|(least, _)| *least >= most) {
+                break;
+            }
+            if let Ok(pair) = fit(pair.clone(), max_length, self.truncation) {
+                longest.push((pack(&[&pair], self.loss_compat).n_tokens(), pair));
+                longest.sort_by_key(|(tokens, _)| Reverse(*tokens));
+                longest.truncate(n);
+            }
+        }
+        longest.into_iter().map(|(_, pair)| pair).collect()
     }
 }
 

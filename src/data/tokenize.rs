@@ -127,30 +127,43 @@ pub fn fit(
     max_length: usize,
     truncation: TruncationStrategy,
 ) -> std::result::Result<TokenizedPair, String> {
+    let room = room_for_answers(&pair, max_length, truncation)?;
+    pair.chosen.truncate(room);
+    pair.rejected.truncate(room);
+    Ok(pair)
+}
+
+/// How many tokens of each answer `max_length` leaves: all of the longer one, or those that truncation does.
+///
+/// # Errors
+/// Why the pair is left out.
+pub fn room_for_answers(
+    pair: &TokenizedPair,
+    max_length: usize,
+    truncation: TruncationStrategy,
+) -> std::result::Result<usize, String> {
     let (prompt, total) = (pair.prompt.len(), pair.prompt_and_longer_answer());
     if prompt == 0 {
         return Err("the prompt is empty, so nothing predicts the answer's first token".to_owned());
     }
+    let mut room = total - prompt;
     if total > max_length {
         let over = format!("--max_length is {max_length}");
         match truncation {
             TruncationStrategy::Delete => {
-                let longer = total - prompt;
-                return Err(format!("{total} tokens (prompt {prompt}, longer answer {longer}), {over}"));
+                return Err(format!("{total} tokens (prompt {prompt}, longer answer {room}), {over}"));
             }
             TruncationStrategy::TruncationRight if prompt >= max_length => {
                 return Err(format!("the prompt's {prompt} tokens leave no room for an answer, {over}"));
             }
-            TruncationStrategy::TruncationRight => {
-                pair.chosen.truncate(max_length - prompt);
-                pair.rejected.truncate(max_length - prompt);
-            }
+            TruncationStrategy::TruncationRight => room = max_length - prompt,
         }
     }
-    if pair.chosen == pair.rejected {
-        return Err(format!("the answers are equal in their {} tokens", pair.chosen.len()));
+    let [chosen, rejected] = [&pair.chosen, &pair.rejected].map(|answer| &answer[..room.min(answer.len())]);
+    if chosen == rejected {
+        return Err(format!("the answers are equal in their {} tokens", chosen.len()));
     }
-    Ok(pair)
+    Ok(room)
 }
 
 #[cfg(test)]
