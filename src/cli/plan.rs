@@ -6,7 +6,7 @@ use super::advice::advice;
 use super::budget::{Budget, Case, Rows, Setting, USABLE, runs_again};
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
-use super::rows::{Data, lengths, load, note_positions, shuffle};
+use super::rows::{Data, lengths, load, note_left_out, note_positions, shuffle};
 use super::start;
 use super::words::{entry, millions, thousands};
 use super::work::Work;
@@ -180,7 +180,8 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
     if args.dataset.is_empty() {
         return Ok(None);
     }
-    let Dataset { rows, unused, .. } = load(args, &args.dataset, demo::pairs)?;
+    let Dataset { rows, skipped, unused } = load(args, &args.dataset, demo::pairs)?;
+    note_left_out(&skipped);
     let is_split = args.val_dataset.is_empty();
     if is_split {
         renames::check_used(&[&unused])?;

@@ -83,7 +83,7 @@ impl Data {
         if train.is_empty() {
             return Err(nothing_to_train_on(args, n_train, &skipped[n_malformed..]));
         }
-        first_of(&skipped).iter().for_each(|line| note!("{line}"));
+        note_left_out(&skipped);
         if let Some(unheld) = unheld {
             note!("{unheld}");
         }
@@ -124,6 +124,11 @@ fn nothing_to_train_on(args: &TrainArgs, n_train: usize, left_out: &[Skipped]) -
         let problem = format!("none of its rows can be trained on: {}", dataset::summarize(left_out));
         Error::file(name, problem).with_hint("rows that are too long: raise --max_length")
     }
+}
+
+/// Names the first of the rows that are left out.
+pub fn note_left_out(skipped: &[Skipped]) {
+    first_of(skipped).iter().for_each(|line| note!("{line}"));
 }
 
 /// The first of the rows that are left out, a line each, and how many more there are.

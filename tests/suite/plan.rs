@@ -175,6 +175,21 @@ fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     assert!(left_out > 0 && printed.contains(&says), "{printed}");
 }
 
+/// Without a tokenizer rows are counted, and those that cannot be used are no less named.
+#[test]
+fn rows_that_cannot_be_used_are_named_without_a_model_s_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows = r#"{"query": "q", "response": "c", "rejected_response": "r"}
+{"query": "q", "response": "c", "rejected_response": "c"}
+"#;
+    std::fs::write(folder.path().join("rows.jsonl"), rows).unwrap();
+    let flags = ["plan", "--model_type", "llama3-8b-instruct", "--device", "cpu", "--dataset", "rows.jsonl"];
+    let output = orpo_wgpu(&flags).current_dir(folder.path()).output().unwrap();
+    assert!(stdout(&output).contains(" of 1 pair"), "{}", stdout(&output));
+    let says = "left out: rows.jsonl:2: the chosen and the rejected answer are equal";
+    assert!(stderr(&output).contains(says), "{}", stderr(&output));
+}
+
 #[test]
 fn a_folder_is_planned_without_data_for_the_longest_pairs() {
     let model = fixture("gqa/model");
