@@ -2,30 +2,35 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use burn::tensor::backend::Backend;
 
 use super::open::OpenModel;
 use super::rows::is_demo_set;
+use super::start::goes_on_in;
 use crate::config::TrainArgs;
 use crate::data::source;
 use crate::error::Result;
 use crate::lora::LoraConfig;
-use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
+use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
 
-/// Creates the run's folder, with these settings in it and the log so far, and gives its path as well.
+/// Creates the run's folder, with these settings in it and the log of the run that it goes on with, and gives its path as well.
 ///
 /// # Errors
 /// If it cannot be written.
-pub(super) fn create_folder(
+pub(super) fn create_folder<B: Backend>(
     args: &TrainArgs,
     open: &OpenModel,
     lora_config: &LoraConfig,
-    log_history: Vec<Value>,
+    resume: Option<&TrainerState<B>>,
 ) -> Result<(PathBuf, RunFolder)> {
     let folder = run_folder(args, open);
     let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
     let texts = texts(args, open, lora_config);
-    let files = RunFolder::create(&folder, texts, args.save_total_limit, log_history, tracker)?;
+    let log_history = resume.map(|state| state.log_history.clone()).unwrap_or_default();
+    let mut files = RunFolder::create(&folder, texts, args.save_total_limit, log_history, tracker)?;
+    if let Some(state) = resume.filter(|_| goes_on_in(args, &folder)) {
+        files.go_on_after(state.global_step);
+    }
     Ok((folder, files))
 }
 

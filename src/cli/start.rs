@@ -28,6 +28,13 @@ pub(super) fn adapter_of(args: &TrainArgs) -> Option<&Path> {
     args.resume_from_checkpoint.as_deref().or(args.adapters.as_deref())
 }
 
+/// Whether the run goes on in the folder of the run that it resumes.
+pub(super) fn goes_on_in(args: &TrainArgs, folder: &Path) -> bool {
+    let checkpoint = args.resume_from_checkpoint.as_deref().and_then(|path| path.canonicalize().ok());
+    let parent = checkpoint.as_deref().and_then(Path::parent);
+    parent.is_some_and(|parent| folder.canonicalize().is_ok_and(|folder| folder == parent))
+}
+
 /// The ranks of the run's adapters: those of the adapter it starts from, else those of `--lora_rank` and `--lora_target_modules`.
 ///
 /// # Errors

@@ -15,7 +15,7 @@ use super::precision;
 use super::progress::Progress;
 use super::record::create_folder;
 use super::rows::{Data, is_demo_data, lengths, note_positions, plan_of};
-use super::start::{adapter_of, ranks, resume_state, start_adapter, with_checkpoint};
+use super::start::{adapter_of, goes_on_in, ranks, resume_state, start_adapter, with_checkpoint};
 use super::tune;
 use super::words::noted;
 use crate::config::TrainArgs;
@@ -74,14 +74,8 @@ pub fn run(args: TrainArgs) -> Result<()> {
 /// A run stays as it is, unless this one goes on from it or is told to write over it.
 fn check_output(args: &TrainArgs) -> Result<()> {
     let folder = &args.output_dir;
-    if args.add_output_dir_suffix || args.overwrite_output_dir || !holds_run(folder) {
-        return Ok(());
-    }
-    let is_in = |checkpoint: &Path| {
-        let (checkpoint, folder) = (checkpoint.canonicalize().ok()?, folder.canonicalize().ok()?);
-        Some(checkpoint.parent()? == folder)
-    };
-    if args.resume_from_checkpoint.as_deref().and_then(is_in) == Some(true) {
+    let may_write = args.add_output_dir_suffix || args.overwrite_output_dir || goes_on_in(args, folder);
+    if may_write || !holds_run(folder) {
         return Ok(());
     }
     let resume = match newest_checkpoint([folder.clone()]) {
@@ -157,8 +151,7 @@ fn run_on<B: Kernels>(run: Run<'_>, device: &B::Device) -> Result<()> {
     let questions: Vec<&str> = held_out.iter().map(|row| row.query.as_str()).collect();
     let start = if first_step == 0 { "before training" } else { "at the resume" };
     let before = answers(&model, open, &questions, start)?;
-    let log_history = resume.as_ref().map(|state| state.log_history.clone()).unwrap_or_default();
-    let (folder, mut files) = create_folder(&recorded, open, &lora_config, log_history)?;
+    let (folder, mut files) = create_folder(&recorded, open, &lora_config, resume.as_ref())?;
     data.list_left_out(&folder)?;
     note!("output   {}", folder.display());
     let memory = || case.choice.memory_bytes();

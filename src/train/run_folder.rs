@@ -132,6 +132,15 @@ impl RunFolder {
         })
     }
 
+    /// Takes the checkpoints up to `step` that are in the folder already for this run's own: it goes on there with the run that wrote
+    /// them.
+    pub fn go_on_after(&mut self, step: usize) {
+        let mut earlier = dated_checkpoints(&self.folder);
+        earlier.retain(|(_, at, _)| *at <= step);
+        earlier.sort_by_key(|(_, at, _)| *at);
+        self.checkpoints = earlier.into_iter().map(|(_, _, path)| path).collect();
+    }
+
     /// The newest checkpoint of this run.
     pub fn last_checkpoint(&self) -> Option<&Path> {
         self.checkpoints.last().map(PathBuf::as_path)

@@ -117,6 +117,23 @@ fn a_run_is_not_written_over_without_a_word() {
 }
 
 #[test]
+fn a_run_that_goes_on_in_its_folder_keeps_as_many_checkpoints_as_before() {
+    let workplace = Workplace::new();
+    let kept = |flags: &[&str]| -> Vec<String> {
+        let output = workplace.train(&[&["--save_steps", "1", "--save_total_limit", "2"], flags].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let names = fs::read_dir(workplace.path("out")).unwrap().map(|e| e.unwrap().file_name());
+        let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+        names.retain(|name| name.starts_with("checkpoint-"));
+        names.sort();
+        names
+    };
+    assert_eq!(kept(&["--max_steps", "3"]), ["checkpoint-2", "checkpoint-3"]);
+    let resume = ["--max_steps", "4", "--resume_from_checkpoint", "out/checkpoint-3"];
+    assert_eq!(kept(&resume), ["checkpoint-3", "checkpoint-4"]);
+}
+
+#[test]
 fn the_first_step_is_told_of_before_the_log_has_a_line() {
     let workplace = Workplace::new();
     let steps = |flags: &[&str]| -> Vec<String> {
