@@ -52,12 +52,12 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let ranks = ranks(&args)?;
     // Before the rows, which may take long: a device that is not there, and a type that it does not have.
     let selected = device::select(&args.device)?;
-    let choice = &selected.choice;
-    let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
-    let data = Data::load(&args, &open)?;
     if let Some(note) = &selected.note {
         tell("device", note);
     }
+    let choice = &selected.choice;
+    let precision = precision::resolve(choice, &args.dtype, args.quantization_bit, args.quantize_lm_head)?;
+    let data = Data::load(&args, &open)?;
     let case = Case::new(&args, &open.config, ranks, Rows::Known(&data.train), choice)?
         .with_val(&data.val)
         .stored_with(open.width()?);

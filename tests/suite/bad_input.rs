@@ -355,6 +355,17 @@ fn a_model_s_name_alone_is_no_model_to_train() {
     }
 }
 
+/// On a machine whose GPU is taken there is nothing to explain.
+#[test]
+fn why_it_is_the_cpu_is_said_before_what_the_cpu_does_not_do() {
+    let workplace = Workplace::new();
+    let mut command = workplace.train_command(&["--device", "auto", "--dtype", "bf16"]);
+    let message = stderr(&command.env("VK_DRIVER_FILES", "nowhere").output().unwrap());
+    if message.contains("cpu does not compute in bf16") {
+        assert!(message.starts_with("device   the CPU, since "), "{message}");
+    }
+}
+
 #[test]
 fn an_error_stands_apart_from_what_was_said_before() {
     let workplace = Workplace::new();
