@@ -10,7 +10,7 @@ use std::path::Path;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, SafeTensorError, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::model::llama::LINEAR_NAMES;
 use crate::model::load::Checkpoint;
 use crate::model::{Linear, Llama};
 use crate::ops::lora_linear::Lora;
+use crate::ops::read::read;
 
 /// The highest rank of a new adapter. Of more, an adapter is no longer small beside the matrices that it is added to.
 pub const MAX_RANK: usize = 256;
@@ -289,10 +290,7 @@ fn check_kind(config: &AdapterConfigFile) -> Result<(), String> {
 pub fn write_safetensors<B: Backend>(path: &Path, tensors: &[(String, Tensor<B, 2>)]) -> Result<()> {
     let mut stored = Vec::new();
     for (name, tensor) in tensors {
-        let data = tensor.clone().into_data().convert::<f32>();
-        let values =
-            data.to_vec::<f32>().map_err(|e| Error::file(path, format!("`{name}` cannot be read: {e:?}")))?;
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let bytes: Vec<u8> = read(tensor.clone())?.iter().flat_map(|v| v.to_le_bytes()).collect();
         stored.push((name, tensor.dims().to_vec(), bytes));
     }
     let views: Result<Vec<_>, _> = stored
@@ -300,10 +298,11 @@ pub fn write_safetensors<B: Backend>(path: &Path, tensors: &[(String, Tensor<B, 
         .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
         .collect();
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    let bytes = views
-        .and_then(|views| safetensors::serialize(views, Some(metadata)))
-        .map_err(|e| Error::file(path, format!("cannot be serialised: {e}")))?;
-    std::fs::write(path, bytes).map_err(Error::io("write", path))
+    let written = views.and_then(|views| safetensors::serialize_to_file(views, Some(metadata), path));
+    written.map_err(|error| match error {
+        SafeTensorError::IoError(error) => Error::io("write", path)(error),
+        other => Error::file(path, format!("cannot be serialised: {other}")),
+    })
 }
 
 /// Writes the adapter in PEFT's format into an existing folder.
