@@ -5,10 +5,12 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::words::first_of;
+
 /// The result of everything that can fail because of the user, the files or the machine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// How many of the tensors that do not fit a message names.
+/// How many of the tensors that do not fit a message names: one wrong folder gives hundreds.
 const SHOWN_TENSORS: usize = 5;
 
 /// What went wrong, where, and (where one is known) what to do about it.
@@ -58,7 +60,7 @@ pub enum Error {
         hint: Option<String>,
     },
     /// Tensors of a checkpoint or an adapter that are missing, extra or misshapen; the first of them are named, one line each.
-    #[error("{}: {} of its tensors do not fit:\n  {}", .path.display(), .problems.len(), first_of(.problems))]
+    #[error("{}: {} of its tensors do not fit:\n  {}", .path.display(), .problems.len(), first_of(.problems, SHOWN_TENSORS).join("\n  "))]
     Tensors {
         /// The file or folder.
         path: PathBuf,
@@ -133,18 +135,6 @@ pub enum Error {
 pub fn place(path: &Path, line: usize, column: Option<usize>) -> String {
     let column = column.map_or_else(String::new, |column| format!(":{column}"));
     format!("{}:{line}{column}", path.display())
-}
-
-/// `1 row`, `2 rows`
-pub fn counted(n: usize, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
-}
-
-/// The first problems, a line each, and how many more there are: one wrong folder gives hundreds.
-fn first_of(problems: &[String]) -> String {
-    let (shown, others) = problems.split_at(problems.len().min(SHOWN_TENSORS));
-    let others = (!others.is_empty()).then(|| format!("and {} more", others.len()));
-    shown.iter().cloned().chain(others).collect::<Vec<_>>().join("\n  ")
 }
 
 impl Error {

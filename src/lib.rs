@@ -28,3 +28,4 @@ pub mod ops;
 pub mod train;
 
 mod shell;
+mod words;

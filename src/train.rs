@@ -23,13 +23,14 @@ use serde_json::{Map, Value, json};
 use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::TokenizedPair;
-use crate::error::{Error, Result, counted};
+use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
 use crate::model::llama::KeepPlan;
 use crate::ops::Kernels;
 use crate::ops::adamw::grad_norm;
 use crate::ops::read::read;
+use crate::words::{counted, first_of};
 use loss_scale::{LossScale, LossScaleConfig, MIN_SCALE};
 use metrics::{StepMetrics, StepTrace};
 use optim::{AdamW, AdamWConfig};
@@ -38,6 +39,9 @@ use run_folder::{Position, RunFolder, TrainerState};
 use schedule::Schedule;
 use step::{DeviceBatch, evaluate, forward_backward};
 use window::Window;
+
+/// How many of a step's rows an error names.
+const SHOWN_ROWS: usize = 16;
 
 /// What the loop is told; names as in Hugging Face's `TrainingArguments` and TRL's `ORPOConfig`.
 #[derive(Debug, Clone)]
@@ -477,8 +481,8 @@ fn check_finite(
     if value.is_finite() {
         return Ok(());
     }
-    let rows: Vec<String> = locations(rows, indices).iter().map(ToString::to_string).collect();
-    Err(Error::NonFinite { step: n_steps, quantity, value, rows: rows.join(", ") })
+    let rows = first_of(&locations(rows, indices), SHOWN_ROWS).join(", ");
+    Err(Error::NonFinite { step: n_steps, quantity, value, rows })
 }
 
 /// A run that moved nothing in `step` steps, of which some were skipped, has trained nothing, whatever its log says.

@@ -18,7 +18,7 @@ use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::Location;
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy};
 use crate::device::{self, DeviceChoice, size};
-use crate::error::{Error, Result, counted};
+use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig, MAX_RANK};
 use crate::model::llama::LINEAR_NAMES;
 use crate::model::presets;
@@ -26,6 +26,7 @@ use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::tune::LinearKind;
 use crate::ops::{Kernels, profile};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
+use crate::words::counted;
 
 /// The products are timed as for a run of so many steps, which is what the bench tells of.
 const STEPS_OF_A_RUN: usize = 1000;

@@ -4,7 +4,6 @@ use std::cmp::Reverse;
 use std::path::Path;
 
 use super::precision;
-use super::words::thousands;
 use crate::config::TrainArgs;
 use crate::data::batch::{Batch, LossCompat, pack};
 use crate::data::dataset::Location;
@@ -15,6 +14,7 @@ use crate::model::LlamaConfig;
 use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
 use crate::model::parts::logits_bytes;
 use crate::train::cost::{Place, StepMemory, StepShape, largest_tensor};
+use crate::words::thousands;
 
 /// The share of a device's memory that a run may be predicted to fill: drivers, displays and fragments take the rest.
 pub const USABLE: f64 = 0.85;

@@ -7,7 +7,8 @@ use serde_json::json;
 
 use super::words::paragraph;
 use crate::device::{self, Adapter, CudaGpu, DeviceChoice, DeviceRequest, Selected, size};
-use crate::error::{Result, counted};
+use crate::error::Result;
+use crate::words::counted;
 
 /// What `orpo-wgpu devices` is told.
 #[derive(Debug, Clone, clap::Args)]

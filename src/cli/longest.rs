@@ -5,7 +5,6 @@ use std::time::Instant;
 use burn::tensor::Tensor;
 
 use super::budget::{Budget, Case};
-use super::words::thousands;
 use crate::data::batch::Batch;
 use crate::device::{self, DeviceChoice, size};
 use crate::error::Result;
@@ -14,6 +13,7 @@ use crate::model::Llama;
 use crate::ops::read::read;
 use crate::ops::{Kernels, profile};
 use crate::train::step::{DeviceBatch, forward_backward};
+use crate::words::thousands;
 
 /// The share of the CPU's memory from which on a prediction is worth a trial.
 ///

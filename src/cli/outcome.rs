@@ -7,13 +7,14 @@ use comfy_table::{ContentArrangement, Table, presets};
 use super::open::OpenModel;
 use crate::config::TrainArgs;
 use crate::demo;
-use crate::error::{Result, counted};
+use crate::error::Result;
 use crate::infer::generate::{GenerationConfig, answer};
 use crate::model::Llama;
 use crate::ops::Kernels;
 use crate::shell::pasted;
 use crate::train::Summary;
 use crate::train::metrics::StepMetrics;
+use crate::words::counted;
 
 /// Answers of the demo that are shown; all are counted.
 const SHOWN_ANSWERS: usize = 6;

@@ -8,7 +8,7 @@ use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
 use super::rows::{Data, lengths, load, note_left_out, note_positions, shuffle};
 use super::start;
-use super::words::{entry, millions, thousands};
+use super::words::{entry, millions};
 use super::work::Work;
 use crate::config::TrainArgs;
 use crate::data::dataset::{self, Dataset};
@@ -16,10 +16,11 @@ use crate::data::renames;
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
-use crate::error::{Error, Result, counted};
+use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
 use crate::model::presets;
 use crate::train::cost::StepMemory;
+use crate::words::{counted, thousands};
 
 /// Columns of the table's first one, which holds the longest flag: all of them together fit 80.
 const SETTINGS_WIDTH: u16 = 34;

@@ -12,10 +12,11 @@ use serde_json::{Map, Value};
 use super::{interrupts, profile_table};
 use crate::data::dataset::Location;
 use crate::device;
-use crate::error::{Error, counted};
+use crate::error::Error;
 use crate::ops::profile;
 use crate::train::Observer;
 use crate::train::metrics::StepMetrics;
+use crate::words::{counted, first_of};
 
 /// Rows of a step that an error names.
 const SHOWN_ROWS: usize = 16;
@@ -98,10 +99,7 @@ impl<'a> Progress<'a> {
 
 /// `step 12 (pairs.jsonl:3)`
 fn in_words(step: usize, rows: &[&Location]) -> String {
-    let (shown, others) = rows.split_at(rows.len().min(SHOWN_ROWS));
-    let shown: Vec<String> = shown.iter().map(ToString::to_string).collect();
-    let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
-    format!("step {step} ({}{others})", shown.join(", "))
+    format!("step {step} ({})", first_of(rows, SHOWN_ROWS).join(", "))
 }
 
 impl Observer for Progress<'_> {

@@ -4,16 +4,17 @@ use std::fs;
 use std::path::Path;
 
 use super::open::OpenModel;
-use super::words::{millions, thousands};
+use super::words::millions;
 use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
 use crate::data::renames::{self, UnusedRenames};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
-use crate::error::{Error, Result, counted};
+use crate::error::{Error, Result};
 use crate::model::LlamaConfig;
 use crate::train::plan::Plan;
+use crate::words::{counted, first_of, thousands};
 
 /// How many of the rows that are left out standard error names.
 const SHOWN_ROWS: usize = 5;
@@ -126,20 +127,9 @@ fn nothing_to_train_on(args: &TrainArgs, n_train: usize, left_out: &[Skipped]) -
     }
 }
 
-/// Names the first of the rows that are left out.
+/// Names the first of the rows that are left out, and says how many more there are.
 pub fn note_left_out(skipped: &[Skipped]) {
-    first_of(skipped).iter().for_each(|line| note!("{line}"));
-}
-
-/// The first of the rows that are left out, a line each, and how many more there are.
-fn first_of(skipped: &[Skipped]) -> Vec<String> {
-    let (shown, others) = skipped.split_at(skipped.len().min(SHOWN_ROWS));
-    let mut lines: Vec<String> = shown.iter().map(|row| format!("left out: {row}")).collect();
-    if !others.is_empty() {
-        let n = thousands(others.len());
-        lines.push(format!("left out: and {n} more"));
-    }
-    lines
+    first_of(skipped, SHOWN_ROWS).iter().for_each(|row| note!("left out: {row}"));
 }
 
 /// Says that a share of so many rows is less than one, unless none was asked for.
@@ -251,22 +241,6 @@ pub fn plan_of(args: &TrainArgs, n_rows: usize) -> (Plan, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::dataset::Location;
-
-    #[test]
-    fn only_the_first_rows_that_are_left_out_are_named() {
-        let skipped = |n: usize| -> Vec<Skipped> {
-            let location = |line| Location::new(Path::new("rows.jsonl"), line);
-            (1..=n).map(|line| Skipped { location: location(line), reason: "too long".to_owned() }).collect()
-        };
-        assert!(first_of(&[]).is_empty());
-        let five = first_of(&skipped(5));
-        assert_eq!(five[4], "left out: rows.jsonl:5: too long");
-        let many = first_of(&skipped(1239));
-        assert_eq!(many[..5], five);
-        assert_eq!(many[5], "left out: and 1,234 more");
-        assert_eq!(many.len(), 6);
-    }
 
     #[test]
     fn the_demo_s_data_go_by_their_name_and_are_sampled() {

@@ -22,7 +22,7 @@ use crate::config::TrainArgs;
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
 use crate::device::{self, DeviceChoice, size};
-use crate::error::{Error, Result, counted};
+use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
 use crate::model::llama::KeepPlan;
 use crate::model::{Llama, Precision};
@@ -32,6 +32,7 @@ use crate::train::plan::Plan;
 use crate::train::run_folder::{RunFolder, TrainerState, holds_run, newest_checkpoint};
 use crate::train::schedule::Schedule;
 use crate::train::{TrainData, TrainSettings, train};
+use crate::words::counted;
 
 /// Steps of a run up to which the first of a warm-up, whose rate is 0, is a tenth of it or more.
 const SHORT_RUN: usize = 10;

@@ -1,4 +1,4 @@
-//! Numbers and lines as people read them.
+//! Figures and lines as a terminal shows them.
 
 use std::io::{self, IsTerminal};
 
@@ -6,13 +6,6 @@ use std::io::{self, IsTerminal};
 const WIDTH: usize = 80;
 /// Columns of a line's label.
 const LABEL: usize = 9;
-
-/// `1,941`
-pub fn thousands(number: usize) -> String {
-    let digits = number.to_string();
-    let groups = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy);
-    groups.collect::<Vec<_>>().join(",")
-}
 
 /// Seconds in words: `3 h 20 min`.
 pub fn duration(seconds: f64) -> String {
@@ -69,7 +62,6 @@ mod tests {
 
     #[test]
     fn numbers_are_readable() {
-        assert_eq!([0, 999, 1941, 1_234_567].map(thousands), ["0", "999", "1,941", "1,234,567"]);
         let counts = [1_058_112, 8_030_261_248].map(millions);
         assert_eq!(counts, ["1.1 million", "8.03 billion"]);
         let shown = [4.2, 80.0, 3600.0, 12_000.0, 1e6].map(duration);

@@ -8,16 +8,17 @@ use super::limits::{Product, best_product};
 use super::measured_step::{MeasuredStep, median};
 use super::precision;
 use super::rows::plan_of;
-use super::words::{duration, thousands};
+use super::words::duration;
 use crate::config::TrainArgs;
 use crate::data::batch::{Batch, pack};
 use crate::data::tokenize::TokenizedPair;
 use crate::device::{self, DeviceChoice};
-use crate::error::{Result, counted};
+use crate::error::Result;
 use crate::lora::{self, LoraConfig};
 use crate::model::llama::{KeepPlan, LINEAR_NAMES};
 use crate::model::{Llama, Precision};
 use crate::train::cost::{StepFlops, StepMemory, StepShape};
+use crate::words::{counted, thousands};
 
 /// The share of the best product's rate that a step is taken to run at: norms, attention and the head come in between, and products of
 /// few tokens are slow. `bench` came to 44 to 64 % on an H100, and on two cores to 38 to 43 % with a small model (README).

@@ -11,9 +11,10 @@ use burn::tensor::backend::Backend;
 use super::generate::{Generation, GenerationConfig, Session, StopReason};
 use crate::data::template::{Renderer, Template};
 use crate::data::tokenize::TextTokenizer;
-use crate::error::{Error, Result, counted};
+use crate::error::{Error, Result};
 use crate::model::Llama;
 use crate::ops::Kernels;
+use crate::words::counted;
 
 /// A conversation.
 #[derive(Debug)]

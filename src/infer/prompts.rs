@@ -8,8 +8,9 @@ use serde_json::Value;
 
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
 use crate::data::prompts::Prompt;
-use crate::error::{Error, Result, counted};
+use crate::error::{Error, Result};
 use crate::ops::Kernels;
+use crate::words::counted;
 
 /// Checks that a file of results can be made.
 ///
