@@ -4,6 +4,7 @@
 mod adapters;
 mod bad_input;
 mod bench;
+mod chat;
 mod checkpoints;
 mod configuration;
 mod convergence;

@@ -150,20 +150,13 @@ fn the_first_step_is_told_of_before_the_log_has_a_line() {
     assert_eq!(steps(&["--max_steps", "2", "--logging_steps", "1"]).len(), 2);
 }
 
-/// A command as a shell takes it.
-#[cfg(unix)]
-fn quoted(command: &Command) -> String {
-    let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| format!("'{}'", word.to_string_lossy())).collect::<Vec<_>>().join(" ")
-}
-
 /// By `script`, which has a terminal for what it runs.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_terminal_sees_the_lines_of_the_log_as_well() {
     let workplace = Workplace::new();
     let flags = ["--logging_steps", "1", "--dataset_test_ratio", "0.3"];
-    let train = quoted(&workplace.train_command(&flags));
+    let train = crate::workplace::quoted(&workplace.train_command(&flags));
     let mut script = Command::new("script");
     let output = script.args(["-qec", &train, "/dev/null"]).current_dir(workplace.0.path()).output();
     let output = output.expect("`script` of util-linux runs");
@@ -269,7 +262,7 @@ fn a_save_that_fails_leaves_the_last_checkpoint_and_nothing_half_written() {
         "--report_to",
         "none",
     ]);
-    let script = format!("trap '' XFSZ; ulimit -f 16; exec {}", quoted(&command));
+    let script = format!("trap '' XFSZ; ulimit -f 16; exec {}", crate::workplace::quoted(&command));
     let output = Command::new("sh").args(["-c", &script]).current_dir(workplace.0.path()).output().unwrap();
     let message = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{message}");

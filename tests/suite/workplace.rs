@@ -13,6 +13,13 @@ pub(crate) fn orpo_wgpu(args: &[&str]) -> Command {
     command
 }
 
+/// A command as a shell takes it.
+#[cfg(unix)]
+pub(crate) fn quoted(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| format!("'{}'", word.to_string_lossy())).collect::<Vec<_>>().join(" ")
+}
+
 /// A file or folder of the golden cases.
 pub(crate) fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(path)
