@@ -163,6 +163,7 @@ pub fn train<B: Kernels>(
         settings,
         run,
         observer,
+        first_step,
         initial,
         optimizer,
         loss_scale,
@@ -202,6 +203,8 @@ struct Training<'a, B: Kernels> {
     settings: &'a TrainSettings,
     run: &'a mut RunFolder,
     observer: &'a mut dyn Observer,
+    /// Steps that were done before this process.
+    first_step: usize,
     /// The adapter as it came in.
     initial: Vec<Tensor<B, 2>>,
     optimizer: AdamW<B>,
@@ -304,7 +307,13 @@ impl<B: Kernels> Training<'_, B> {
         }
         let paused = Instant::now();
         if is_last {
-            check_moved(step, self.n_skipped(), &self.initial, &lora::parameters(self.model))?;
+            check_moved(
+                step,
+                self.first_step,
+                self.n_skipped(),
+                &self.initial,
+                &lora::parameters(self.model),
+            )?;
             // Before the evaluation that ends the run, which nothing but the end of the program ends.
             self.save(step)?;
         }
@@ -344,17 +353,9 @@ impl<B: Kernels> Training<'_, B> {
         Ok(())
     }
 
-    /// Evaluates after `step` steps, and logs what that comes to. The steps are saved where it fails: their weights are as they should be.
+    /// Evaluates after `step` steps, and logs what that comes to.
     fn log_evaluation(&mut self, step: usize) -> Result<()> {
-        let evaluated = match self.evaluate(step) {
-            Ok(evaluated) => evaluated,
-            Err(error) => {
-                // The first error is the one to report.
-                let _ = self.save(step);
-                return Err(error);
-            }
-        };
-        if let Some(metrics) = evaluated {
+        if let Some(metrics) = self.evaluate(step)? {
             self.write_line(step, &metrics.to_json("eval_"), None)?;
             self.evaluations.push(metrics);
         }
@@ -485,9 +486,10 @@ fn check_finite(
     Err(Error::NonFinite { step: n_steps, quantity, value, rows })
 }
 
-/// A run that moved nothing in `step` steps, of which some were skipped, has trained nothing, whatever its log says.
+/// Steps `first_step` to `step` that moved nothing, of which some were skipped, have trained nothing, whatever the log says.
 fn check_moved<B: Kernels>(
     step: usize,
+    first_step: usize,
     n_skipped: usize,
     before: &[Tensor<B, 2>],
     after: &[Tensor<B, 2>],
@@ -509,7 +511,8 @@ fn check_moved<B: Kernels>(
         let hint = "a lower --fp16_init_scale, more steps for the scale to fall, or --dtype fp32";
         return Err(Error::Unchanged { problem, hint });
     }
-    let problem = format!("{} at learning rates too small for its weights", counted(step, "step"));
+    let problem =
+        format!("{} at learning rates too small for its weights", counted(step - first_step, "step"));
     Err(Error::Unchanged { problem, hint: "raise --learning_rate" })
 }
 
