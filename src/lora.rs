@@ -10,7 +10,7 @@ use std::path::Path;
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use safetensors::tensor::{Dtype, SafeTensorError, TensorView};
+use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -298,11 +298,10 @@ pub fn write_safetensors<B: Backend>(path: &Path, tensors: &[(String, Tensor<B, 
         .map(|(name, shape, bytes)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
         .collect();
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    let written = views.and_then(|views| safetensors::serialize_to_file(views, Some(metadata), path));
-    written.map_err(|error| match error {
-        SafeTensorError::IoError(error) => Error::io("write", path)(error),
-        other => Error::file(path, format!("cannot be serialised: {other}")),
-    })
+    let bytes = views
+        .and_then(|views| safetensors::serialize(views, Some(metadata)))
+        .map_err(|e| Error::file(path, format!("cannot be serialised: {e}")))?;
+    std::fs::write(path, bytes).map_err(Error::io("write", path))
 }
 
 /// Writes the adapter in PEFT's format into an existing folder.
