@@ -149,18 +149,18 @@ pub fn ranks(r: usize, target_modules: &[String]) -> [usize; LINEAR_NAMES.len()]
     LINEAR_NAMES.map(|name| if target_modules.iter().any(|target| target == last_name(name)) { r } else { 0 })
 }
 
-/// [`ranks`] of an adapter folder by its `adapter_config.json`, without its tensors.
+/// What an adapter folder's `adapter_config.json` says of it, without its tensors, and the largest rank of a module.
 ///
 /// # Errors
 /// As [`load`].
-pub fn ranks_of(folder: &Path) -> Result<[usize; LINEAR_NAMES.len()]> {
-    let config = read_config(folder)?;
+pub fn config_of(folder: &Path) -> Result<(LoraConfig, usize)> {
+    let AdapterConfigFile { r, lora_alpha, target_modules: modules, rank_pattern, .. } = read_config(folder)?;
     // PEFT also takes a regular expression, of which the most is assumed.
-    let modules = config.target_modules.as_ref().and_then(serde_json::Value::as_array);
+    let modules = modules.as_ref().and_then(serde_json::Value::as_array);
     let names = modules.map(|modules| modules.iter().filter_map(|m| m.as_str().map(str::to_owned)).collect());
     let all = || target_modules(&["ALL".to_owned()]);
-    let most = config.rank_pattern.values().copied().fold(config.r, usize::max);
-    Ok(ranks(most, &names.map_or_else(all, Ok)?))
+    let most = rank_pattern.values().copied().fold(r, usize::max);
+    Ok((LoraConfig { r, lora_alpha, target_modules: names.map_or_else(all, Ok)? }, most))
 }
 
 /// The base model that an adapter folder's `adapter_config.json` names, and a check that the adapter is one that is computed, before a

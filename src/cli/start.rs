@@ -38,10 +38,14 @@ pub(super) fn goes_on_in(args: &TrainArgs, folder: &Path) -> bool {
 /// The ranks of the run's adapters: those of the adapter it starts from, else those of `--lora_rank` and `--lora_target_modules`.
 ///
 /// # Errors
-/// If that adapter's configuration cannot be read, or there is no such module.
+/// If that adapter's configuration cannot be read, it is another than was asked for, or there is no such module.
 pub(super) fn ranks(args: &TrainArgs) -> Result<[usize; LINEAR_NAMES.len()]> {
     match adapter_of(args) {
-        Some(folder) => lora::ranks_of(folder),
+        Some(folder) => {
+            let (config, most) = lora::config_of(folder)?;
+            check_given(args, &config, folder)?;
+            Ok(lora::ranks(most, &config.target_modules))
+        }
         None => Ok(lora::ranks(args.lora_rank, &lora::target_modules(&args.lora_target_modules)?)),
     }
 }
@@ -81,7 +85,8 @@ fn check_given(args: &TrainArgs, config: &LoraConfig, folder: &Path) -> Result<(
         "leave {} out, on the command line and in --config: training goes on with the adapter's; other ones are a new adapter's",
         flags.join(" and ")
     );
-    Err(Error::file(folder, format!("the adapter has {}", problems.join("; "))).with_hint(hint))
+    Err(Error::config(format!("the adapter in {} has {}", folder.display(), problems.join("; ")))
+        .with_hint(hint))
 }
 
 /// The folder itself if it is a checkpoint, else the newest one of the run that it is.
@@ -103,12 +108,10 @@ fn checkpoint_of(folder: &Path) -> Result<PathBuf> {
 /// Gives the model its adapter: the one that the run starts from, else a new one.
 ///
 /// # Errors
-/// If that adapter cannot be read, does not fit the model, or is another than was asked for.
+/// If that adapter cannot be read, or does not fit the model.
 pub(super) fn start_adapter<B: Kernels>(args: &TrainArgs, model: &mut Llama<B>) -> Result<LoraConfig> {
     if let Some(folder) = adapter_of(args) {
-        let config = lora::load(model, folder)?;
-        check_given(args, &config, folder)?;
-        return Ok(config);
+        return lora::load(model, folder);
     }
     let target_modules = lora::target_modules(&args.lora_target_modules)?;
     let config = LoraConfig { r: args.lora_rank, lora_alpha: args.lora_alpha, target_modules };

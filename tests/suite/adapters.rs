@@ -83,10 +83,10 @@ fn what_is_asked_of_an_adapter_and_is_not_what_it_has_is_refused_whole() {
     for start in ["--adapters", "--resume_from_checkpoint"] {
         for defaults in [&flags[..], &["--config", "defaults.toml"]] {
             let output = from(start, defaults);
-            let says = "checkpoint-1: the adapter has a rank of 4, and --lora_rank is 8; an alpha of 16, and --lora_alpha is 32; \
+            let says = "checkpoint-1 has a rank of 4, and --lora_rank is 8; an alpha of 16, and --lora_alpha is 32; \
                         the modules q_proj,v_proj, and --lora_target_modules is ALL\n\
                         hint: leave --lora_rank and --lora_alpha and --lora_target_modules out, ";
-            assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+            assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
             assert!(stderr(&output).contains(says), "{}", stderr(&output));
         }
         for same in [&small[..], &["--config", "out/args.json"], &[]] {
