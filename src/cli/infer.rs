@@ -20,7 +20,7 @@ use crate::infer::chat::{self, Chat, Manner};
 use crate::infer::generate::GenerationConfig;
 use crate::infer::prompts::{answer_prompts, check_result_file};
 use crate::infer::sample::SamplingConfig;
-use crate::infer::talk::{self, Piped};
+use crate::infer::talk::{self, Piped, Prompted};
 use crate::lora;
 use crate::ops::Kernels;
 use crate::train::run_folder::newest_checkpoint;
@@ -173,11 +173,16 @@ fn run_on<B: Kernels>(
             (None, Some(_)) => {
                 answer_prompts(&mut chat, prompts, args.result_file.as_deref(), output, notes, manner)
             }
-            (None, None) if manner.is_terminal => {
-                chat.interrupted_by(interrupts::watch_ctrl_c());
-                talk::run(&mut chat, &mut Keyboard::new()?, output, notes, manner)
-            }
-            (None, None) => talk::run(&mut chat, &mut Piped(stdin().lock()), output, notes, manner),
+            (None, None) => match Keyboard::open().filter(|_| manner.is_terminal) {
+                Some(mut keyboard) => {
+                    chat.interrupted_by(interrupts::watch_ctrl_c());
+                    talk::run(&mut chat, &mut keyboard, output, notes, manner)
+                }
+                None if manner.is_terminal => {
+                    talk::run(&mut chat, &mut Prompted(stdin().lock(), stderr()), output, notes, manner)
+                }
+                None => talk::run(&mut chat, &mut Piped(stdin().lock()), output, notes, manner),
+            },
         }
     })
     .map_err(|error| match error {

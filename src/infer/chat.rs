@@ -125,6 +125,7 @@ impl<'m, B: Kernels> Chat<'m, B> {
                     ControlFlow::Break(())
                 }
             })?;
+        self.interrupt.store(false, Ordering::Relaxed);
         if let Some(error) = failure {
             return Err(error);
         }

@@ -1,5 +1,6 @@
 //! The loop that a user talks to: messages and commands, typed or piped.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, Write};
 
 use super::chat::{Chat, Manner, ask_on_line, note, unless_closed};
@@ -9,7 +10,7 @@ use crate::ops::Kernels;
 /// What is read at a prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Line {
-    /// A line, without its end.
+    /// A line, or several that were pasted at once, without the last one's end.
     Text(String),
     /// Whoever types wants to begin anew.
     Dropped,
@@ -127,7 +128,20 @@ pub fn run<B: Kernels>(
     notes: &mut dyn Write,
     manner: Manner,
 ) -> Result<()> {
-    unless_closed(Loop { lines, notes, manner, is_multi_line: false }.run(chat, output))
+    unless_closed(
+        Loop { lines, notes, manner, is_multi_line: false, pasted: VecDeque::new() }.run(chat, output),
+    )
+}
+
+/// Lines of somebody who types them where they cannot be edited: prompts go to the second.
+#[derive(Debug)]
+pub struct Prompted<R, W>(pub R, pub W);
+
+impl<R: BufRead, W: Write> Lines for Prompted<R, W> {
+    fn read(&mut self, prompt: &str) -> Result<Line> {
+        note(&mut self.1, prompt);
+        Piped(&mut self.0).read(prompt)
+    }
 }
 
 struct Loop<'io> {
@@ -136,6 +150,8 @@ struct Loop<'io> {
     manner: Manner,
     /// Whether a message ends with a line of its own instead of with its line.
     is_multi_line: bool,
+    /// Lines that were pasted and not looked at yet.
+    pasted: VecDeque<String>,
 }
 
 impl Loop<'_> {
@@ -188,6 +204,20 @@ impl Loop<'_> {
         Ok(())
     }
 
+    /// Reads a line; several that were pasted are one, unless a line ends messages.
+    fn read_line(&mut self, prompt: &str) -> Result<Line> {
+        if let Some(line) = self.pasted.pop_front() {
+            return Ok(Line::Text(line));
+        }
+        let read = self.lines.read(prompt)?;
+        let Line::Text(text) = &read else { return Ok(read) };
+        let Some((first, rest)) = text.split_once('\n').filter(|_| self.is_multi_line) else {
+            return Ok(read);
+        };
+        self.pasted = rest.lines().map(str::to_owned).collect();
+        Ok(Line::Text(first.to_owned()))
+    }
+
     fn say(&mut self, text: &str) {
         if self.manner.is_terminal {
             note(self.notes, text);
@@ -196,7 +226,7 @@ impl Loop<'_> {
 
     /// Reads a message or a command, which is one line in any mode.
     fn read_message(&mut self) -> Result<Line> {
-        match self.lines.read(">>> ")? {
+        match self.read_line(">>> ")? {
             Line::Text(first) => match Meaning::of(&first, self.manner) {
                 Meaning::Message(_) => self.read_rest(first),
                 Meaning::Command(_) | Meaning::Unknown => Ok(Line::Text(first)),
@@ -207,7 +237,7 @@ impl Loop<'_> {
 
     /// Reads a text that is no command whatever it is.
     fn read_text(&mut self, prompt: &str) -> Result<Line> {
-        match self.lines.read(prompt)? {
+        match self.read_line(prompt)? {
             Line::Text(first) => self.read_rest(first),
             other => Ok(other),
         }
@@ -223,7 +253,7 @@ impl Loop<'_> {
         while next.trim() != "#" {
             text.push_str(&next);
             text.push('\n');
-            match self.lines.read("... ")? {
+            match self.read_line("... ")? {
                 Line::Text(line) => next = line,
                 Line::Dropped => return Ok(Line::Dropped),
                 Line::End => break,

@@ -138,6 +138,23 @@ fn a_terminal_is_prompted_and_survives_a_question_that_is_too_long() {
     assert!(notes.contains("tokens/s"), "{notes}");
 }
 
+/// What a terminal hands on of a paste is several lines at once.
+#[test]
+fn what_is_pasted_is_one_message_unless_a_line_ends_messages() {
+    struct Pasted(Vec<&'static str>);
+    impl Lines for Pasted {
+        fn read(&mut self, _: &str) -> orpo_wgpu::error::Result<Line> {
+            Ok(self.0.pop().map_or(Line::End, |text| Line::Text(text.to_owned())))
+        }
+    }
+    let talk = Talk::new();
+    let mut chat = talk.chat(None, &GenerationConfig::greedy(2));
+    let mut lines = Pasted(vec!["c\n#\nd\n#", "multi-line", "a\nb"]);
+    talk::run(&mut chat, &mut lines, &mut Vec::new(), &mut Vec::new(), TERMINAL).unwrap();
+    let questions: Vec<&str> = chat.history().iter().map(|(question, _)| question.as_str()).collect();
+    assert_eq!(questions, ["a\nb", "c", "d"]);
+}
+
 #[test]
 fn ctrl_c_drops_what_is_typed_and_ends_an_answer() {
     let talk = Talk::new();
@@ -286,8 +303,11 @@ fn a_terminal_is_typed_on_with_the_keys_of_a_shell() {
     let folder = tempfile::tempdir().unwrap();
     let infer =
         quoted(&orpo_wgpu(&["infer", "--device", "cpu", "--temperature", "0", "--max_new_tokens", "4"]));
-    let mut script = Command::new("script");
-    script.args(["-qec", &infer, "/dev/null"]).current_dir(folder.path());
+    let mut script = Command::new("timeout");
+    script
+        .args(["60", "script", "-qec", &infer, "/dev/null"])
+        .current_dir(folder.path())
+        .env("TERM", "xterm");
     let script = script.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let mut script = script.expect("`script` of util-linux runs");
     let (mut keys, mut screen) = (script.stdin.take().unwrap(), script.stdout.take().unwrap());
@@ -315,6 +335,10 @@ fn a_terminal_is_typed_on_with_the_keys_of_a_shell() {
     press("\x03");
     wait_for("Ctrl-D or /exit ends the chat");
     wait_for(">>> ");
+    keys.write_all(b"h\xe4llo\r").unwrap();
+    wait_for("what is no UTF-8 is not read");
+    wait_for(">>> ");
+    let mut press = |text: &str| keys.write_all(text.as_bytes()).unwrap();
     // The line before.
     press("\x1b[A\r");
     wait_for("system prompt> ");
