@@ -1,7 +1,7 @@
 //! A file of prompts, answered one by one.
 
 use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::Path;
 
 use serde_json::Value;
@@ -12,27 +12,23 @@ use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::words::counted;
 
-/// Checks that a file of results can be made.
+/// Checks that nothing is lost where results go.
 ///
 /// # Errors
-/// [`Error::File`] if there is something of its name, which is not written over.
+/// [`Error::File`] if there is a file of that name that holds something, as that of the prompts does.
 pub fn check_result_file(path: &Path) -> Result<()> {
-    match path.symlink_metadata() {
-        Ok(_) => Err(in_the_way(path)),
-        Err(_) => Ok(()),
+    match path.metadata() {
+        Ok(data) if data.is_file() && data.len() > 0 => {
+            let problem = "is there already, and what it holds would be lost";
+            Err(Error::file(path, problem).with_hint("another --result_file, or remove it"))
+        }
+        _ => Ok(()),
     }
 }
 
-fn in_the_way(path: &Path) -> Error {
-    Error::file(path, "is there already, and would be lost").with_hint("another --result_file, or remove it")
-}
-
-/// A new file.
 fn create(path: &Path) -> Result<File> {
-    File::create_new(path).map_err(|error| match error.kind() {
-        ErrorKind::AlreadyExists => in_the_way(path),
-        _ => Error::io("create", path)(error),
-    })
+    check_result_file(path)?;
+    File::create(path).map_err(Error::io("create", path))
 }
 
 /// Answers prompts, each in a conversation of its own with the same draws, so that an answer depends on its prompt alone.
@@ -131,13 +127,16 @@ mod tests {
     fn a_file_of_that_name_is_left_as_it_is() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("answers.jsonl");
-        check_result_file(&path).unwrap();
-        create(&path).unwrap();
+        for _ in 0..2 {
+            create(&path).unwrap();
+        }
+        std::fs::write(&path, "{}").unwrap();
         for error in [check_result_file(&path).unwrap_err(), create(&path).unwrap_err()] {
             assert!(
-                error.to_string().ends_with("answers.jsonl: is there already, and would be lost"),
+                error.to_string().contains("answers.jsonl: is there already, and what it holds"),
                 "{error}"
             );
         }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{}");
     }
 }
