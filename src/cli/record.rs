@@ -29,7 +29,7 @@ pub(super) fn create_folder<B: Backend>(
     let log_history = resume.map(|state| state.log_history.clone()).unwrap_or_default();
     let mut files = RunFolder::create(&folder, texts, args.save_total_limit, log_history, tracker)?;
     if let Some(state) = resume.filter(|_| goes_on_in(args, &folder)) {
-        files.go_on_after(state.global_step);
+        files.go_on_with(&state.checkpoints);
     }
     Ok((folder, files))
 }

@@ -59,13 +59,17 @@ pub enum Tracker {
     None,
 }
 
+/// After how many steps a checkpoint was saved, by its name.
+fn step_of(checkpoint: &Path) -> Option<usize> {
+    checkpoint.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()
+}
+
 /// A run folder's checkpoints: when the adapter was written, which tells the newest where an older run had come further in the same
 /// folder, and how many steps are behind it.
 fn dated_checkpoints(run: &Path) -> Vec<(SystemTime, usize, PathBuf)> {
     let folders = fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path());
-    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse::<usize>().ok();
     let written = |path: &Path| path.join(lora::ADAPTER_FILE).metadata().and_then(|m| m.modified()).ok();
-    folders.filter_map(|path| Some((written(&path)?, step(&path)?, path))).collect()
+    folders.filter_map(|path| Some((written(&path)?, step_of(&path)?, path))).collect()
 }
 
 /// The newest checkpoint among those of some run folders; one without an adapter is none.
@@ -132,13 +136,10 @@ impl RunFolder {
         })
     }
 
-    /// Takes the checkpoints up to `step` that are in the folder already for this run's own: it goes on there with the run that wrote
-    /// them.
-    pub fn go_on_after(&mut self, step: usize) {
-        let mut earlier = dated_checkpoints(&self.folder);
-        earlier.retain(|(_, at, _)| *at <= step);
-        earlier.sort_by_key(|(_, at, _)| *at);
-        self.checkpoints = earlier.into_iter().map(|(_, _, path)| path).collect();
+    /// Takes the checkpoints after these steps for its own: it goes on in the folder of the run that saved them.
+    pub fn go_on_with(&mut self, steps: &[usize]) {
+        let places = steps.iter().map(|step| self.folder.join(format!("checkpoint-{step}")));
+        self.checkpoints = places.filter(|place| place.exists()).collect();
     }
 
     /// The newest checkpoint of this run.
@@ -226,6 +227,9 @@ impl RunFolder {
         state.extend(moments("exp_avg_sq", &optimizer.exp_avg_sq));
         lora::write_safetensors(&folder.join(OPTIMIZER_FILE), &state)?;
         let Position { step, plan, loss_scale } = position;
+        let saved: Vec<_> =
+            self.checkpoints.iter().filter_map(|place| step_of(place)).chain([step]).collect();
+        let kept = &saved[saved.len().saturating_sub(self.save_total_limit.max(1))..];
         let state = json!({
             "global_step": step,
             "epoch": plan.epoch(step),
@@ -235,6 +239,7 @@ impl RunFolder {
             "shuffle_seed": shuffle_seed(plan),
             "n_updates": optimizer.n_updates,
             "loss_scale": loss_scale,
+            "checkpoints": kept,
             "log_history": self.log_history,
         });
         let texts = [
@@ -315,6 +320,8 @@ pub struct TrainerState<B: Backend> {
     pub global_step: usize,
     /// The log up to there.
     pub log_history: Vec<Value>,
+    /// After which steps the run had saved what was there of it, this checkpoint among them.
+    pub checkpoints: Vec<usize>,
     /// The loss scale to go on with, of a run in fp16.
     pub loss_scale: Option<LossScale>,
     /// Steps that were not skipped.
@@ -370,12 +377,15 @@ impl<B: Backend> TrainerState<B> {
             let what = format!("has a loss scale of {scale}, expected {MIN_SCALE} to {MAX_SCALE}");
             return Err(Error::file(&path, what).with_hint("resume from another checkpoint"));
         }
+        let steps = state["checkpoints"].as_array().cloned().unwrap_or_default();
+        let checkpoints = steps.iter().filter_map(|step| usize::try_from(step.as_u64()?).ok()).collect();
         let log_history = state["log_history"].as_array().cloned().unwrap_or_default();
         Ok(Self {
             global_step: global_step as usize,
             loss_scale,
             n_updates: state["n_updates"].as_u64().unwrap_or(global_step) as usize,
             log_history,
+            checkpoints,
             exp_avg: load(first),
             exp_avg_sq: load(second),
         })

@@ -129,8 +129,9 @@ fn a_run_that_goes_on_in_its_folder_keeps_as_many_checkpoints_as_before() {
         names
     };
     assert_eq!(kept(&["--max_steps", "3"]), ["checkpoint-2", "checkpoint-3"]);
+    fs::rename(workplace.path("out/checkpoint-2"), workplace.path("out/checkpoint-1")).unwrap();
     let resume = ["--max_steps", "4", "--resume_from_checkpoint", "out/checkpoint-3"];
-    assert_eq!(kept(&resume), ["checkpoint-3", "checkpoint-4"]);
+    assert_eq!(kept(&resume), ["checkpoint-1", "checkpoint-3", "checkpoint-4"], "another run's stays");
 }
 
 #[test]
