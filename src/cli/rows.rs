@@ -79,11 +79,13 @@ impl Data {
             open.check_ids(pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).chain(&p.rejected)))?;
             Ok(pairs)
         };
-        let (train, val) = (tokenize(&train)?, tokenize(&val)?);
-        // An error that says why no row is left needs no lines above it that say the same.
+        let train = tokenize(&train)?;
         if train.is_empty() {
+            // The error itself tells of those that tokenizing left out.
+            note_left_out(&skipped[..n_malformed]);
             return Err(nothing_to_train_on(args, n_train, &skipped[n_malformed..]));
         }
+        let val = tokenize(&val)?;
         note_left_out(&skipped);
         if let Some(unheld) = unheld {
             note!("{unheld}");
