@@ -139,7 +139,7 @@ fn run_on<B: Kernels>(run: Run<'_>, device: &B::Device) -> Result<()> {
     let lora_config = start_adapter(args, &mut model)?;
     let resume = resume_state(args, &model, &settings)?;
     let first_step = resume.as_ref().map_or(0, |state| state.global_step);
-    let recorded = recorded(args, precision, &lora_config);
+    let recorded = recorded(run, &lora_config);
     describe(&recorded, open, &model, data, &settings, case.choice, &loaded);
     // Ahead of the longest row, which then takes the memory that the run's own products take.
     tune_products(run, &model, settings.schedule.max_steps - first_step);
@@ -201,10 +201,11 @@ fn settings(
     }
 }
 
-/// The settings as the run's own record has them: what the device and the adapter brought along goes over the flags.
-fn recorded(args: &TrainArgs, precision: Precision, lora_config: &LoraConfig) -> TrainArgs {
+/// The settings as the run's own record has them: what the device, the model and the adapter brought along goes over the flags.
+fn recorded(Run { args, open, precision, .. }: Run<'_>, lora_config: &LoraConfig) -> TrainArgs {
     let is_auto = args.dtype.eq_ignore_ascii_case("auto");
     TrainArgs {
+        template_type: open.template.to_string(),
         dtype: if is_auto { precision.dtype_name().to_owned() } else { args.dtype.clone() },
         lora_rank: lora_config.r,
         lora_alpha: lora_config.lora_alpha,
