@@ -6,6 +6,7 @@ mod plan;
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::DType;
 use burn_cubecl::kernel::cast;
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric;
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
@@ -309,6 +310,7 @@ pub struct Scratch {
     lhs: Floats,
     rhs: Floats,
     prologue: Option<[Floats; 2]>,
+    addend: Floats,
 }
 
 impl Scratch {
@@ -342,14 +344,13 @@ impl Scratch {
             lhs: operand(m, depth, lhs_rows, 0, LEFT, elements.lhs.dtype()),
             rhs: operand(n, depth, rhs_rows, 0, RIGHT, elements.rhs.dtype()),
             prologue,
+            addend: tune::addend(client, device, [m, n].map(|extent| extent as usize), elements.out.dtype()),
         }
     }
 
-    /// What the output is added to.
+    /// What the output is added to, in place.
     pub(super) fn place(&self) -> Floats {
-        let CutKind { n, elements, .. } = self.kind;
-        let shape = [self.kind.rows(), n].map(|extent| extent as usize);
-        tune::place(&self.lhs.client, &self.lhs.device, shape, elements.out.dtype())
+        into_contiguous(self.addend.copy())
     }
 
     pub(super) fn run(&self, choice: CutChoice, addend: Option<Floats>) -> Floats {

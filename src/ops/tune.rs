@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::cube::settle;
 
 pub use pattern::is_product;
-pub(super) use pattern::{LEFT, RIGHT, operand, place};
+pub(super) use pattern::{LEFT, RIGHT, addend, operand};
 
 /// A matrix engine that has several ways of making a product, of which a device has its fastest.
 pub trait Tunable: 'static {
@@ -75,10 +75,11 @@ pub trait Tunable: 'static {
         place: Option<CubeTensor<Self::Runtime>>,
     ) -> Option<CubeTensor<Self::Runtime>>;
 
-    /// [`place`] of the output's shape and type.
+    /// A tensor of the output's shape and type, without gaps between rows: what the product is added to in place, else zeros, so that it
+    /// shows where nothing is written.
     fn place(scratch: &Self::Scratch) -> CubeTensor<Self::Runtime>;
 
-    /// Whether a product that is looked at is added to its place.
+    /// Whether a product that is looked at is added to [`addend`].
     fn is_added(kind: Self::Kind) -> bool;
 }
 

@@ -7,6 +7,8 @@ use std::sync::LazyLock;
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::zeros_client;
 use burn_cubecl::tensor::CubeTensor;
 use cubek::matmul::components::tile::TileMatmulKind;
 use cubek::matmul::routines::double_buffering::{CyclicDoubleBufferingAlgorithm, DoubleBufferingArgs};
@@ -248,7 +250,7 @@ impl<R: Engine> Tunable for Routes<R> {
             scale: 1.0,
         };
         let operands = [left(depth, 0, dtype), right(depth, 0, dtype)];
-        let addend = has_addend.then(|| tune::place(client, device, [m, n], out));
+        let addend = has_addend.then(|| tune::addend(client, device, [m, n], out));
         Scratch { operands, adapter: (rank > 0).then(adapter), addend, shape: [m, n], out }
     }
 
@@ -271,8 +273,13 @@ impl<R: Engine> Tunable for Routes<R> {
     }
 
     fn place(scratch: &Scratch<R>) -> CubeTensor<R> {
-        let Scratch { operands: [lhs, _], shape, out, .. } = scratch;
-        tune::place(&lhs.client, &lhs.device, *shape, *out)
+        let Scratch { operands: [lhs, _], addend, shape, out, .. } = scratch;
+        // An addend that is kept is not what the output is written over: a way that reads that instead of it shows.
+        let place = match addend {
+            Some(addend) if *out != DType::F32 => addend.copy(),
+            _ => zeros_client(lhs.client.clone(), lhs.device.clone(), Shape::from(*shape), *out),
+        };
+        into_contiguous(place)
     }
 
     fn is_added(kind: RouteKind) -> bool {

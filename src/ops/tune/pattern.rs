@@ -54,8 +54,8 @@ pub(in crate::ops) const RIGHT: Pattern = Pattern {
     peaks: [1.0, 1.0],
 };
 
-/// What a product is written over, or added to.
-const PLACE: Pattern = Pattern { numbers: LEFT.numbers, step: 5, peaks: [0.5, -0.5] };
+/// What a product is added to.
+const ADDEND: Pattern = Pattern { numbers: LEFT.numbers, step: 5, peaks: [0.5, -0.5] };
 
 /// Rows that are looked at, at either end.
 const END_ROWS: usize = 16;
@@ -92,17 +92,17 @@ pub(in crate::ops) fn operand<R: CubeRuntime>(
     CubeTensor::new_contiguous(client.clone(), device.clone(), Shape::from([rows, columns]), handle, dtype)
 }
 
-/// What a product of this shape is written over, or added to: no sum of its own, so that it shows where nothing is written.
-pub(in crate::ops) fn place<R: CubeRuntime>(
+/// What a product of this shape is added to.
+pub(in crate::ops) fn addend<R: CubeRuntime>(
     client: &ComputeClient<R>,
     device: &R::Device,
     shape: [usize; 2],
     dtype: DType,
 ) -> CubeTensor<R> {
-    operand(client, device, shape, true, 0, PLACE, dtype)
+    operand(client, device, shape, true, 0, ADDEND, dtype)
 }
 
-/// Whether this is the product of the two operands over so much depth, added to [`place`] if it `is_added`.
+/// Whether this is the product of the two operands over so much depth, added to [`addend`] if it `is_added`.
 ///
 /// Looked at are all columns of the first and the last rows, and of rows between that lie apart by a number that divides neither a
 /// block's rows nor the numbers'.
@@ -138,7 +138,7 @@ pub fn is_product<R: CubeRuntime>(
         let values = data.convert::<f32>().into_vec::<f32>().unwrap_or_default();
         let sums = &sums[row % sums.len()];
         let sums = sums.iter().cycle().enumerate();
-        let mut wanted = sums.map(|(column, sum)| if is_added { sum + PLACE.at(row, column) } else { *sum });
+        let mut wanted = sums.map(|(column, sum)| if is_added { sum + ADDEND.at(row, column) } else { *sum });
         values.len() == n && values.into_iter().all(|value| wanted.next() == Some(value))
     }))
 }
@@ -165,7 +165,7 @@ mod tests {
             let sums = sums(depth);
             let is_right = |row: usize, column: usize| {
                 let want: f32 = (0..depth).map(|k| LEFT.at(row, k) * RIGHT.at(column, k)).sum();
-                sums[row][column] == want && want.abs() < 11.0 && PLACE.at(row, column).abs() <= 1.0
+                sums[row][column] == want && want.abs() < 11.0 && ADDEND.at(row, column).abs() <= 1.0
             };
             assert!((0..17).all(|row| (0..19).all(|column| is_right(row, column))), "{depth}");
             let n_zeros = sums.iter().flatten().filter(|sum| **sum == 0.0).count();

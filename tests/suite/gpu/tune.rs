@@ -104,6 +104,10 @@ fn every_way_is_right_on_the_known_product() {
             let without = CutKind { rank: 0, ..kind };
             let out = Cuts::launch(&scratch, candidates(&device, kind)[0], None).unwrap();
             assert!(
+                !tune::is_product(&out, Cuts::depth(kind), true).unwrap(),
+                "nor is it there unless added"
+            );
+            assert!(
                 !tune::is_product(&out, Cuts::depth(without), false).unwrap(),
                 "the adapter is seen in {kind:?}"
             );
