@@ -300,19 +300,24 @@ impl<'a> Case<'a> {
         // longer than the longest so far.
         let most = |pair: &TokenizedPair| {
             let room = room_for_answers(pair, max_length, self.truncation).ok()?;
-            Some(pair.prompt.len() + pair.chosen.len().min(room) + pair.rejected.len().min(room))
+            // Nothing follows an answer's last token.
+            let answers =
+                [&pair.chosen, &pair.rejected].map(|answer| answer.len().min(room).saturating_sub(1));
+            Some(pair.prompt.len() + answers.iter().sum::<usize>())
         };
+        let pairs = rows.iter().chain(self.val).enumerate();
         let mut pairs: Vec<_> =
-            rows.iter().chain(self.val).filter_map(|pair| Some((most(pair)?, pair))).collect();
-        pairs.sort_by_key(|(most, _)| Reverse(*most));
-        let mut longest: Vec<(usize, TokenizedPair)> = Vec::new();
-        for (most, pair) in pairs {
-            if longest.len() == n && longest.last().is_none_or(|(least, _)| *least >= most) {
+            pairs.filter_map(|(i, pair)| Some(((Reverse(most(pair)?), i), pair))).collect();
+        pairs.sort_by_key(|(rank, _)| *rank);
+        let mut longest: Vec<((Reverse<usize>, usize), TokenizedPair)> = Vec::new();
+        for (best_rank, pair) in pairs {
+            if longest.len() == n && longest.last().is_none_or(|(rank, _)| *rank <= best_rank) {
                 break;
             }
             if let Ok(pair) = fit(pair.clone(), max_length, self.truncation) {
-                longest.push((pack(&[&pair], self.loss_compat).n_tokens(), pair));
-                longest.sort_by_key(|(tokens, _)| Reverse(*tokens));
+                let tokens = pack(&[&pair], self.loss_compat).n_tokens();
+                longest.push(((Reverse(tokens), best_rank.1), pair));
+                longest.sort_by_key(|(rank, _)| *rank);
                 longest.truncate(n);
             }
         }
@@ -403,6 +408,21 @@ pub(super) mod tests {
         let rows = [answers(30, true), answers(20, false)];
         let alike = case(&config, &rows, TruncationStrategy::Delete);
         assert_eq!(lines(&alike.longest_batch(99, 1)), [20]);
+        // Of two that take as many tokens the first one is it, though the other might have taken more.
+        let rows = [
+            answers(10, false),
+            TokenizedPair {
+                chosen: vec![2; 20],
+                rejected: [vec![2; 9], vec![7; 2]].concat(),
+                ..answers(9, true)
+            },
+        ];
+        let tokens = rows.each_ref().map(|row| pack(&[row], LossCompat::Swift).n_tokens());
+        assert_eq!(tokens[0], tokens[1], "they take as many");
+        let equal = case(&config, &rows, TruncationStrategy::Delete);
+        assert_eq!(lines(&equal.longest_batch(99, 1)), [10]);
+        let rows = [answers(30, true), answers(20, false)];
+        let alike = case(&config, &rows, TruncationStrategy::Delete);
         let val = [answers(40, false)];
         assert_eq!(lines(&alike.with_val(&val).longest_batch(99, 1)), [40], "evaluation takes memory too");
     }
