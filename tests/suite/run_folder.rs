@@ -26,6 +26,18 @@ fn a_run_writes_the_files_that_it_promises() {
         assert!(written.contains(&format!("checkpoint-2/{file}")), "{file} is missing in {written:?}");
     }
     assert!(!written.iter().any(|f| f.contains("checkpoint-1") || f.contains("partial")), "{written:?}");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+
+        let mode =
+            |file| fs::metadata(workplace.path("out/checkpoint-2").join(file)).unwrap().permissions().mode();
+        assert_eq!(
+            mode("adapter_model.safetensors"),
+            mode("args.json"),
+            "whoever may read one may read the other"
+        );
+    }
     let log = fs::read_to_string(workplace.path("out/logging.jsonl")).unwrap();
     let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(lines.iter().map(|l| l["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
