@@ -14,6 +14,10 @@ pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error
         Some(ContextValue::String(word)) => Some(word.clone()),
         _ => None,
     };
+    let others = match (usage.kind(), word(ContextKind::InvalidArg)) {
+        (ErrorKind::UnknownArgument, Some(first)) => other_tips(&first, args),
+        _ => Vec::new(),
+    };
     let tip = match usage.kind() {
         ErrorKind::InvalidSubcommand => word(ContextKind::InvalidSubcommand)
             .and_then(|word| other_names::our_command(&word))
@@ -29,11 +33,39 @@ pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error
         }
         _ => None,
     };
-    if let Some(tip) = tip {
+    if tip.is_some() {
         usage.remove(ContextKind::SuggestedSubcommand);
-        usage.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    let tips: Vec<_> = tip.into_iter().chain(others).map(Into::into).collect();
+    if !tips.is_empty() {
+        usage.insert(ContextKind::Suggested, ContextValue::StyledStrs(tips));
     }
     usage
+}
+
+/// Of flags after the first that are unknown as well: clap ends with that.
+fn other_tips(first: &str, args: &[OsString]) -> Vec<String> {
+    let command = command();
+    let Some(subcommand) = args.iter().skip(1).find_map(|arg| command.find_subcommand(arg)) else {
+        return Vec::new();
+    };
+    let known = |flag: &str| {
+        let name = other_names::name_of(flag);
+        ["help", "version"].contains(&name.as_str())
+            || subcommand.get_arguments().any(|arg| arg.get_long() == Some(name.as_str()))
+    };
+    let mut tips = Vec::new();
+    let mut seen = vec![first.to_owned()];
+    for arg in args.iter().filter_map(|arg| arg.to_str()).filter(|arg| arg.starts_with("--") && arg.len() > 2)
+    {
+        let flag = arg.split('=').next().unwrap_or(arg).to_owned();
+        if !known(&flag) && !seen.contains(&flag) {
+            let tip = flag_tip(&flag, args).map_or_else(String::new, |tip| format!(": {tip}"));
+            tips.push(format!("{flag} is unknown as well{tip}"));
+            seen.push(flag);
+        }
+    }
+    tips
 }
 
 /// What to type instead of a flag, or of a word that is none.
@@ -91,8 +123,14 @@ mod tests {
             (&["infer", "--ckpt_dir", "x"], "tip: here this is --adapters\n"),
             (&["train", "--betta", "1"], "tip: a similar argument exists: '--beta'"),
             (&["train", "--learning", "1"], "tip: a similar argument exists: '--learning-rate'"),
-            (&["train", "--rlhf_type", "orpo"], "tip: ORPO is what is trained, so leave it out\n"),
-            (&["train", "--loss-type", "x"], "tip: ORPO is what is trained, so leave it out\n"),
+            (
+                &["train", "--rlhf_type", "orpo"],
+                "tip: ORPO is what is trained, and nothing else; for ORPO leave it out\n",
+            ),
+            (
+                &["train", "--loss-type", "x"],
+                "tip: ORPO is what is trained, and nothing else; for ORPO leave it out\n",
+            ),
             (&["train", "--use_dora", "true"], "tip: adapters are plain LoRA, so leave it out\n"),
             (&["train", "pairs.jsonl"], "tip: --dataset pairs.jsonl\n"),
             (&["--learning-rate", "1"], "tip: it is a flag of `train`: orpo-wgpu train --learning_rate\n"),
@@ -109,6 +147,29 @@ mod tests {
         }
         let message = usage(&["infer", "--lora_r", "8"]);
         assert!(!message.contains("--lora_rank"), "infer has no such flag: {message}");
+    }
+
+    #[test]
+    fn all_unknown_flags_are_told_of() {
+        let flags = [
+            "train",
+            "--per_device_train_batch_size",
+            "4",
+            "--beta",
+            "1",
+            "--load_in_4bit=true",
+            "--zero",
+            "--zero",
+        ];
+        let message = usage(&flags);
+        for tip in [
+            "tip: here this is --batch_size\n",
+            "tip: --load_in_4bit is unknown as well: here this is --quantization_bit 4\n",
+            "tip: --zero is unknown as well\n",
+        ] {
+            assert_eq!(message.matches(tip).count(), 1, "`{tip}` in {message}");
+        }
+        assert_eq!(message.matches("tip:").count(), 3, "{message}");
     }
 
     #[test]

@@ -30,8 +30,11 @@ pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
     for (key, value) in table {
         let name = key.replace('-', "_");
         if !known.contains_key(&name) {
-            problems.push(format!("{}: `{key}` is no setting", path.display()));
-            hint.get_or_insert(closest(&name, &known));
+            let here = other_name(&name).map_or_else(String::new, |here| format!(" ({here})"));
+            problems.push(format!("{}: `{key}` is no setting{here}", path.display()));
+            if here.is_empty() {
+                hint.get_or_insert(closest(&name, &known));
+            }
         } else if let Some(other) = seen.insert(name.clone(), key.clone()) {
             problems.push(format!("{}: `{other}` and `{key}` are the same setting", path.display()));
         } else if value.is_null() && null_is == Null::NotFinite {
@@ -135,14 +138,14 @@ fn from_yaml(path: &Path) -> String {
     )
 }
 
+/// What a setting of another trainer is here, or why it is none.
+fn other_name(name: &str) -> Option<String> {
+    let ours = other_names::ours(name).map(|ours| format!("here it is {}", ours.trim_start_matches('-')));
+    ours.or_else(|| other_names::not_here(name).map(str::to_owned))
+}
+
 /// What may have been meant by a name that is no setting.
 fn closest(name: &str, known: &Map<String, Value>) -> String {
-    if let Some(ours) = other_names::ours(name) {
-        return format!("`{name}` is {} here", ours.trim_start_matches('-'));
-    }
-    if let Some(why) = other_names::not_here(name) {
-        return format!("`{name}`: {why}");
-    }
     match meant(name, known.keys().map(String::as_str)) {
         Some(known) => format!("did you mean `{known}`?"),
         None => NAMING.to_owned(),
@@ -243,11 +246,11 @@ mod tests {
             (r#"{"strict": 1}"#, "run.json: `strict` is 1: expected one of true, false", None),
             (r#"{"beta": "nan"}"#, "run.json: `beta` is no finite number", None),
             (r#"{"betta": 0.1}"#, "run.json: `betta` is no setting", Some("did you mean `beta`?")),
-            (r#"{"bits": 4}"#, "run.json: `bits` is no setting", Some("`bits` is quantization_bit here")),
+            (r#"{"bits": 4}"#, "run.json: `bits` is no setting (here it is quantization_bit)", None),
             (
                 r#"{"stage": "dpo"}"#,
-                "`stage` is no setting",
-                Some("`stage`: ORPO is what is trained, so leave it out"),
+                "`stage` is no setting (ORPO is what is trained, and nothing else; for ORPO leave it out)",
+                None,
             ),
             (r#"{"zzz": 4}"#, "run.json: `zzz` is no setting", Some(NAMING)),
             ("[1]", "run.json: is not a table of settings", Some(NAMING)),

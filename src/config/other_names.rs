@@ -7,7 +7,7 @@ pub const OTHER_NAMES: &[(&str, &[&str])] = &[
         &["model", "model_name", "model_name_or_path", "model_path", "base_model", "pretrained_model"],
     ),
     ("--adapters", &["adapter", "adapter_path", "adapter_name_or_path", "ckpt_dir", "lora_path"]),
-    ("--sft_type", &["finetuning_type", "train_type", "tuner_type"]),
+    ("--sft_type lora, and nothing else", &["finetuning_type", "train_type", "tuner_type", "use_peft"]),
     ("--lora_target_modules", &["lora_target", "target_modules"]),
     ("--lora_rank", &["lora_r", "r", "rank"]),
     ("--lora_alpha", &["alpha"]),
@@ -38,7 +38,10 @@ pub const OTHER_NAMES: &[(&str, &[&str])] = &[
         &["micro_batch_size", "per_device_batch_size", "per_device_train_batch_size", "train_batch_size"],
     ),
     ("--batch_size, of evaluation as well", &["eval_batch_size", "per_device_eval_batch_size"]),
-    ("--gradient_accumulation_steps", &["accumulation_steps", "grad_accum", "gradient_accumulation"]),
+    (
+        "--gradient_accumulation_steps",
+        &["acc_steps", "accumulation_steps", "grad_accum", "gradient_accumulation"],
+    ),
     ("--num_train_epochs", &["epochs", "num_epochs", "train_epochs"]),
     ("--max_steps", &["iters", "num_steps", "total_steps", "train_steps"]),
     ("--learning_rate", &["lr"]),
@@ -51,7 +54,10 @@ pub const OTHER_NAMES: &[(&str, &[&str])] = &[
     ("--seed", &["data_seed", "random_seed", "random_state"]),
     ("--device", &["cuda", "device_type", "gpu", "gpus"]),
     ("--logging_steps", &["logging_strategy", "steps_per_report"]),
-    ("--eval_steps", &["eval_strategy", "evaluation_strategy", "steps_per_eval"]),
+    (
+        "--eval_steps; --dataset_test_ratio 0 evaluates nothing",
+        &["eval_strategy", "evaluation_strategy", "steps_per_eval"],
+    ),
     ("--save_steps", &["save_every", "save_strategy"]),
     ("--output_dir", &["out", "out_dir", "output", "save_path"]),
     ("--resume_from_checkpoint", &["resume", "resume_from"]),
@@ -62,8 +68,8 @@ pub const OTHER_NAMES: &[(&str, &[&str])] = &[
 /// Why there is no such flag here, and the flags of others that are answered so.
 pub const NOT_HERE: &[(&str, &[&str])] = &[
     (
-        "ORPO is what is trained, so leave it out",
-        &["dpo_loss", "loss_type", "pref_loss", "rl", "rlhf_type", "stage", "train_mode"],
+        "ORPO is what is trained, and nothing else; for ORPO leave it out",
+        &["dpo_loss", "loss_type", "pref_loss", "rl", "rlhf_type", "rpo_alpha", "stage", "train_mode"],
     ),
     (
         "adapters are plain LoRA, so leave it out",
@@ -95,15 +101,27 @@ pub const NOT_HERE: &[(&str, &[&str])] = &[
     (
         "it needs none, so leave it out",
         &[
+            "bnb_4bit_compute_dtype",
+            "bnb_4bit_quant_type",
+            "bnb_4bit_use_double_quant",
             "dataloader_num_workers",
             "dataset_num_proc",
             "do_eval",
             "do_train",
+            "disable_dropout",
             "infer_backend",
+            "load_best_model_at_end",
+            "logging_dir",
+            "logging_first_step",
+            "num_proc",
+            "optim",
             "overwrite_cache",
             "plot_loss",
             "preprocessing_num_workers",
+            "run_name",
+            "save_only_model",
             "stream",
+            "streaming",
         ],
     ),
     ("a checkpoint is a PEFT adapter, which PEFT merges (see the README)", &["merge_adapter", "merge_lora"]),
@@ -152,7 +170,7 @@ pub fn ours(theirs: &str) -> Option<&'static str> {
 
 /// The name of the flag in what [`ours`] gives: `batch_size`.
 pub fn flag_of(ours: &str) -> &str {
-    ours.trim_start_matches('-').split([' ', ',']).next().unwrap_or_default()
+    ours.trim_start_matches('-').split([' ', ',', ';']).next().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -290,7 +290,7 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             spoil: |w| fs::write(w.path("run.toml"), "per_device_train_batch_size = 4\n").unwrap(),
             flags: &["--config", "run.toml"],
             code: 2,
-            says: &["hint: `per_device_train_batch_size` is batch_size here"],
+            says: &["`per_device_train_batch_size` is no setting (here it is batch_size)"],
         },
         Case {
             name: "values of two settings in a configuration file",
