@@ -18,7 +18,7 @@ const SHOWN_TENSORS: usize = 5;
 #[non_exhaustive]
 pub enum Error {
     /// Flags or a configuration file that cannot be run; all problems found, one each.
-    #[error("invalid configuration: {}", .problems.join("; "))]
+    #[error("invalid configuration:{}", each_on_its_line(.problems))]
     Config {
         /// One sentence a problem, each naming the flag.
         problems: Vec<String>,
@@ -135,6 +135,14 @@ pub enum Error {
 pub fn place(path: &Path, line: usize, column: Option<usize>) -> String {
     let column = column.map_or_else(String::new, |column| format!(":{column}"));
     format!("{}:{line}{column}", path.display())
+}
+
+/// One problem on the same line, several on lines of their own.
+fn each_on_its_line(problems: &[String]) -> String {
+    match problems {
+        [problem] => format!(" {problem}"),
+        several => several.iter().map(|problem| format!("\n  {problem}")).collect(),
+    }
 }
 
 impl Error {
