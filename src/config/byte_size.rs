@@ -38,7 +38,7 @@ impl FromStr for ByteSize {
         };
         let bytes = number.parse::<f64>().map_err(|_| fails())? * factor as f64;
         if unit.is_empty() && bytes > 0.0 && bytes < 1024.0 {
-            return Err(format!("`{text}` without a unit is bytes; did you mean {number}GB? {expected}"));
+            return Err(format!("`{text}` without a unit is bytes; did you mean {number}GiB? {expected}"));
         }
         if bytes >= 1024.0 && bytes < u64::MAX as f64 { Ok(Self(bytes as u64)) } else { Err(fails()) }
     }
@@ -87,7 +87,7 @@ mod tests {
         }
         assert_eq!(ByteSize(24_000_000_000).to_string(), "24GB");
         let unit_is_forgotten = "8".parse::<ByteSize>().unwrap_err();
-        assert!(unit_is_forgotten.starts_with("`8` without a unit is bytes; did you mean 8GB? "));
+        assert!(unit_is_forgotten.starts_with("`8` without a unit is bytes; did you mean 8GiB? "));
         for text in ["", "GB", "24", "24B", "24T", "0GB", "-1GB", "1.2.3GB", "1e9"] {
             assert!(text.parse::<ByteSize>().unwrap_err().contains("expected 24GiB"), "{text}");
         }
