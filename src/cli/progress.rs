@@ -93,6 +93,10 @@ impl<'a> Progress<'a> {
     /// Leaves the bar as it is, and Ctrl-C to end the program.
     pub fn finish(&self) {
         self.bar.abandon();
+        // What comes next begins a line, wherever the terminal shows it.
+        if !self.bar.is_hidden() {
+            note!("");
+        }
         self.is_interrupted.store(true, Ordering::Relaxed);
     }
 }
