@@ -5,7 +5,7 @@ use std::num::NonZero;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 
-use super::words::paragraph;
+use super::words::{new_table, paragraph};
 use crate::device::{self, Adapter, CudaGpu, DeviceChoice, DeviceRequest, Selected, size};
 use crate::error::Result;
 use crate::words::counted;
@@ -62,7 +62,7 @@ fn threads() -> usize {
 }
 
 fn cpu_table() -> Table {
-    let mut table = Table::new();
+    let mut table = new_table();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["--device", "name", "memory", "kernels"]);
     let memory = DeviceChoice::Cpu.total_memory().map_or_else(|| "unknown".to_owned(), |n| size(n) + " free");
@@ -79,7 +79,7 @@ fn auto(Selected { choice, note }: &Selected) -> String {
 }
 
 fn cuda_table(gpus: &[CudaGpu]) -> Table {
-    let mut table = Table::new();
+    let mut table = new_table();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["--device", "name", "memory", "largest tensor", "kernels"]);
     for gpu in gpus {
@@ -99,7 +99,7 @@ fn cuda_table(gpus: &[CudaGpu]) -> Table {
 }
 
 fn table(adapters: &[Adapter]) -> Table {
-    let mut table = Table::new();
+    let mut table = new_table();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["--device", "name", "kind", "driver", "memory", "largest tensor", "kernels"]);
     for adapter in adapters {

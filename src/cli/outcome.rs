@@ -5,6 +5,7 @@ use std::path::Path;
 use comfy_table::{ContentArrangement, Table, presets};
 
 use super::open::OpenModel;
+use super::words::new_table;
 use crate::config::TrainArgs;
 use crate::demo;
 use crate::error::Result;
@@ -53,7 +54,7 @@ pub fn answers<B: Kernels>(
 }
 
 fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
+    let mut table = new_table();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(header);
     table

@@ -8,7 +8,7 @@ use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
 use super::rows::{Data, lengths, load, note_left_out, note_positions, shuffle};
 use super::start;
-use super::words::{entry, millions};
+use super::words::{entry, millions, new_table};
 use super::work::Work;
 use crate::config::TrainArgs;
 use crate::data::dataset::{self, Dataset};
@@ -247,7 +247,7 @@ fn print_memory(case: &Case<'_>, chosen: &Budget) {
 
 /// One line for each setting, the chosen one first; no wider than a terminal.
 fn table(case: &Case<'_>, base: &Setting, chosen: &Budget, others: &[(Setting, Budget)]) -> Table {
-    let mut table = Table::new();
+    let mut table = new_table();
     table.load_style(styles::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["settings", "kept", "total", "again", "fits"]);
     let cells = |flags: String, budget: &Budget| {

@@ -3,6 +3,7 @@
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use super::limits::Limits;
+use super::words::new_table;
 use crate::ops::profile::Entry;
 
 /// Why kernels can exceed the limits that were measured.
@@ -42,7 +43,7 @@ pub fn table(entries: &[Entry], step: Step, limits: Option<Limits>) -> Table {
         Step::Timed(seconds) => (seconds, "of the step"),
         Step::Profiled(seconds) => (seconds, "of the profiled step"),
     };
-    let mut table = Table::new();
+    let mut table = new_table();
     table.load_style(presets::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     let mut header = vec!["kernel", "calls", "ms", of_the_step, "GFLOP/s", "GB/s"];
     if limits.is_some() {

@@ -2,6 +2,8 @@
 
 use std::io::{self, IsTerminal};
 
+use comfy_table::Table;
+
 /// Columns of a terminal that nobody made wider.
 const WIDTH: usize = 80;
 /// Columns of a line's label.
@@ -38,6 +40,15 @@ pub fn noted(label: &str, text: &str) -> String {
 /// A text for standard output, cut between words where a terminal shows it.
 pub fn paragraph(text: &str) -> String {
     if io::stdout().is_terminal() { wrapped(String::new(), text) } else { text.to_owned() }
+}
+
+/// A table as wide as the terminal, where that has a width.
+pub fn new_table() -> Table {
+    let mut table = Table::new();
+    if table.width() == Some(0) {
+        table.set_width(WIDTH as u16);
+    }
+    table
 }
 
 fn wrapped(label: String, text: &str) -> String {
