@@ -149,7 +149,8 @@ pub fn one_shot<B: Kernels>(
     notes: &mut dyn Write,
     manner: Manner,
 ) -> Result<()> {
-    unless_closed(ask_on_line(chat, query, output, notes, manner))
+    // That an answer is cut is told whoever asks.
+    unless_closed(ask_on_line(chat, query, output, notes, Manner { is_terminal: true, ..manner }))
 }
 
 /// How is talked.

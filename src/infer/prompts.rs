@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
+use super::generate::StopReason;
 use crate::data::prompts::Prompt;
 use crate::error::{Error, Result};
 use crate::ops::Kernels;
@@ -63,6 +64,7 @@ pub fn answer_prompts<B: Kernels>(
         Some(path) => Some((path, create(path)?)),
         None => None,
     };
+    let mut n_cut = 0;
     let mut answer = |(i, prompt): (usize, &Prompt)| {
         begin(chat, prompt);
         match &mut file {
@@ -73,6 +75,7 @@ pub fn answer_prompts<B: Kernels>(
             }
             Some((path, file)) => {
                 let generation = chat.ask(&prompt.query, &mut std::io::sink())?;
+                n_cut += usize::from(generation.stop_reason != StopReason::StopToken);
                 let response =
                     chat.history().last().map(|(_, response)| response.as_str()).unwrap_or_default();
                 writeln!(file, "{}", result(prompt, response)).map_err(Error::io("write", *path))?;
@@ -86,7 +89,12 @@ pub fn answer_prompts<B: Kernels>(
     unless_closed(prompts.iter().enumerate().try_for_each(&mut answer))?;
     if let Some(path) = result_file {
         let are = if prompts.len() == 1 { "is" } else { "are" };
-        note(notes, &format!("{} {are} in {}\n", counted(prompts.len(), "answer"), path.display()));
+        let cut = if n_cut > 0 {
+            format!(", {n_cut} of them cut: a larger --max_new_tokens has more")
+        } else {
+            String::new()
+        };
+        note(notes, &format!("{} {are} in {}{cut}\n", counted(prompts.len(), "answer"), path.display()));
     }
     Ok(())
 }

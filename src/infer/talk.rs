@@ -172,7 +172,10 @@ impl Loop<'_> {
                     chat.clear();
                     self.say("forgotten\n");
                 }
-                Meaning::Command(Command::ResetSystem) => match self.read_text("system prompt> ")? {
+                Meaning::Command(Command::ResetSystem) => match self.read_text(match self.is_multi_line {
+                    true => "system prompt, up to a line with only #> ",
+                    false => "system prompt> ",
+                })? {
                     Line::Text(system) => {
                         chat.reset_system(Some(system));
                         self.say("new system prompt, and nothing said so far\n");
