@@ -52,10 +52,12 @@ impl Data {
             );
         }
         let shuffle = shuffle(args);
-        let n_rows = rows.len();
+        let (n_rows, mut n_copies) = (rows.len(), 0);
         let (train, val) = if args.val_dataset.is_empty() {
             renames::check_used(&[&unused])?;
-            dataset::split(rows, args.dataset_test_ratio, shuffle)
+            let (train, val) = dataset::split(rows, args.dataset_test_ratio, shuffle);
+            n_copies = n_rows - train.len() - val.len();
+            (train, val)
         } else {
             let val = load(args, &args.val_dataset, demo::held_out)?;
             renames::check_used(&[&unused, &val.unused])?;
@@ -86,7 +88,21 @@ impl Data {
             return Err(nothing_to_train_on(args, n_train, &skipped[n_malformed..]));
         }
         let val = tokenize(&val)?;
+        let end = open.template.renderer(&open.tokenizer)?.end_of_answer();
+        let is_cut = |pair: &&TokenizedPair| {
+            [&pair.chosen, &pair.rejected].iter().any(|answer| answer.last() != Some(&end))
+        };
+        let n_cut = train.iter().chain(&val).filter(is_cut).count();
+        if n_cut > 0 {
+            note!("note: answers of {} cut to --max_length {}", counted(n_cut, "row"), args.max_length);
+        }
         note_left_out(&skipped);
+        if n_copies > 0 {
+            let rows = counted(n_copies, "row");
+            note!(
+                "note: {rows} not trained on, as a copy is held out to evaluate on; --val_dataset FILE holds none of these out"
+            );
+        }
         if let Some(unheld) = unheld {
             note!("{unheld}");
         }
