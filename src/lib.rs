@@ -19,6 +19,7 @@ pub mod data;
 pub mod demo;
 pub mod device;
 pub mod error;
+mod fnv;
 pub mod infer;
 #[cfg(test)]
 mod left_out;

@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 
 use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::Location;
-use crate::data::tokenize::TokenizedPair;
+use crate::data::tokenize::{TokenizedPair, fingerprint};
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
@@ -163,6 +163,7 @@ pub fn train<B: Kernels>(
         settings,
         run,
         observer,
+        fingerprint: fingerprint(data.train),
         first_step,
         initial,
         optimizer,
@@ -173,8 +174,7 @@ pub fn train<B: Kernels>(
         lines: Vec::new(),
         evaluations: Vec::new(),
     };
-    let before = training.evaluate(first_step)?;
-    training.evaluations.extend(before);
+    training.evaluate_at_start(first_step)?;
     for step in first_step..max_steps {
         let figures = training.step(step)?;
         training.end_of_step(step + 1, &figures)?;
@@ -203,6 +203,8 @@ struct Training<'a, B: Kernels> {
     settings: &'a TrainSettings,
     run: &'a mut RunFolder,
     observer: &'a mut dyn Observer,
+    /// Of the training rows.
+    fingerprint: u64,
     /// Steps that were done before this process.
     first_step: usize,
     /// The adapter as it came in.
@@ -362,6 +364,17 @@ impl<B: Kernels> Training<'_, B> {
         Ok(())
     }
 
+    /// Evaluates before the first step, and logs that unless the run that goes on has.
+    fn evaluate_at_start(&mut self, step: usize) -> Result<()> {
+        if let Some(metrics) = self.evaluate(step)? {
+            if !self.run.has_evaluation(step) {
+                self.write_line(step, &metrics.to_json("eval_"), None)?;
+            }
+            self.evaluations.push(metrics);
+        }
+        Ok(())
+    }
+
     fn write_line(
         &mut self,
         step: usize,
@@ -398,7 +411,7 @@ impl<B: Kernels> Training<'_, B> {
 
     fn save(&mut self, step: usize) -> Result<()> {
         let loss_scale = self.loss_scale.map(|(_, loss_scale)| loss_scale);
-        let position = Position { step, plan: &self.settings.plan, loss_scale };
+        let position = Position { step, plan: &self.settings.plan, rows: self.fingerprint, loss_scale };
         if let Some(warning) = self.run.save(self.model, self.lora_config, &self.optimizer, position)? {
             self.observer.on_warning(&warning);
         }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::open::adapter_in;
 use crate::config::TrainArgs;
+use crate::data::tokenize::{TokenizedPair, fingerprint};
 use crate::error::{Error, Result};
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
@@ -126,10 +127,11 @@ pub(super) fn start_adapter<B: Kernels>(args: &TrainArgs, model: &mut Llama<B>) 
 pub(super) fn resume_state<B: Kernels>(
     args: &TrainArgs,
     model: &Llama<B>,
+    rows: &[TokenizedPair],
     settings: &TrainSettings,
 ) -> Result<Option<TrainerState<B>>> {
     let Some(folder) = &args.resume_from_checkpoint else { return Ok(None) };
-    let state = TrainerState::read(folder, model, &settings.plan)?;
+    let state = TrainerState::read(folder, model, &settings.plan, fingerprint(rows))?;
     let (n_done, max_steps) = (state.global_step, settings.schedule.max_steps);
     if n_done >= max_steps {
         return Err(Error::config(format!(

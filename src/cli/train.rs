@@ -137,7 +137,7 @@ fn run_on<B: Kernels>(run: Run<'_>, device: &B::Device) -> Result<()> {
     device::doing("loading the weights");
     let (mut model, loaded) = open.load::<B>(precision, device, case.choice.shard_bytes())?;
     let lora_config = start_adapter(args, &mut model)?;
-    let resume = resume_state(args, &model, &settings)?;
+    let resume = resume_state(args, &model, &data.train, &settings)?;
     let first_step = resume.as_ref().map_or(0, |state| state.global_step);
     let recorded = recorded(run, &lora_config);
     describe(&recorded, open, &model, data, &settings, case.choice, &loaded);

@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::hash::Hasher;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::device::{Adapter, DeviceChoice};
+use crate::fnv::Fnv1a;
 use crate::model::Llama;
 use crate::model::llama::{joins_stream, shares_input};
 use crate::ops::tune::{self, DeviceOf, LinearKind, Timings, Tunable, Verdict};
@@ -51,7 +53,9 @@ impl Identity {
     }
 
     fn new(device: &str, of: [String; 3]) -> Self {
-        Self { file_name: format!("tune-{device}-{:016x}.json", fnv1a(&of.join("\n"))), of }
+        let mut hash = Fnv1a::default();
+        hash.write(of.join("\n").as_bytes());
+        Self { file_name: format!("tune-{device}-{:016x}.json", hash.finish()), of }
     }
 
     #[cfg(feature = "cuda")]
@@ -60,13 +64,6 @@ impl Identity {
             gpu.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         Self::new(&format!("cuda-{name}").to_lowercase(), [gpu.name.clone(), driver, revision::<E>()])
     }
-}
-
-/// FNV-1a, which is the same in every build; the standard library's hashes need not be.
-fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
 }
 
 /// The model's linear layers on packed rows of so many tokens, each kind once.
@@ -236,7 +233,6 @@ mod tests {
         assert!(with.starts_with("tune-10de-2330-") && with.ends_with(".json"), "{with}");
         assert_ne!(with, name("570", "1, method 2"), "another driver");
         assert_ne!(with, name("580", "1, method 2, no matrix units"));
-        assert_eq!(fnv1a("foobar"), 0x8594_4171_f739_67e8, "the same in every build");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! the very same prompt.
 
 use std::fmt;
+use std::hash::Hasher;
 use std::str::FromStr;
 
 use rayon::prelude::*;
@@ -12,6 +13,7 @@ use super::dataset::{Location, Row, Skipped, Strictness};
 use super::template::{Renderer, Template};
 pub use super::tokenizer::{DecodeStream, TextTokenizer};
 use crate::error::{Error, Result};
+use crate::fnv::Fnv1a;
 
 /// A preference as token ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +33,16 @@ impl TokenizedPair {
     pub fn prompt_and_longer_answer(&self) -> usize {
         self.prompt.len() + self.chosen.len().max(self.rejected.len())
     }
+}
+
+/// A number that tells other rows, or others in their order, from these; the same in every build.
+pub fn fingerprint(pairs: &[TokenizedPair]) -> u64 {
+    let mut hash = Fnv1a::default();
+    for tokens in pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]) {
+        hash.write(&(tokens.len() as u64).to_le_bytes());
+        tokens.iter().for_each(|token| hash.write(&token.to_le_bytes()));
+    }
+    hash.finish()
 }
 
 /// What happens to a pair of which the prompt and the longer answer exceed `max_length` tokens.

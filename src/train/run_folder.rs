@@ -46,6 +46,8 @@ pub struct Position<'a> {
     pub step: usize,
     /// The run's rows by step.
     pub plan: &'a Plan,
+    /// The [`fingerprint`](crate::data::tokenize::fingerprint) of the rows.
+    pub rows: u64,
     /// The loss scale of the next step, in fp16.
     pub loss_scale: Option<LossScale>,
 }
@@ -147,6 +149,11 @@ impl RunFolder {
         self.checkpoints.last().map(PathBuf::as_path)
     }
 
+    /// Whether the log has an evaluation after so many steps.
+    pub fn has_evaluation(&self, step: usize) -> bool {
+        self.log_history.iter().any(|line| line["step"] == step && line.get("eval_loss").is_some())
+    }
+
     /// Appends a line to `logging.jsonl` and to the tracker.
     ///
     /// # Errors
@@ -226,7 +233,7 @@ impl RunFolder {
         let mut state = moments("exp_avg", &optimizer.exp_avg);
         state.extend(moments("exp_avg_sq", &optimizer.exp_avg_sq));
         lora::write_safetensors(&folder.join(OPTIMIZER_FILE), &state)?;
-        let Position { step, plan, loss_scale } = position;
+        let Position { step, plan, rows, loss_scale } = position;
         let saved: Vec<_> =
             self.checkpoints.iter().filter_map(|place| step_of(place)).chain([step]).collect();
         let kept = &saved[saved.len().saturating_sub(self.save_total_limit.max(1))..];
@@ -234,6 +241,7 @@ impl RunFolder {
             "global_step": step,
             "epoch": plan.epoch(step),
             "n_rows": plan.n_rows,
+            "rows": format!("{rows:016x}"),
             "batch_size": plan.batch_size,
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
             "shuffle_seed": shuffle_seed(plan),
@@ -334,12 +342,21 @@ impl<B: Backend> TrainerState<B> {
     /// Reads a checkpoint's state and optimizer; the model already carries the checkpoint's adapter.
     ///
     /// # Errors
-    /// If a file is missing or damaged, or the run was cut into other steps than `plan`.
-    pub fn read(checkpoint: &Path, model: &Llama<B>, plan: &Plan) -> Result<Self> {
+    /// If a file is missing or damaged, or the run was cut into other steps than `plan`, or had others than these rows.
+    pub fn read(checkpoint: &Path, model: &Llama<B>, plan: &Plan, rows: u64) -> Result<Self> {
         let path = checkpoint.join(STATE_FILE);
+        if !path.exists() {
+            return Err(Error::file(
+                checkpoint,
+                format!("is an adapter without a {STATE_FILE}, from which no run goes on"),
+            )
+            .with_hint("--adapters begins a run from it"));
+        }
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let state: Value = serde_json::from_str(&text)
-            .map_err(|e| Error::file(&path, format!("is not a trainer state: {e}")))?;
+        let state: Value = serde_json::from_str(&text).map_err(|e| {
+            Error::file(&path, format!("is not a trainer state: {e}"))
+                .with_hint("resume from another checkpoint of the run")
+        })?;
         let expected = [
             ("n_rows", json!(plan.n_rows)),
             ("batch_size", json!(plan.batch_size)),
@@ -351,6 +368,12 @@ impl<B: Backend> TrainerState<B> {
             .filter(|(name, value)| state[*name] != *value)
             .map(|(name, value)| format!("{name} was {} and is {value}", state[*name]))
             .collect();
+        // Checkpoints from before there was one have none.
+        let are_others = state["rows"].as_str().is_some_and(|there| there != format!("{rows:016x}"));
+        let differing = match are_others && differing.is_empty() {
+            true => vec!["its rows were others, or are others as tokens".to_owned()],
+            false => differing,
+        };
         if !differing.is_empty() {
             return Err(Error::file(&path, format!("belongs to another run: {}", differing.join(", ")))
                 .with_hint("resume with the data and the flags of the first run (its args.json), or start anew with --adapters"));

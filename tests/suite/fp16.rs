@@ -5,6 +5,7 @@ use std::path::Path;
 use burn::tensor::DType;
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::data::batch::{LossCompat, pack};
+use orpo_wgpu::data::tokenize::fingerprint;
 use orpo_wgpu::lora;
 use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
@@ -132,7 +133,7 @@ fn a_resumed_run_in_fp16_equals_one_that_was_not_interrupted() {
         let (mut model, lora_config) = case.adapted_in::<Wgpu>(Precision::dense(DType::F16), &device);
         let state = from.map(|checkpoint| {
             lora::load(&mut model, checkpoint).unwrap();
-            TrainerState::read(checkpoint, &model, &settings.plan).unwrap()
+            TrainerState::read(checkpoint, &model, &settings.plan, fingerprint(&case.pairs)).unwrap()
         });
         let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
         let mut run =

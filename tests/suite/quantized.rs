@@ -95,7 +95,7 @@ fn demo_losses(flags: &[&str]) -> Vec<f64> {
 #[test]
 fn training_in_codes_stays_near_training_in_full() {
     let exact = demo_losses(&[]);
-    assert_eq!(exact.len(), 5, "four steps and an evaluation: {exact:?}");
+    assert_eq!(exact.len(), 6, "four steps between two evaluations: {exact:?}");
     assert_eq!(
         demo_losses(&["--dtype", "fp16"]),
         exact,

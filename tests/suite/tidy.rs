@@ -5,13 +5,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Who may name whom, by the first module after `crate::`, and does. Everything may name `error` and `words`.
-const MAY_NAME: [(&str, &[&str]); 15] = [
-    ("cli", &["cli", "config", "data", "demo", "device", "infer", "lora", "model", "ops", "shell", "train"]),
+const MAY_NAME: [(&str, &[&str]); 16] = [
+    (
+        "cli",
+        &[
+            "cli", "config", "data", "demo", "device", "fnv", "infer", "lora", "model", "ops", "shell",
+            "train",
+        ],
+    ),
     ("config", &["data", "device", "lora", "shell", "train"]),
-    ("data", &["left_out", "ops", "shell"]),
+    ("data", &["fnv", "left_out", "ops", "shell"]),
     ("demo", &["data", "model"]),
     ("device", &[]),
     ("error", &[]),
+    ("fnv", &[]),
     ("infer", &["data", "model", "ops"]),
     ("left_out", &[]),
     ("lora", &["model", "ops"]),
