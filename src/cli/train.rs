@@ -264,7 +264,7 @@ fn keep_what_is_left(error: Error, files: &mut RunFolder, folder: &Path) -> Erro
     }
     match error {
         Error::Interrupted { .. } => error.with_hint(format!(
-            "{} train --config {} --resume_from_checkpoint {} goes on",
+            "to go on: {} train --config {} --resume_from_checkpoint {}",
             program(),
             pasted(&folder.join("args.json")),
             pasted(folder)
