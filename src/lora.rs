@@ -149,18 +149,36 @@ pub fn ranks(r: usize, target_modules: &[String]) -> [usize; LINEAR_NAMES.len()]
     LINEAR_NAMES.map(|name| if target_modules.iter().any(|target| target == last_name(name)) { r } else { 0 })
 }
 
-/// What an adapter folder's `adapter_config.json` says of it, without its tensors, and the largest rank of a module.
+/// An adapter as its `adapter_config.json` has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredConfig {
+    /// Rank, but for modules that have one of their own.
+    pub r: usize,
+    /// As in [`LoraConfig`].
+    pub lora_alpha: f64,
+    /// The modules' last names; none where the file has a regular expression, as PEFT takes it.
+    pub target_modules: Option<Vec<String>>,
+    /// See [`ranks`]; the most that there can be.
+    pub ranks: [usize; LINEAR_NAMES.len()],
+}
+
+/// Reads what an adapter folder's `adapter_config.json` says of it, without its tensors.
 ///
 /// # Errors
 /// As [`load`].
-pub fn config_of(folder: &Path) -> Result<(LoraConfig, usize)> {
+pub fn stored_config(folder: &Path) -> Result<StoredConfig> {
     let AdapterConfigFile { r, lora_alpha, target_modules: modules, rank_pattern, .. } = read_config(folder)?;
-    // PEFT also takes a regular expression, of which the most is assumed.
     let modules = modules.as_ref().and_then(serde_json::Value::as_array);
-    let names = modules.map(|modules| modules.iter().filter_map(|m| m.as_str().map(str::to_owned)).collect());
-    let all = || target_modules(&["ALL".to_owned()]);
+    let target_modules = modules.map(|modules| {
+        let names = modules.iter().filter_map(|module| module.as_str());
+        names.map(|name| last_name(name).to_owned()).collect::<Vec<_>>()
+    });
     let most = rank_pattern.values().copied().fold(r, usize::max);
-    Ok((LoraConfig { r, lora_alpha, target_modules: names.map_or_else(all, Ok)? }, most))
+    let ranks = match &target_modules {
+        Some(modules) => ranks(most, modules),
+        None => [most; LINEAR_NAMES.len()],
+    };
+    Ok(StoredConfig { r, lora_alpha, target_modules, ranks })
 }
 
 /// The base model that an adapter folder's `adapter_config.json` names, and a check that the adapter is one that is computed, before a

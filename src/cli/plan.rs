@@ -36,6 +36,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     }
     let args = &start::with_checkpoint(args)?;
     let selected = device::select(&args.device)?;
+    let ranks = start::ranks(args)?;
     let source = Source::open(args)?;
     let is_elsewhere = selected.choice == DeviceChoice::Cpu && args.device.eq_ignore_ascii_case("auto");
     // Memory of a device that is not here is asked about where none is here.
@@ -49,7 +50,6 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
     };
     let is_elsewhere = is_elsewhere && choice != DeviceChoice::Cpu;
-    let ranks = start::ranks(args)?;
     let rows = source.pairs.as_deref().map_or(Rows::Longest, Rows::Known);
     let case = Case::new(args, &source.config, ranks, rows, &choice)?
         .with_val(&source.val)

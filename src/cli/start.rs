@@ -6,7 +6,7 @@ use super::open::adapter_in;
 use crate::config::TrainArgs;
 use crate::data::tokenize::{TokenizedPair, fingerprint};
 use crate::error::{Error, Result};
-use crate::lora::{self, LoraConfig};
+use crate::lora::{self, LoraConfig, StoredConfig};
 use crate::model::Llama;
 use crate::model::llama::LINEAR_NAMES;
 use crate::ops::Kernels;
@@ -43,18 +43,19 @@ pub(super) fn goes_on_in(args: &TrainArgs, folder: &Path) -> bool {
 pub(super) fn ranks(args: &TrainArgs) -> Result<[usize; LINEAR_NAMES.len()]> {
     match adapter_of(args) {
         Some(folder) => {
-            let (config, most) = lora::config_of(folder)?;
+            let config = lora::stored_config(folder)?;
             check_given(args, &config, folder)?;
-            Ok(lora::ranks(most, &config.target_modules))
+            Ok(config.ranks)
         }
         None => Ok(lora::ranks(args.lora_rank, &lora::target_modules(&args.lora_target_modules)?)),
     }
 }
 
 /// An adapter keeps its rank, its alpha and its modules: what was given for one of them has to be what it has.
-fn check_given(args: &TrainArgs, config: &LoraConfig, folder: &Path) -> Result<()> {
+fn check_given(args: &TrainArgs, config: &StoredConfig, folder: &Path) -> Result<()> {
     let modules = lora::target_modules(&args.lora_target_modules)?;
-    let has_modules = |other: &Vec<String>| modules.iter().all(|module| other.contains(module));
+    // Of a regular expression the tensors tell.
+    let theirs = config.target_modules.as_ref().unwrap_or(&modules);
     let settings = [
         (
             "lora_rank",
@@ -68,10 +69,10 @@ fn check_given(args: &TrainArgs, config: &LoraConfig, folder: &Path) -> Result<(
         ),
         (
             "lora_target_modules",
-            modules.len() == config.target_modules.len() && has_modules(&config.target_modules),
+            modules.len() == theirs.len() && modules.iter().all(|module| theirs.contains(module)),
             format!(
                 "the modules {}, and --lora_target_modules is {}",
-                config.target_modules.join(","),
+                theirs.join(","),
                 args.lora_target_modules.join(",")
             ),
         ),

@@ -89,6 +89,20 @@ fn what_is_asked_of_an_adapter_and_is_not_what_it_has_is_refused_whole() {
             assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
             assert!(stderr(&output).contains(says), "{}", stderr(&output));
         }
+        let run = [
+            "plan",
+            "--device",
+            "cpu",
+            "--model_id_or_path",
+            "model",
+            "--dataset",
+            "none.jsonl",
+            start,
+            "out",
+        ];
+        let output =
+            orpo_wgpu(&[&run[..], &["--lora_rank", "8"]].concat()).current_dir(workplace.0.path()).output();
+        assert!(stderr(&output.unwrap()).contains("a rank of 4, and --lora_rank is 8"), "before the rows");
         for same in [&small[..], &["--config", "out/args.json"], &[]] {
             let output = from(start, same);
             assert!(output.status.success(), "{start} {same:?}: {}", stderr(&output));
