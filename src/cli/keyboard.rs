@@ -45,7 +45,7 @@ impl Lines for Keyboard {
             Err(ReadlineError::Eof) => Ok(Line::End),
             Err(ReadlineError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
                 note!("what is no UTF-8 is not read");
-                Ok(Line::Dropped)
+                self.read(prompt)
             }
             Err(ReadlineError::Io(error)) => Err(Error::io("read", NAME)(error)),
             Err(error) => Err(Error::io("read", NAME)(io::Error::other(error))),

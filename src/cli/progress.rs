@@ -188,10 +188,11 @@ impl Observer for Progress<'_> {
         ];
         let figures = shown.iter().filter_map(|name| Some(format!("{name} {:.4}", figure(name)?)));
         let speed = figure("tokens_per_second").map(|v| format!("{v:.0} tokens/s"));
-        let left = self.left.as_secs();
-        let figures: Vec<String> = figures.chain(speed).collect();
+        // Before the first step nothing is known of that.
+        let left = self.started.map(|_| format!("{} s left", self.left.as_secs()));
+        let figures: Vec<String> = figures.chain(speed).chain(left).collect();
         let (step, figures) = (&line["step"], figures.join("  "));
-        self.bar.suspend(|| note!("step {step}/{}  {figures}  {left} s left", self.max_steps));
+        self.bar.suspend(|| note!("step {step}/{}  {figures}", self.max_steps));
     }
 
     fn on_warning(&mut self, warning: &Error) {

@@ -64,7 +64,7 @@ pub fn answer_prompts<B: Kernels>(
         Some(path) => Some((path, create(path)?)),
         None => None,
     };
-    let mut n_cut = 0;
+    let (mut n_cut, mut n_full) = (0, 0);
     let mut answer = |(i, prompt): (usize, &Prompt)| {
         begin(chat, prompt);
         match &mut file {
@@ -75,7 +75,8 @@ pub fn answer_prompts<B: Kernels>(
             }
             Some((path, file)) => {
                 let generation = chat.ask(&prompt.query, &mut std::io::sink())?;
-                n_cut += usize::from(generation.stop_reason != StopReason::StopToken);
+                n_cut += usize::from(generation.stop_reason == StopReason::MaxNewTokens);
+                n_full += usize::from(generation.stop_reason == StopReason::ContextEnd);
                 let response =
                     chat.history().last().map(|(_, response)| response.as_str()).unwrap_or_default();
                 writeln!(file, "{}", result(prompt, response)).map_err(Error::io("write", *path))?;
@@ -89,11 +90,12 @@ pub fn answer_prompts<B: Kernels>(
     unless_closed(prompts.iter().enumerate().try_for_each(&mut answer))?;
     if let Some(path) = result_file {
         let are = if prompts.len() == 1 { "is" } else { "are" };
-        let cut = if n_cut > 0 {
-            format!(", {n_cut} of them cut: a larger --max_new_tokens has more")
-        } else {
-            String::new()
-        };
+        let mut cut = String::new();
+        for (n, by) in [(n_cut, "--max_new_tokens"), (n_full, "the model's context")] {
+            if n > 0 {
+                cut += &format!(", {n} of them cut by {by}");
+            }
+        }
         note(notes, &format!("{} {are} in {}{cut}\n", counted(prompts.len(), "answer"), path.display()));
     }
     Ok(())
