@@ -316,7 +316,8 @@ impl<B: Kernels> Training<'_, B> {
                 &self.initial,
                 &lora::parameters(self.model),
             )?;
-            // Before the evaluation that ends the run, which nothing but the end of the program ends.
+            // Before the evaluation that ends the run, which nothing but the end of the program ends; those before it stay until that has
+            // given numbers.
             self.save(step)?;
         }
         // An evaluation may take longer than what sends the signal waits.
@@ -330,6 +331,9 @@ impl<B: Kernels> Training<'_, B> {
         }
         if is_due(settings.save_steps) || is_interrupted {
             self.save(step)?;
+            if let Some(warning) = self.run.prune() {
+                self.observer.on_warning(&warning);
+            }
             self.run.plot(is_last)?;
         }
         self.window.paused_s += paused.elapsed().as_secs_f64();
@@ -412,10 +416,7 @@ impl<B: Kernels> Training<'_, B> {
     fn save(&mut self, step: usize) -> Result<()> {
         let loss_scale = self.loss_scale.map(|(_, loss_scale)| loss_scale);
         let position = Position { step, plan: &self.settings.plan, rows: self.fingerprint, loss_scale };
-        if let Some(warning) = self.run.save(self.model, self.lora_config, &self.optimizer, position)? {
-            self.observer.on_warning(&warning);
-        }
-        Ok(())
+        self.run.save(self.model, self.lora_config, &self.optimizer, position)
     }
 }
 

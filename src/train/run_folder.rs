@@ -61,6 +61,12 @@ pub enum Tracker {
     None,
 }
 
+/// The step after that of the last line; 0 of an empty log.
+fn after_last(log_history: &[Value]) -> usize {
+    let last = log_history.last().and_then(|line| line["step"].as_u64());
+    last.map_or(0, |step| step as usize + 1)
+}
+
 /// After how many steps a checkpoint was saved, by its name.
 fn step_of(checkpoint: &Path) -> Option<usize> {
     checkpoint.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()
@@ -122,7 +128,7 @@ impl RunFolder {
             writeln!(log, "{line}").map_err(Error::io("write", &path))?;
         }
         let tensorboard = match tracker {
-            Tracker::TensorBoard => Some(TensorBoard::create(folder)?),
+            Tracker::TensorBoard => Some(TensorBoard::create(folder, after_last(&log_history))?),
             Tracker::None => None,
         };
         let folder = folder.to_owned();
@@ -182,8 +188,7 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Saves `checkpoint-{step}` and removes the oldest beyond the limit. Gives why one of these stays, where it cannot be removed: the
-    /// run is saved all the same.
+    /// Saves `checkpoint-{step}`, unless it is there.
     ///
     /// # Errors
     /// If something cannot be written; what was there before stays, and nothing half-written is left.
@@ -193,11 +198,11 @@ impl RunFolder {
         lora_config: &LoraConfig,
         optimizer: &AdamW<B>,
         position: Position<'_>,
-    ) -> Result<Option<Error>> {
+    ) -> Result<()> {
         let step = position.step;
         let place = self.folder.join(format!("checkpoint-{step}"));
         if self.checkpoints.contains(&place) {
-            return Ok(None);
+            return Ok(());
         }
         let partial = self.folder.join(format!(".checkpoint-{step}.partial"));
         let written = self.write_checkpoint(&partial, model, lora_config, optimizer, position);
@@ -207,12 +212,18 @@ impl RunFolder {
             return Err(error);
         }
         self.checkpoints.push(place);
+        Ok(())
+    }
+
+    /// Removes the oldest checkpoints beyond the limit. Gives why one of these stays, where it cannot be removed: the run is saved all the
+    /// same.
+    pub fn prune(&mut self) -> Option<Error> {
         let mut staying = None;
         while self.checkpoints.len() > self.save_total_limit.max(1) {
             let oldest = self.checkpoints.remove(0);
             staying = remove_folder(&oldest).err().or(staying);
         }
-        Ok(staying)
+        staying
     }
 
     fn write_checkpoint<B: Backend>(
@@ -400,7 +411,9 @@ impl<B: Backend> TrainerState<B> {
             let what = format!("has a loss scale of {scale}, expected {MIN_SCALE} to {MAX_SCALE}");
             return Err(Error::file(&path, what).with_hint("resume from another checkpoint"));
         }
-        let steps = state["checkpoints"].as_array().cloned().unwrap_or_default();
+        // Checkpoints from before they were written down tell of themselves alone.
+        let steps =
+            state["checkpoints"].as_array().cloned().unwrap_or_else(|| vec![state["global_step"].clone()]);
         let checkpoints = steps.iter().filter_map(|step| usize::try_from(step.as_u64()?).ok()).collect();
         let log_history = state["log_history"].as_array().cloned().unwrap_or_default();
         Ok(Self {

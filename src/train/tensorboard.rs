@@ -26,6 +26,8 @@ pub struct TensorBoard {
     path: PathBuf,
     file: File,
     session: Session,
+    /// The step from which on the file takes over.
+    first_step: u64,
 }
 
 /// Whether the file has told its readers where it takes over.
@@ -36,11 +38,12 @@ enum Session {
 }
 
 impl TensorBoard {
-    /// Opens a new event file in the folder `runs` of the run folder; files of earlier processes stay beside it.
+    /// Opens a new event file in the folder `runs` of the run folder; files of earlier processes stay beside it, and hold up to
+    /// `first_step`.
     ///
     /// # Errors
     /// If it cannot be created or written.
-    pub fn create(folder: &Path) -> Result<Self> {
+    pub fn create(folder: &Path, first_step: usize) -> Result<Self> {
         let folder = folder.join("runs");
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
         let wall_time = wall_time();
@@ -55,7 +58,7 @@ impl TensorBoard {
                 Err(e) => return Err(Error::io("create", &path)(e)),
             }
         };
-        let mut board = Self { path, file, session: Session::Unannounced };
+        let mut board = Self { path, file, session: Session::Unannounced, first_step: first_step as u64 };
         board.write(&record(&event(wall_time, 0, FILE_VERSION, b"brain.Event:2")))?;
         Ok(board)
     }
@@ -67,8 +70,8 @@ impl TensorBoard {
 
     /// Writes the scalars of a line of `logging.jsonl`, see [`tagged`]; they are in the file when this returns.
     ///
-    /// The first line also announces its step as the start of a session: TensorBoard then forgets what a process that was
-    /// interrupted had written to another file from this step on.
+    /// The first line also announces the start of a session: TensorBoard then forgets what a process that was interrupted had written to
+    /// another file from the first step on.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -83,7 +86,7 @@ impl TensorBoard {
         let (wall_time, step) = (wall_time(), step as u64);
         let mut records = Vec::new();
         if self.session == Session::Unannounced {
-            records = record(&event(wall_time, step, SESSION_LOG, &SESSION_START));
+            records = record(&event(wall_time, self.first_step, SESSION_LOG, &SESSION_START));
         }
         records.extend(record(&event(wall_time, step, SUMMARY, &summary)));
         self.write(&records)?;
@@ -293,7 +296,7 @@ mod tests {
     #[test]
     fn lines_are_read_back_as_they_were_logged() {
         let run = tempfile::tempdir().unwrap();
-        let mut board = TensorBoard::create(run.path()).unwrap();
+        let mut board = TensorBoard::create(run.path(), 5).unwrap();
         let first = json!({"step": 5, "epoch": 0.5, "loss": 1.5, "rewards/chosen": -0.25, "grad_norm": null});
         board.scalars(5, &line(first)).unwrap();
         let read = |tag: &str| {
@@ -328,11 +331,25 @@ mod tests {
         assert_eq!(contents, expected);
     }
 
+    /// A run that goes on may evaluate again after the step that the last line before is of.
+    #[test]
+    fn a_session_starts_where_it_is_told() {
+        let run = tempfile::tempdir().unwrap();
+        let mut board = TensorBoard::create(run.path(), 51).unwrap();
+        board.scalars(50, &line(json!({"step": 50, "eval_loss": 1}))).unwrap();
+        let contents = fs::read(board.path()).unwrap();
+        let session = record(&event(0.0, 51, SESSION_LOG, &SESSION_START));
+        // All of the event but its time, which comes first, and the sums around it.
+        let (step, sums) = (8 + 4 + 9, 4);
+        let wanted = &session[step..session.len() - sums];
+        assert!(contents.windows(wanted.len()).any(|part| part == wanted));
+    }
+
     #[test]
     fn a_second_file_leaves_the_first_alone() {
         let run = tempfile::tempdir().unwrap();
-        let first = TensorBoard::create(run.path()).unwrap();
-        let second = TensorBoard::create(run.path()).unwrap();
+        let first = TensorBoard::create(run.path(), 0).unwrap();
+        let second = TensorBoard::create(run.path(), 0).unwrap();
         assert_ne!(first.path(), second.path());
         for board in [first, second] {
             let name = board.path().file_name().unwrap().to_str().unwrap();

@@ -110,22 +110,25 @@ fn an_interrupted_run_is_saved_without_an_evaluation() {
 /// Weights that give no numbers are no checkpoint: the last good one stays.
 #[test]
 fn a_run_whose_evaluation_is_no_number_keeps_its_last_checkpoint() {
-    let case = Case::open("gqa");
-    let (mut model, lora_config) = case.adapted::<Flex>(&Default::default());
-    let folder = tempfile::tempdir().unwrap();
-    let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
-    let mut run = RunFolder::create(folder.path(), texts, 1, Vec::new(), Tracker::None).unwrap();
-    let mut settings = TrainSettings { eval_steps: 1, save_steps: 1, ..case.settings(LossCompat::Swift) };
-    // The first rate is 0, and the second beyond what the products of such weights can be.
-    (settings.schedule.max_steps, settings.schedule.warmup_steps) = (9, 2);
-    settings.schedule.learning_rate = 1e30;
-    let data = TrainData { train: &case.pairs, val: &case.pairs };
-    let mut meddler = Meddler { first: PathBuf::new(), meddle: |_| (), warnings: Vec::new() };
-    let error = train(&mut model, &lora_config, data, &settings, &mut run, None, &mut meddler).unwrap_err();
-    assert!(matches!(error, Error::NonFinite { step: 2, quantity: "eval_loss", .. }), "{error}");
-    let checkpoint = folder.path().join("checkpoint-1");
-    assert_eq!((run.last_checkpoint(), checkpoint.exists()), (Some(&*checkpoint), true));
-    assert!(!folder.path().join("checkpoint-2").exists());
+    // In the midst of a run, and at its end, which is saved before it is evaluated.
+    for max_steps in [9, 2] {
+        let case = Case::open("gqa");
+        let (mut model, lora_config) = case.adapted::<Flex>(&Default::default());
+        let folder = tempfile::tempdir().unwrap();
+        let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+        let mut run = RunFolder::create(folder.path(), texts, 1, Vec::new(), Tracker::None).unwrap();
+        let mut settings = TrainSettings { eval_steps: 1, save_steps: 1, ..case.settings(LossCompat::Swift) };
+        // The first rate is 0, and the second beyond what the products of such weights can be.
+        (settings.schedule.max_steps, settings.schedule.warmup_steps) = (max_steps, 2);
+        settings.schedule.learning_rate = 1e30;
+        let data = TrainData { train: &case.pairs, val: &case.pairs };
+        let mut meddler = Meddler { first: PathBuf::new(), meddle: |_| (), warnings: Vec::new() };
+        let error =
+            train(&mut model, &lora_config, data, &settings, &mut run, None, &mut meddler).unwrap_err();
+        assert!(matches!(error, Error::NonFinite { step: 2, quantity: "eval_loss", .. }), "{error}");
+        let exists = |step: usize| folder.path().join(format!("checkpoint-{step}")).exists();
+        assert_eq!([exists(1), exists(2)], [true, max_steps == 2]);
+    }
 }
 
 /// Trains three steps with one checkpoint kept, and gives the warnings.

@@ -141,9 +141,72 @@ fn a_run_that_goes_on_in_its_folder_keeps_as_many_checkpoints_as_before() {
         names
     };
     assert_eq!(kept(&["--max_steps", "3"]), ["checkpoint-2", "checkpoint-3"]);
-    fs::rename(workplace.path("out/checkpoint-2"), workplace.path("out/checkpoint-1")).unwrap();
+    fs::create_dir(workplace.path("out/checkpoint-1")).unwrap();
     let resume = ["--max_steps", "4", "--resume_from_checkpoint", "out/checkpoint-3"];
     assert_eq!(kept(&resume), ["checkpoint-1", "checkpoint-3", "checkpoint-4"], "another run's stays");
+}
+
+/// As many rows are not the same rows.
+#[test]
+fn a_run_goes_on_with_its_own_rows_alone() {
+    let workplace = Workplace::new();
+    assert!(workplace.train(&["--max_steps", "1"]).status.success());
+    let resume = |checkpoint: &'static str| {
+        workplace.train(&["--resume_from_checkpoint", checkpoint, "--output_dir", "next"])
+    };
+    let pairs = fs::read_to_string(workplace.path("pairs.jsonl")).unwrap();
+    let mut lines: Vec<_> = pairs.lines().collect();
+    lines.swap(0, 1);
+    fs::write(workplace.path("pairs.jsonl"), lines.join("\n")).unwrap();
+    let output = resume("out/checkpoint-1");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("belongs to another run: its rows were others"), "{}", stderr(&output));
+    // What an earlier version wrote says nothing of its rows.
+    let state = workplace.path("out/checkpoint-1/trainer_state.json");
+    let mut older: Value = serde_json::from_str(&fs::read_to_string(&state).unwrap()).unwrap();
+    for name in ["rows", "checkpoints"] {
+        assert!(older.as_object_mut().unwrap().remove(name).is_some(), "{name} is written");
+    }
+    fs::write(&state, older.to_string()).unwrap();
+    assert!(resume("out/checkpoint-1").status.success());
+    fs::remove_file(&state).unwrap();
+    let message = stderr(&resume("out/checkpoint-1"));
+    assert!(message.contains("is an adapter without a trainer_state.json"), "{message}");
+}
+
+#[test]
+fn rows_that_are_no_longer_whole_or_there_twice_are_told_of() {
+    let workplace = Workplace::new();
+    let says = |flags: &[&str]| {
+        let output = workplace.train(flags);
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output)
+    };
+    let sampled = says(&["--dataset", "pairs.jsonl#21", "--dataset_test_ratio", "0.05"]);
+    assert!(sampled.contains("note: 2 rows not trained on, as a copy is held out"), "{sampled}");
+    let cut = says(&["--max_length", "60", "--truncation_strategy", "truncation_right"]);
+    assert!(cut.contains("note: answers of ") && cut.contains(" cut to --max_length 60"), "{cut}");
+    let whole = says(&[]);
+    assert!(!whole.contains("note: answers of ") && !whole.contains("not trained on"), "{whole}");
+}
+
+/// The evaluation after the last step comes after its save.
+#[test]
+fn a_run_that_goes_on_has_every_evaluation_once() {
+    let workplace = Workplace::new();
+    let evaluated = |flags: &[&str]| -> Vec<u64> {
+        let held_out = ["--dataset_test_ratio", "0.3", "--eval_steps", "2", "--logging_steps", "1"];
+        let output = workplace.train(&[&held_out[..], flags].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let log = fs::read_to_string(workplace.path("out/logging.jsonl")).unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines
+            .filter(|line| line.get("eval_loss").is_some())
+            .map(|line| line["step"].as_u64().unwrap())
+            .collect()
+    };
+    assert_eq!(evaluated(&["--max_steps", "3"]), [0, 2, 3]);
+    assert_eq!(evaluated(&["--max_steps", "5", "--resume_from_checkpoint", "out"]), [0, 2, 3, 4, 5]);
 }
 
 #[test]
