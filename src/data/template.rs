@@ -13,7 +13,7 @@
 //! ```
 //!
 //! There is no default system prompt and an empty one is none. `llama3_2`, the format of Llama 3.1 and later, always has a system
-//! message: two lines on dates and an empty one ([`DATES`]) before what the system prompt says, where there is one.
+//! message: two lines on dates and an empty one before what the system prompt says, where there is one.
 //!
 //! Content is not trimmed, which Llama's own `chat_template` does. System and user content is encoded together with the `\n\n` before it, an answer on its own:
 //! in generation, too, the answer begins after the `\n\n` has been encoded.

@@ -79,7 +79,7 @@ pub trait Tunable: 'static {
     /// shows where nothing is written.
     fn place(scratch: &Self::Scratch) -> CubeTensor<Self::Runtime>;
 
-    /// Whether a product that is looked at is added to [`addend`].
+    /// Whether a product that is looked at is added to something.
     fn is_added(kind: Self::Kind) -> bool;
 }
 

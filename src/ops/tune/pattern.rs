@@ -102,7 +102,7 @@ pub(in crate::ops) fn addend<R: CubeRuntime>(
     operand(client, device, shape, true, 0, ADDEND, dtype)
 }
 
-/// Whether this is the product of the two operands over so much depth, added to [`addend`] if it `is_added`.
+/// Whether this is the product of the two operands over so much depth, if it `is_added` with the known addend.
 ///
 /// Looked at are all columns of the first and the last rows, and of rows between that lie apart by a number that divides neither a
 /// block's rows nor the numbers'.
