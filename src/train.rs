@@ -3,6 +3,8 @@
 //! Everything that a step does is a function of the step's number, the seed and the model's state: a run that is resumed from a
 //! checkpoint takes the same rows at the same rates as one that was never interrupted.
 
+mod accumulate;
+mod checks;
 pub mod cost;
 pub mod loss_scale;
 pub mod metrics;
@@ -20,7 +22,7 @@ use std::time::Instant;
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
 
-use crate::data::batch::{LossCompat, pack};
+use crate::data::batch::LossCompat;
 use crate::data::dataset::Location;
 use crate::data::tokenize::{TokenizedPair, fingerprint};
 use crate::error::{Error, Result};
@@ -30,18 +32,16 @@ use crate::model::llama::KeepPlan;
 use crate::ops::Kernels;
 use crate::ops::adamw::grad_norm;
 use crate::ops::read::read;
-use crate::words::{counted, first_of};
+use accumulate::{accumulate, locations, read_step, upload};
+use checks::{check_finite, check_moved};
 use loss_scale::{LossScale, LossScaleConfig, MIN_SCALE};
 use metrics::{StepMetrics, StepTrace};
 use optim::{AdamW, AdamWConfig};
 use plan::Plan;
 use run_folder::{Position, RunFolder, TrainerState};
 use schedule::Schedule;
-use step::{DeviceBatch, evaluate, forward_backward};
+use step::{DeviceBatch, evaluate};
 use window::Window;
-
-/// How many of a step's rows an error names.
-const SHOWN_ROWS: usize = 16;
 
 /// What the loop is told; names as in Hugging Face's `TrainingArguments` and TRL's `ORPOConfig`.
 #[derive(Debug, Clone)]
@@ -418,116 +418,6 @@ impl<B: Kernels> Training<'_, B> {
         let position = Position { step, plan: &self.settings.plan, rows: self.fingerprint, loss_scale };
         self.run.save(self.model, self.lora_config, &self.optimizer, position)
     }
-}
-
-/// Forward and backward of a step's micro-batches, of which the first may be prefetched: their mean gradient, times the loss scale, and
-/// each one's statistics.
-fn accumulate<B: Kernels>(
-    model: &Llama<B>,
-    rows: &[TokenizedPair],
-    micro_batches: &[Vec<usize>],
-    mut prefetched: Option<DeviceBatch<B>>,
-    settings: &TrainSettings,
-    loss_scale: f64,
-    window: &mut Window,
-) -> (Vec<Tensor<B, 2>>, Vec<Tensor<B, 2>>) {
-    window.started.get_or_insert_with(Instant::now);
-    let grad_scale = (loss_scale / micro_batches.len() as f64) as f32;
-    let mut total: Option<Vec<Tensor<B, 2>>> = None;
-    let mut stats = Vec::with_capacity(micro_batches.len());
-    for indices in micro_batches {
-        let batch = prefetched.take().unwrap_or_else(|| upload(model, rows, indices, settings.loss_compat));
-        window.n_tokens += batch.n_tokens();
-        let grads = forward_backward(model, batch, settings.beta, grad_scale, settings.keep);
-        stats.push(grads.stats);
-        window.peak_bytes = window.peak_bytes.max(grads.peak_bytes);
-        total = Some(match total {
-            Some(total) => total.into_iter().zip(grads.lora).map(|(a, b)| a + b).collect(),
-            None => grads.lora,
-        });
-    }
-    (total.unwrap_or_default(), stats)
-}
-
-/// Reads what a step came to, once for all of it: the mean metrics of its micro-batches and the norm of its gradient as it came.
-fn read_step<B: Kernels>(
-    stats: Vec<Tensor<B, 2>>,
-    norm: Tensor<B, 1>,
-    beta: f32,
-    window: &mut Window,
-) -> Result<(StepMetrics, f64)> {
-    let lengths: Vec<usize> = stats.iter().map(|s| s.dims().iter().product()).collect();
-    let flat = stats.into_iter().zip(&lengths).map(|(s, &n)| s.reshape([n]));
-    let values = read(Tensor::cat(std::iter::once(norm).chain(flat).collect(), 0))?;
-    let (norm, mut values) = (f64::from(values[0]), &values[1..]);
-    let mut all = Vec::with_capacity(lengths.len());
-    for n in lengths {
-        let (stats, rest) = values.split_at(n);
-        all.push(StepMetrics::from_stats(stats, beta));
-        values = rest;
-    }
-    let mean = StepMetrics::mean(&all);
-    window.metrics.extend(all);
-    window.losses.push(mean.loss);
-    Ok((mean, norm))
-}
-
-fn locations<'a>(rows: &'a [TokenizedPair], indices: &[usize]) -> Vec<&'a Location> {
-    indices.iter().map(|&i| &rows[i].location).collect()
-}
-
-fn upload<B: Kernels>(
-    model: &Llama<B>,
-    rows: &[TokenizedPair],
-    indices: &[usize],
-    compat: LossCompat,
-) -> DeviceBatch<B> {
-    let pairs: Vec<&TokenizedPair> = indices.iter().map(|&i| &rows[i]).collect();
-    DeviceBatch::new(model, &pack(&pairs, compat))
-}
-
-fn check_finite(
-    n_steps: usize,
-    quantity: &'static str,
-    value: f64,
-    rows: &[TokenizedPair],
-    indices: &[usize],
-) -> Result<()> {
-    if value.is_finite() {
-        return Ok(());
-    }
-    let rows = first_of(&locations(rows, indices), SHOWN_ROWS).join(", ");
-    Err(Error::NonFinite { step: n_steps, quantity, value, rows })
-}
-
-/// Steps `first_step` to `step` that moved nothing, of which some were skipped, have trained nothing, whatever the log says.
-fn check_moved<B: Kernels>(
-    step: usize,
-    first_step: usize,
-    n_skipped: usize,
-    before: &[Tensor<B, 2>],
-    after: &[Tensor<B, 2>],
-) -> Result<()> {
-    let moved = before.iter().zip(after).map(|(b, a)| (a.clone() - b.clone()).abs().max());
-    let moved = read(Tensor::cat(moved.collect(), 0).max())?[0];
-    if !moved.is_finite() {
-        let rows = "the step's update".to_owned();
-        return Err(Error::NonFinite { step, quantity: "the adapter", value: moved.into(), rows });
-    }
-    if moved > 0.0 {
-        return Ok(());
-    }
-    if n_skipped > 0 {
-        let (steps, were) = (counted(n_skipped, "step"), if n_skipped == 1 { "was" } else { "were" });
-        let problem = format!(
-            "{steps} {were} skipped, as gradients overflowed fp16, and the others had a learning rate of 0"
-        );
-        let hint = "a lower --fp16_init_scale, more steps for the scale to fall, or --dtype fp32";
-        return Err(Error::Unchanged { problem, hint });
-    }
-    let problem =
-        format!("{} at learning rates too small for its weights", counted(step - first_step, "step"));
-    Err(Error::Unchanged { problem, hint: "raise --learning_rate" })
 }
 
 fn log_line(
