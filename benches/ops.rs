@@ -15,8 +15,8 @@ use burn_autodiff::Autodiff;
 use burn_wgpu::{Wgpu, WgpuDevice};
 use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
 use orpo_wgpu::ops::lora_linear::{
-    InputGrad, Lora, LoraGrads, lora_backward_a, lora_backward_b, lora_linear, lora_linear_backward,
-    lora_rank_r,
+    InputGrad, Lora, LoraGrads, LoraOutputGrad, lora_backward_a, lora_backward_b, lora_linear,
+    lora_linear_backward, lora_rank_r,
 };
 use orpo_wgpu::ops::orpo_loss::{
     PairSpan, orpo_loss, orpo_loss_backward, orpo_loss_backward_reference, orpo_loss_reference,
@@ -76,7 +76,8 @@ fn step(inputs: &Inputs<Wgpu>, device: &WgpuDevice, times: &mut Times) {
         (lora_linear(x.clone(), weight.clone(), Some((lora, s.clone())), None), s)
     });
     let (_, backward_ms) = time(device, || {
-        let LoraGrads { ds, db } = lora_backward_b(dy.clone(), s, lora);
+        let layer = LoraOutputGrad { dy: dy.clone(), s, lora };
+        let LoraGrads { ds, db } = lora_backward_b(&[layer]).remove(0);
         let da = lora_backward_a(x.clone(), std::slice::from_ref(&ds));
         let dx =
             lora_linear_backward(dy.clone(), weight.clone(), Some((lora, ds)), InputGrad::New(x.dtype()));

@@ -42,7 +42,7 @@ pub use product::{CutChoice, CutKind, Cuts};
 
 use adamw::AdamWStep;
 use attention::{AttentionMask, AttentionOutput};
-use lora_linear::{Lora, LoraGrads};
+use lora_linear::{Lora, LoraGrads, LoraOutputGrad};
 use orpo_loss::PairSpan;
 use quantize::{Packed, Storage};
 use rope::RopeTable;
@@ -72,8 +72,8 @@ pub trait Kernels: Backend {
     }
 
     /// See [`lora_backward_b`](lora_linear::lora_backward_b).
-    fn lora_backward_b(dy: Tensor<Self, 2>, s: Tensor<Self, 2>, lora: &Lora<Self>) -> LoraGrads<Self> {
-        lora_linear::backward_b_reference(dy, s, lora)
+    fn lora_backward_b(layers: &[LoraOutputGrad<'_, Self>]) -> Vec<LoraGrads<Self>> {
+        layers.iter().map(lora_linear::backward_b_reference).collect()
     }
 
     /// See [`lora_backward_a`](lora_linear::lora_backward_a).

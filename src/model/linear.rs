@@ -4,8 +4,8 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use crate::ops::Kernels;
 use crate::ops::lora_linear::{
-    InputGrad, Lora, lora_backward_a, lora_backward_b, lora_linear, lora_linear_backward, lora_rank_r,
-    output_grad,
+    InputGrad, Lora, LoraGrads, LoraOutputGrad, lora_backward_a, lora_backward_b, lora_linear,
+    lora_linear_backward, lora_rank_r, output_grad,
 };
 use crate::ops::quantize::Weight;
 
@@ -86,21 +86,20 @@ impl<B: Kernels> Linear<B> {
     ) -> (Option<Tensor<B, 2>>, Vec<Tensor<B, 2>>) {
         let dtype = x.dtype();
         let dys = dys.map(|dy| output_grad(dy, dtype));
-        let mut adapters = Vec::with_capacity(N);
-        for ((linear, dy), s) in linears.iter().zip(&dys).zip(s) {
-            adapters.push(linear.lora.as_ref().map(|lora| {
-                let s = s.expect("forward with an adapter gives the rank-r tensor");
-                (lora, lora_backward_b(dy.clone(), s, lora))
-            }));
-        }
-        let of_adapters = || adapters.iter().flatten().map(|(_, grads)| grads);
+        let layers = linears.iter().zip(&dys).zip(s).filter_map(|((linear, dy), s)| {
+            let lora = linear.lora.as_ref()?;
+            let s = s.expect("forward with an adapter gives the rank-r tensor");
+            Some(LoraOutputGrad { dy: dy.clone(), s, lora })
+        });
+        let grads = lora_backward_b(&layers.collect::<Vec<_>>()).into_iter();
+        let (ds, dbs): (Vec<_>, Vec<_>) = grads.map(|LoraGrads { ds, db }| (ds, db)).unzip();
         // The input is the last one's to read here, and gone before the frozen products.
-        let das = lora_backward_a(x, &of_adapters().map(|grads| grads.ds.clone()).collect::<Vec<_>>());
-        let lora_grads = das.into_iter().zip(of_adapters()).flat_map(|(da, grads)| [da, grads.db.clone()]);
-        let lora_grads = lora_grads.collect();
+        let das = lora_backward_a(x, &ds);
+        let lora_grads = das.into_iter().zip(dbs).flat_map(|(da, db)| [da, db]).collect();
+        let mut ds = ds.into_iter();
         let mut dx = None;
-        for ((linear, dy), adapter) in linears.into_iter().zip(dys).zip(adapters).filter(|_| needs_dx) {
-            let adapter = adapter.map(|(lora, grads)| (lora, grads.ds));
+        for (linear, dy) in linears.into_iter().zip(dys).filter(|_| needs_dx) {
+            let adapter = linear.lora.as_ref().and_then(|lora| Some((lora, ds.next()?)));
             let input = dx.map_or(InputGrad::New(dtype), InputGrad::AddTo);
             dx = Some(lora_linear_backward(dy, linear.weight.to_dense(), adapter, input));
         }

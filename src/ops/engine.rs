@@ -25,9 +25,9 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::attention::{MmaLaunch, MmaPass};
 use super::gpu::{input, operand, tensor};
-use super::lora_linear::{Lora, LoraGrads};
+use super::lora_linear::{Lora, LoraGrads, LoraOutputGrad};
 use super::orpo_loss::PairSpan;
-use rank::Side;
+use rank::{Side, Thin};
 
 #[cfg(feature = "cuda")]
 pub(super) use extended::is_turned;
@@ -71,9 +71,9 @@ pub trait Engine: CubeRuntime {
         tensor(product("lora_linear forward", &x, &turned(&weight), Rounding::InParts, rest))
     }
 
-    /// The adapter's gradients that the output's gives.
-    fn lora_backward_b<B: Floating<Self>>(dy: Tensor<B, 2>, s: Tensor<B, 2>, lora: &Lora<B>) -> LoraGrads<B> {
-        backward_b(&operand(dy), &input(s), &input(lora.b.clone()), lora.scale)
+    /// Each adapter's gradients that its output's gives.
+    fn lora_backward_b<B: Floating<Self>>(layers: &[LoraOutputGrad<'_, B>]) -> Vec<LoraGrads<B>> {
+        backward_b(layers)
     }
 
     /// `dsᵀ x` for each adapter, `[r, in]`.
@@ -140,22 +140,20 @@ pub trait Engine: CubeRuntime {
 
 /// `x Aᵀ` for each of these.
 pub(super) fn rank_r<R: Engine>(x: &CubeTensor<R>, a: &[CubeTensor<R>]) -> Vec<CubeTensor<R>> {
-    rank::rows("lora_linear rank r", x, a, 1.0)
+    rank::multiply("lora_linear rank r", &[Thin::rows(x, a, 1.0)]).remove(0)
 }
 
-/// `ds` and `dB`, each in a read of its own.
-pub(super) fn backward_b<R: Engine, B: Floating<R>>(
-    dy: &CubeTensor<R>,
-    s: &CubeTensor<R>,
-    b: &CubeTensor<R>,
-    scale: f32,
-) -> LoraGrads<B> {
-    let ds = rank::rows(BACKWARD, dy, &[turned(b)], scale).remove(0);
-    let db = rank::columns(BACKWARD, dy, std::slice::from_ref(s), scale, Side::Columns).remove(0);
-    LoraGrads { ds: tensor(ds), db: tensor(db) }
+/// `ds` and `dB` for each of these, each in a read of its own.
+pub(super) fn backward_b<R: Engine, B: Floating<R>>(layers: &[LoraOutputGrad<'_, B>]) -> Vec<LoraGrads<B>> {
+    let products = layers.iter().flat_map(|LoraOutputGrad { dy, s, lora }| {
+        let (dy, s, b) = (operand(dy.clone()), input(s.clone()), input(lora.b.clone()));
+        [Thin::rows(&dy, &[turned(&b)], lora.scale), Thin::columns(&dy, &[s], lora.scale, Side::Columns)]
+    });
+    let mut grads = rank::multiply(BACKWARD, &products.collect::<Vec<_>>()).into_iter().flatten().map(tensor);
+    std::iter::from_fn(|| Some(LoraGrads { ds: grads.next()?, db: grads.next()? })).collect()
 }
 
 /// `dsᵀ x` for each of these.
 pub(super) fn backward_a<R: Engine>(x: &CubeTensor<R>, ds: &[CubeTensor<R>]) -> Vec<CubeTensor<R>> {
-    rank::columns(BACKWARD, x, ds, 1.0, Side::Rows)
+    rank::multiply(BACKWARD, &[Thin::columns(x, ds, 1.0, Side::Rows)]).remove(0)
 }

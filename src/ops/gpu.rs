@@ -9,7 +9,7 @@ use super::adamw::{self, AdamWStep};
 use super::attention::trial::Pass;
 use super::attention::{self, AttentionMask, AttentionOutput, Tile as AttentionTile};
 use super::engine::{Engine, Floating};
-use super::lora_linear::{Lora, LoraGrads};
+use super::lora_linear::{Lora, LoraGrads, LoraOutputGrad};
 use super::orpo_loss::PairSpan;
 use super::quantize::{KernelScales, Packed, Scales, Storage};
 use super::rope::RopeTable;
@@ -35,8 +35,8 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
         R::lora_linear_forward(x, weight, adapter, residual)
     }
 
-    fn lora_backward_b(dy: Tensor<Self, 2>, s: Tensor<Self, 2>, lora: &Lora<Self>) -> LoraGrads<Self> {
-        R::lora_backward_b(dy, s, lora)
+    fn lora_backward_b(layers: &[LoraOutputGrad<'_, Self>]) -> Vec<LoraGrads<Self>> {
+        R::lora_backward_b(layers)
     }
 
     fn lora_backward_a(x: Tensor<Self, 2>, ds: &[Tensor<Self, 2>]) -> Vec<Tensor<Self, 2>> {

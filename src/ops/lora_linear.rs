@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Each rank-r tensor and each `dA` is a thin product of `x`. Those of layers of one input can be made as one, so [`lora_rank_r`] and
-//! [`lora_backward_a`] take the adapters of all of them.
+//! [`lora_backward_a`] take the adapters of all of them, and [`lora_backward_b`] does, as what is around its products is small.
 //!
 //! Forward may add a residual, and backward to what `dx` already sums, in the same pass. Saved for backward: `x` and `s`. `x`, `dy`
 //! and the weight are `f32`, `f16` or `bf16`, each on its own, but that `dy` becomes `bf16` with `x`; the adapter, `s` and its gradients
@@ -41,6 +41,17 @@ pub enum InputGrad<B: Backend> {
     New(DType),
     /// It is added to `[tokens, in]`, in its dtype.
     AddTo(Tensor<B, 2>),
+}
+
+/// The gradient by a layer's output, and what its adapter's gradients are made from besides.
+#[derive(Debug, Clone)]
+pub struct LoraOutputGrad<'a, B: Backend> {
+    /// `[tokens, out]`
+    pub dy: Tensor<B, 2>,
+    /// The rank-r tensor of forward, `[tokens, r]`.
+    pub s: Tensor<B, 2>,
+    /// The adapter.
+    pub lora: &'a Lora<B>,
 }
 
 /// What the gradient by a layer's output gives its adapter; [`lora_backward_a`] and [`lora_linear_backward`] go on from there.
@@ -94,15 +105,17 @@ pub fn output_grad<B: Kernels>(dy: Tensor<B, 2>, dtype: DType) -> Tensor<B, 2> {
     if dtype == DType::BF16 { cast(dy, dtype) } else { dy }
 }
 
-/// Computes `ds = scale · dy B` and `dB = scale · dyᵀ s`, from the gradient by the output, `dy: [tokens, out]`, and the rank-r tensor.
+/// Computes `ds = scale · dy B` and `dB = scale · dyᵀ s` of layers, which need have nothing in common.
 ///
 /// # Panics
 /// If the shapes do not fit each other.
-pub fn lora_backward_b<B: Kernels>(dy: Tensor<B, 2>, s: Tensor<B, 2>, lora: &Lora<B>) -> LoraGrads<B> {
-    let ([tokens, n_out], [_, r]) = (dy.dims(), lora.b.dims());
-    assert_eq!(lora.b.dims(), [n_out, r], "lora_linear: shape of lora_B against that of the gradient");
-    assert_eq!(s.dims(), [tokens, r], "lora_linear: shape of the rank-r tensor against [tokens, r]");
-    B::lora_backward_b(dy, s, lora)
+pub fn lora_backward_b<B: Kernels>(layers: &[LoraOutputGrad<'_, B>]) -> Vec<LoraGrads<B>> {
+    for LoraOutputGrad { dy, s, lora } in layers {
+        let ([tokens, n_out], [_, r]) = (dy.dims(), lora.b.dims());
+        assert_eq!(lora.b.dims(), [n_out, r], "lora_linear: shape of lora_B against that of the gradient");
+        assert_eq!(s.dims(), [tokens, r], "lora_linear: shape of the rank-r tensor against [tokens, r]");
+    }
+    if layers.is_empty() { Vec::new() } else { B::lora_backward_b(layers) }
 }
 
 /// Computes `dA = dsᵀ x` of layers whose input is the same, from the gradients by their rank-r tensors.
@@ -195,12 +208,9 @@ pub(super) fn forward_reference<B: Backend>(
     cast(y, dtype)
 }
 
-/// [`Kernels::lora_backward_b`] in plain burn tensors.
-pub(super) fn backward_b_reference<B: Backend>(
-    dy: Tensor<B, 2>,
-    s: Tensor<B, 2>,
-    lora: &Lora<B>,
-) -> LoraGrads<B> {
+/// [`Kernels::lora_backward_b`] of one layer in plain burn tensors.
+pub(super) fn backward_b_reference<B: Backend>(layer: &LoraOutputGrad<'_, B>) -> LoraGrads<B> {
+    let LoraOutputGrad { dy, s, lora } = layer.clone();
     let dy = to_f32(dy);
     let ds = dy.clone().matmul(lora.b.clone() * lora.scale);
     let db = dy.transpose().matmul(s * lora.scale);

@@ -7,7 +7,7 @@ use super::cube::is_software;
 use super::engine::{self, Engine, Floating};
 use super::gpu::{input, operand, tensor};
 use super::kernel::{Layout, RANK_QUADS, Shader, launch};
-use super::lora_linear::{Lora, LoraGrads};
+use super::lora_linear::{Lora, LoraGrads, LoraOutputGrad};
 use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan, backward_by, forward_by};
 use super::product::{Floats, Product, dims, lora_backward};
 
@@ -41,20 +41,24 @@ impl Engine for WgpuRuntime {
         tensor(y)
     }
 
-    fn lora_backward_b<B: Floating<Self>>(dy: Tensor<B, 2>, s: Tensor<B, 2>, lora: &Lora<B>) -> LoraGrads<B> {
-        let (dy, s, b) = (operand(dy), input(s), input(lora.b.clone()));
-        let rank = dims(&b)[1];
-        if is_narrow(&dy, rank) {
-            return engine::backward_b(&dy, &s, &b, lora.scale);
-        }
-        let (ds, db) = match RANK_QUADS.into_iter().find(|quads| rank <= 4 * quads) {
-            Some(rank_quads) => lora_backward(rank_quads, &dy, &b, &s, lora.scale),
-            None => (
-                Product::new(Layout::RowsColumns, &dy, &b).times(lora.scale).run(),
-                Product::new(Layout::ColumnsColumns, &dy, &s).times(lora.scale).run(),
-            ),
+    fn lora_backward_b<B: Floating<Self>>(layers: &[LoraOutputGrad<'_, B>]) -> Vec<LoraGrads<B>> {
+        let of_layer = |layer: &LoraOutputGrad<'_, B>| {
+            let LoraOutputGrad { dy, s, lora } = layer;
+            let (dy, s, b) = (operand(dy.clone()), input(s.clone()), input(lora.b.clone()));
+            let rank = dims(&b)[1];
+            if is_narrow(&dy, rank) {
+                return engine::backward_b(std::slice::from_ref(layer)).remove(0);
+            }
+            let (ds, db) = match RANK_QUADS.into_iter().find(|quads| rank <= 4 * quads) {
+                Some(rank_quads) => lora_backward(rank_quads, &dy, &b, &s, lora.scale),
+                None => (
+                    Product::new(Layout::RowsColumns, &dy, &b).times(lora.scale).run(),
+                    Product::new(Layout::ColumnsColumns, &dy, &s).times(lora.scale).run(),
+                ),
+            };
+            LoraGrads { ds: tensor(ds), db: tensor(db) }
         };
-        LoraGrads { ds: tensor(ds), db: tensor(db) }
+        layers.iter().map(of_layer).collect()
     }
 
     fn lora_backward_a<B: Floating<Self>>(x: Tensor<B, 2>, ds: &[Tensor<B, 2>]) -> Vec<Tensor<B, 2>> {

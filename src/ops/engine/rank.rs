@@ -5,9 +5,11 @@
 //! [`RANKS`] columns. All sums are `f32`, in one order.
 //!
 //! Where warpgroups multiply they make these products (`parts.rs`): the small matrix's lines are few beside a tile's even in parts, and
-//! the depth is cut so that there are tiles for all processors. One such product serves the adapters of all layers of one input.
+//! the depth is cut so that there are tiles for all processors. One such product serves the adapters of all layers of one input, and
+//! products that are asked for together share the launches before and behind them.
 
 mod parts;
+mod sums;
 
 use burn::cubecl;
 use burn::cubecl::prelude::*;
@@ -16,8 +18,9 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::Engine;
-use crate::ops::cube::{arrays, bytes, empty, lane_sum, one_thread_each, vector_width};
+use crate::ops::cube::{bytes, empty, lane_sum, vector_width};
 use crate::ops::profile;
+use sums::{Layout, Sums};
 
 /// Columns of the output that a workgroup makes.
 const RANKS: usize = 8;
@@ -35,69 +38,128 @@ const AHEAD: usize = 4;
 /// there are still several workgroups for each processor of a large GPU.
 const SLAB: usize = 128;
 
-/// Along what the products with the matrix of tokens are sums.
+/// Along what a product with the matrix of tokens is a sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Depth {
-    /// Its columns: those of [`rows`].
+    /// Its columns.
     Columns,
-    /// Its rows: those of [`columns`].
-    Tokens,
+    /// Its rows; the output lies so.
+    Tokens(Side),
 }
 
-/// `factor · x · rightᵀ` for each of these: `[m, depth] · [depth, r] -> [m, r]`; `right: [r, depth]` is `f32`.
-pub(super) fn rows<R: Engine>(
-    name: &'static str,
-    x: &CubeTensor<R>,
-    rights: &[CubeTensor<R>],
-    factor: f32,
-) -> Vec<CubeTensor<R>> {
-    let x = into_contiguous(x.clone());
-    for right in rights {
-        assert_eq!(right.meta.shape()[1], x.meta.shape()[1], "{name}: depth of the operands");
+/// How an output lies whose columns are those of the matrix of tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Side {
+    /// `[n, r]`, as a gradient of `B` lies.
+    Columns,
+    /// `[r, n]`, as one of `A` lies.
+    Rows,
+}
+
+/// Products of a matrix of tokens with factors, one each.
+pub(super) struct Thin<R: Engine> {
+    /// `[m, n]`, contiguous.
+    x: CubeTensor<R>,
+    /// In `f32`.
+    factors: Vec<CubeTensor<R>>,
+    /// What the products are multiplied by.
+    scale: f32,
+    depth: Depth,
+}
+
+impl<R: Engine> Thin<R> {
+    /// `scale · x · rightᵀ` for each of these: `[m, n] · [n, r] -> [m, r]`; `right: [r, n]` is `f32`.
+    pub(super) fn rows(x: &CubeTensor<R>, rights: &[CubeTensor<R>], scale: f32) -> Self {
+        Self { x: into_contiguous(x.clone()), factors: rights.to_vec(), scale, depth: Depth::Columns }
     }
-    let takes_parts = parts::are_taken(&x, Depth::Columns);
-    let of_group = |rights: &[CubeTensor<R>]| match rights[0].meta.shape()[0] {
-        rank if takes_parts && rank.is_multiple_of(2) => parts::rows(name, &x, rights, factor),
-        _ => rights.iter().map(|right| rows_of_one(name, &x, right, factor)).collect(),
-    };
-    rights.chunk_by(parts::are_alike).flat_map(of_group).collect()
+
+    /// `scale · xᵀ · left` for each of these: `[m, n]ᵀ · [m, r]`, as `[n, r]` or `[r, n]`; `left` is `f32`.
+    pub(super) fn columns(x: &CubeTensor<R>, lefts: &[CubeTensor<R>], scale: f32, side: Side) -> Self {
+        Self { x: into_contiguous(x.clone()), factors: lefts.to_vec(), scale, depth: Depth::Tokens(side) }
+    }
+
+    /// The first factor's columns, and the axis along which they are counted.
+    fn rank(&self) -> (usize, usize) {
+        let axis = if self.depth == Depth::Columns { 0 } else { 1 };
+        (self.factors[0].meta.shape()[axis], axis)
+    }
+
+    /// Room for the first factor's output.
+    fn output(&self) -> CubeTensor<R> {
+        let ([m, n], (rank, _)) = ([0, 1].map(|i| self.x.meta.shape()[i]), self.rank());
+        let shape = match self.depth {
+            Depth::Columns => [m, rank],
+            Depth::Tokens(Side::Columns) => [n, rank],
+            Depth::Tokens(Side::Rows) => [rank, n],
+        };
+        empty(&self.x, Shape::from(shape), DType::F32)
+    }
+
+    /// The same in products of factors that lie alike and have as many columns.
+    fn of_factors_alike(&self) -> impl Iterator<Item = Self> {
+        let are_alike = |a: &CubeTensor<R>, b: &CubeTensor<R>| {
+            a.meta.shape() == b.meta.shape() && a.meta.strides() == b.meta.strides()
+        };
+        let of = |factors: &[CubeTensor<R>]| Self { x: self.x.clone(), factors: factors.to_vec(), ..*self };
+        self.factors.chunk_by(are_alike).map(of)
+    }
 }
 
-fn rows_of_one<R: Engine>(
-    name: &'static str,
-    x: &CubeTensor<R>,
-    right: &CubeTensor<R>,
-    factor: f32,
-) -> CubeTensor<R> {
+/// The outputs of each of these.
+pub(super) fn multiply<R: Engine>(name: &'static str, products: &[Thin<R>]) -> Vec<Vec<CubeTensor<R>>> {
+    for Thin { x, factors, depth, .. } in products {
+        let axis = if *depth == Depth::Columns { 1 } else { 0 };
+        for factor in factors {
+            assert_eq!(factor.meta.shape()[axis], x.meta.shape()[axis], "{name}: depth of the operands");
+        }
+    }
+    let with_way = |product: Thin<R>| (parts::are_taken(&product), product);
+    let groups = products.iter().map(|product| product.of_factors_alike().map(with_way).collect::<Vec<_>>());
+    let groups: Vec<_> = groups.collect();
+    let in_parts: Vec<_> = groups.iter().flatten().filter(|(takes_parts, _)| *takes_parts).collect();
+    let in_parts: Vec<_> = in_parts.into_iter().map(|(_, product)| product).collect();
+    let mut made_in_parts = parts::multiply(name, &in_parts).into_iter();
+    let mut outputs = |(takes_parts, product): &(bool, Thin<R>)| match (takes_parts, product.depth) {
+        (true, _) => made_in_parts.next().expect("parts make every product that takes them"),
+        (false, Depth::Columns) => rows(name, product),
+        (false, Depth::Tokens(side)) => columns(name, product, side),
+    };
+    groups.iter().map(|group| group.iter().flat_map(&mut outputs).collect()).collect()
+}
+
+fn rows<R: Engine>(name: &'static str, product: &Thin<R>) -> Vec<CubeTensor<R>> {
+    let Thin { x, factors, scale, .. } = product;
     let [m, depth] = [0, 1].map(|i| x.meta.shape()[i]);
-    let rank = right.meta.shape()[0];
-    let right = into_contiguous(right.clone());
-    let out = empty(x, Shape::from([m, rank]), DType::F32);
-    let (client, dtype) = (x.client.clone(), x.dtype);
+    let (rank, _) = product.rank();
+    let (client, dtype) = (&x.client, x.dtype);
     let width = vector_width(depth);
     // Neighbours read the same rows.
     let cubes = CubeCount::Static(rank.div_ceil(RANKS) as u32, m.div_ceil(ROWS) as u32, 1);
-    profile::kernel(name, 2 * m * depth * rank, bytes(&[x, &right, &out]), &client, || {
-        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: rows and ranks are held against their numbers, and a row's vectors are counted.
-        unsafe {
-            rows_kernel::launch_unchecked::<R>(
-                &client,
-                cubes,
-                CubeDim::new_1d(ROW_THREADS as u32),
-                width,
-                x.clone().into_array_arg(),
-                right.into_array_arg(),
-                out.clone().into_array_arg(),
-                m,
-                depth / width,
-                rank,
-                factor,
-                dtype.into(),
-            );
-        }
-    });
-    out
+    let of_factor = |right: &CubeTensor<R>| {
+        let (right, out) = (into_contiguous(right.clone()), product.output());
+        profile::kernel(name, 2 * m * depth * rank, bytes(&[x, &right, &out]), client, || {
+            #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+            // SAFETY: rows and ranks are held against their numbers, and a row's vectors are counted.
+            unsafe {
+                rows_kernel::launch_unchecked::<R>(
+                    client,
+                    cubes.clone(),
+                    CubeDim::new_1d(ROW_THREADS as u32),
+                    width,
+                    x.clone().into_array_arg(),
+                    right.into_array_arg(),
+                    out.clone().into_array_arg(),
+                    m,
+                    depth / width,
+                    rank,
+                    *scale,
+                    dtype.into(),
+                );
+            }
+        });
+        out
+    };
+    factors.iter().map(of_factor).collect()
 }
 
 #[cube(launch_unchecked)]
@@ -164,111 +226,45 @@ fn rows_kernel<F: Float, N: Size>(
     }
 }
 
-/// Which way [`columns`] writes its output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Side {
-    /// `[n, r]`, as a gradient of `B` lies.
-    Columns,
-    /// `[r, n]`, as one of `A` lies.
-    Rows,
-}
-
-impl Side {
-    fn shape(self, n: usize, rank: usize) -> [usize; 2] {
-        if self == Self::Rows { [rank, n] } else { [n, rank] }
-    }
-}
-
-/// `factor · xᵀ · left` for each of these: `[m, n]ᵀ · [m, r]`, as `[n, r]` or `[r, n]`; `left` is `f32`.
-pub(super) fn columns<R: Engine>(
-    name: &'static str,
-    x: &CubeTensor<R>,
-    lefts: &[CubeTensor<R>],
-    factor: f32,
-    side: Side,
-) -> Vec<CubeTensor<R>> {
-    let x = into_contiguous(x.clone());
-    for left in lefts {
-        assert_eq!(left.meta.shape()[0], x.meta.shape()[0], "{name}: depth of the operands");
-    }
-    let takes_parts = parts::are_taken(&x, Depth::Tokens);
-    let of_group = |lefts: &[CubeTensor<R>]| match takes_parts {
-        true => parts::columns(name, &x, lefts, factor, side),
-        false => lefts.iter().map(|left| columns_of_one(name, &x, left, factor, side)).collect(),
-    };
-    lefts.chunk_by(parts::are_alike).flat_map(of_group).collect()
-}
-
-fn columns_of_one<R: Engine>(
-    name: &'static str,
-    x: &CubeTensor<R>,
-    left: &CubeTensor<R>,
-    factor: f32,
-    side: Side,
-) -> CubeTensor<R> {
-    let left = into_contiguous(left.clone());
+fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<CubeTensor<R>> {
+    let Thin { x, factors, scale, .. } = product;
     let [m, n] = [0, 1].map(|i| x.meta.shape()[i]);
-    let rank = left.meta.shape()[1];
+    let (rank, _) = product.rank();
+    let (client, dtype) = (&x.client, x.dtype);
     let width = vector_width(n);
     let slab = SLAB * rank.div_ceil(RANKS);
     let slabs = m.div_ceil(slab);
-    let sums = empty(x, Shape::from([slabs * rank, n]), DType::F32);
-    let out = empty(x, Shape::from(side.shape(n, rank)), DType::F32);
-    let (client, dtype) = (x.client.clone(), x.dtype);
     let cubes =
         CubeCount::Static((n / width).div_ceil(LANES) as u32, rank.div_ceil(RANKS) as u32, slabs as u32);
-    profile::kernel(name, 2 * m * n * rank, bytes(&[x, &left, &out]), &client, || {
-        #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-        // SAFETY: columns and ranks are held against their numbers, and rows are counted.
-        unsafe {
-            columns_kernel::launch_unchecked::<R>(
-                &client,
-                cubes,
-                CubeDim::new_1d((LANES * TURNS) as u32),
-                width,
-                x.clone().into_array_arg(),
-                left.into_array_arg(),
-                sums.clone().into_array_arg(),
-                m,
-                slab,
-                n / width,
-                rank,
-                dtype.into(),
-            );
-        }
-        sum_slabs(&sums, slabs, std::slice::from_ref(&out), factor, side);
-    });
-    out
-}
-
-/// Launches the sums of slabs, `[slabs, outputs, r, n] -> outputs[i][r, n]`, or turned.
-fn sum_slabs<R: Engine>(
-    sums: &CubeTensor<R>,
-    slabs: usize,
-    outputs: &[CubeTensor<R>],
-    factor: f32,
-    side: Side,
-) {
-    let [lines, n] = [0, 1].map(|i| sums.meta.shape()[i]);
-    let (ranks, width) = (lines / slabs, vector_width(n));
-    let (cubes, cube) = one_thread_each(&sums.client, ranks * n / width);
-    #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
-    // SAFETY: a rank's vectors are held against their number, and slabs are counted.
-    unsafe {
-        sum_kernel::launch_unchecked::<R>(
-            &sums.client,
-            cubes,
-            cube,
-            width,
-            sums.clone().into_array_arg(),
-            arrays(outputs),
-            slabs,
-            n / width,
-            ranks / outputs.len(),
-            factor,
-            side,
-        );
-    }
+    let of_factor = |left: &CubeTensor<R>| {
+        let (left, out) = (into_contiguous(left.clone()), product.output());
+        let sums = empty(x, Shape::from([slabs * rank, n]), DType::F32);
+        profile::kernel(name, 2 * m * n * rank, bytes(&[x, &left, &out]), client, || {
+            #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+            // SAFETY: columns and ranks are held against their numbers, and rows are counted.
+            unsafe {
+                columns_kernel::launch_unchecked::<R>(
+                    client,
+                    cubes.clone(),
+                    CubeDim::new_1d((LANES * TURNS) as u32),
+                    width,
+                    x.clone().into_array_arg(),
+                    left.into_array_arg(),
+                    sums.clone().into_array_arg(),
+                    m,
+                    slab,
+                    n / width,
+                    rank,
+                    dtype.into(),
+                );
+            }
+            let layout = Layout::Ranks(side);
+            let outputs = vec![out.clone()];
+            sums::launch(&[Sums { terms: sums, n_terms: slabs, layout, factor: *scale, outputs }]);
+        });
+        out
+    };
+    factors.iter().map(of_factor).collect()
 }
 
 /// Sums of a slab's rows each, `[slabs · r, n]`.
@@ -325,41 +321,5 @@ fn columns_kernel<F: Float, N: Size>(
             sums[(part * rank + first_rank + k) * row_vectors + column] = sum;
         }
         sync_cube();
-    }
-}
-
-/// The sums of all slabs.
-#[cube(launch_unchecked)]
-fn sum_kernel<N: Size>(
-    sums: &Array<Vector<f32, N>>,
-    outputs: &mut Sequence<Array<f32>>,
-    slabs: usize,
-    row_vectors: usize,
-    rank: usize,
-    factor: f32,
-    #[comptime] side: Side,
-) {
-    let ranks = outputs.len() * rank;
-    let line = ABSOLUTE_POS / row_vectors;
-    if line < ranks {
-        let mut sum = sums[ABSOLUTE_POS];
-        for slab in 1..slabs {
-            sum += sums[slab * ranks * row_vectors + ABSOLUTE_POS];
-        }
-        let k = line % rank;
-        let column = ABSOLUTE_POS % row_vectors * sum.size();
-        #[unroll]
-        for i in 0..outputs.len() {
-            if line / rank == i {
-                #[unroll]
-                for c in 0..sum.size() {
-                    let at = match comptime!(side) {
-                        Side::Rows => k * row_vectors * sum.size() + column + c,
-                        Side::Columns => (column + c) * rank + k,
-                    };
-                    outputs.index_mut(i)[at] = sum[c] * factor;
-                }
-            }
-        }
     }
 }

@@ -7,8 +7,8 @@ use burn_flex::Flex;
 use half::{bf16, f16};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::lora_linear::{
-    InputGrad, Lora, LoraGrads, lora_backward_a, lora_backward_b, lora_linear, lora_linear_backward,
-    lora_linear_reference, lora_rank_r, output_grad,
+    InputGrad, Lora, LoraGrads, LoraOutputGrad, lora_backward_a, lora_backward_b, lora_linear,
+    lora_linear_backward, lora_linear_reference, lora_rank_r, output_grad,
 };
 
 use super::on::{Gpu, GpuDevice, GpuRuntime, ROUNDS_ADAPTERS, adapter, stored_types};
@@ -145,7 +145,8 @@ fn run<B: Kernels>(case: Case, device: &B::Device) -> Outcome {
         Input::AddTo => Some(InputGrad::AddTo(sum)),
     };
     let dy = output_grad(dy, case.types.x);
-    let grads = adapter.map(|(lora, s)| (lora, lora_backward_b(dy.clone(), s, lora)));
+    let grads = adapter
+        .map(|(lora, s)| (lora, lora_backward_b(&[LoraOutputGrad { dy: dy.clone(), s, lora }]).remove(0)));
     let [da, db] = grads.as_ref().map_or([None, None], |(_, LoraGrads { ds, db })| {
         [lora_backward_a(x, std::slice::from_ref(ds)).remove(0), db.clone()].map(Some)
     });
@@ -440,6 +441,40 @@ fn of_layers_that_share_their_input() {
             assert_eq!(got.len(), 2 * ranks.len() + 1);
             for (i, (got, want)) in got.iter().zip(&want).enumerate() {
                 assert_close(got, want, ATOL, RTOL, &format!("{half:?}, ranks {ranks:?}: product {i}"));
+            }
+        }
+    }
+}
+
+/// The gradients that layers' outputs give their adapters, made together: of unlike widths, tokens and ranks.
+#[test]
+fn of_layers_whose_output_gradients_come_together() {
+    let Some(device) = adapter() else { return };
+    fn together<B: Kernels>(shapes: &[[usize; 3]], half: DType, device: &B::Device) -> Vec<Vec<f32>> {
+        let mut numbers = Numbers::new(4);
+        let mut tensor = |rows: usize, columns: usize| {
+            let values = numbers.vec(rows * columns, 0.2).into_iter();
+            let values = values.map(|value| f16::from_f32(bf16::from_f32(value).to_f32()).to_f32()).collect();
+            Tensor::<B, 2>::from_data(TensorData::new(values, [rows, columns]), device)
+        };
+        let loras: Vec<_> = shapes
+            .iter()
+            .map(|&[_, n_out, rank]| Lora { a: tensor(rank, 8), b: tensor(n_out, rank), scale: 0.7 })
+            .collect();
+        let layer = |(&[tokens, n_out, rank], lora): (&[usize; 3], _)| {
+            let (dy, s) = (tensor(tokens, n_out).cast(FloatDType::from(half)), tensor(tokens, rank));
+            LoraOutputGrad { dy, s, lora }
+        };
+        let layers: Vec<_> = shapes.iter().zip(&loras).map(layer).collect();
+        lora_backward_b(&layers).into_iter().flat_map(|LoraGrads { ds, db }| [ds, db]).map(values).collect()
+    }
+    for (half, _) in stored_types() {
+        for shapes in [&[[70, 104, 8], [70, 40, 8], [70, 40, 8]][..], &[[70, 104, 5], [130, 24, 64]], &[]] {
+            let got = together::<Gpu>(shapes, half, &device);
+            let want = together::<Flex>(shapes, DType::F32, &Default::default());
+            assert_eq!(got.len(), 2 * shapes.len());
+            for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert_close(got, want, ATOL, RTOL, &format!("{half:?}, {shapes:?}: gradient {i}"));
             }
         }
     }

@@ -8,8 +8,8 @@ use burn_flex::Flex;
 use half::f16;
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::lora_linear::{
-    InputGrad, Lora, LoraGrads, lora_backward_a, lora_backward_b, lora_linear, lora_linear_backward,
-    lora_rank_r,
+    InputGrad, Lora, LoraGrads, LoraOutputGrad, lora_backward_a, lora_backward_b, lora_linear,
+    lora_linear_backward, lora_rank_r,
 };
 use orpo_wgpu::ops::quantize::{BLOCK, DYNAMIC_LEVELS, NF4_LEVELS, Packed, Scales, Storage, Weight};
 
@@ -258,7 +258,8 @@ fn layer<B: Kernels>(
     let lora = Lora { a: matrix([rank, n_in]), b: matrix([n_out, rank]), scale: 0.5 };
     let s = lora_rank_r(x.clone(), &[&lora]).remove(0);
     let y = lora_linear(x.clone(), weight.to_dense(), Some((&lora, s.clone())), None);
-    let LoraGrads { ds, db } = lora_backward_b(dy.clone(), s, &lora);
+    let layer = LoraOutputGrad { dy: dy.clone(), s, lora: &lora };
+    let LoraGrads { ds, db } = lora_backward_b(&[layer]).remove(0);
     let da = lora_backward_a(x, std::slice::from_ref(&ds)).remove(0);
     let input = InputGrad::New(DType::F32);
     let dx = lora_linear_backward(dy, weight.to_dense(), Some((&lora, ds)), input);
