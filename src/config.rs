@@ -7,6 +7,7 @@ mod byte_size;
 mod file;
 pub mod other_names;
 mod problems;
+mod value_problem;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -19,6 +20,7 @@ use serde_json::{Map, Value};
 
 pub use byte_size::ByteSize;
 pub(crate) use problems::{check_precision, template};
+pub(crate) use value_problem::value_problem;
 
 use crate::error::{Error, Result};
 use crate::shell::pasted;

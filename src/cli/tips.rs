@@ -1,15 +1,26 @@
-//! Tips for words that the command line does not know, and other trainers do.
+//! What is told of a command line that cannot be read: tips for words that other trainers know, and every value that its flag does not
+//! take.
 
 use std::ffi::OsString;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use super::command;
-use crate::config::other_names;
+use crate::config::{other_names, value_problem};
 use crate::data::spelling::edits;
 
-/// The same error; of a flag or command that another trainer has, with what it is here.
+/// The same error; of a flag or command that another trainer has, with what it is here, and of a value with all that are as wrong.
 pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error {
+    if [ErrorKind::ValueValidation, ErrorKind::InvalidValue].contains(&usage.kind()) {
+        let problems = value_problems(args);
+        return match problems.is_empty() {
+            true => usage,
+            false => {
+                let problems = format!("{}\n", problems.join("\n       "));
+                clap::Error::raw(usage.kind(), problems).with_cmd(&command())
+            }
+        };
+    }
     let word = |kind| match usage.get(kind) {
         Some(ContextValue::String(word)) => Some(word.clone()),
         _ => None,
@@ -66,6 +77,29 @@ fn other_tips(first: &str, args: &[OsString]) -> Vec<String> {
         }
     }
     tips
+}
+
+/// A line for each value that its flag does not take.
+fn value_problems(args: &[OsString]) -> Vec<String> {
+    let command = command();
+    let Some(name) = args.iter().skip(1).find(|arg| command.find_subcommand(arg).is_some()) else {
+        return Vec::new();
+    };
+    let values = args.iter().enumerate().filter_map(|(i, arg)| {
+        let flag = arg.to_str()?.strip_prefix("--")?;
+        let (flag, value) = match flag.split_once('=') {
+            Some((flag, value)) => (flag, value),
+            None => (flag, args.get(i + 1)?.to_str()?),
+        };
+        Some((flag, value))
+    });
+    let problem = |(flag, value): (&str, &str)| {
+        let alone = [&args[0], name, &OsString::from(format!("--{flag}={value}"))];
+        let error = command.clone().try_get_matches_from(alone).err()?;
+        let is_of_value = [ErrorKind::ValueValidation, ErrorKind::InvalidValue].contains(&error.kind());
+        is_of_value.then(|| format!("--{flag} is {value}: {}", value_problem(&error)))
+    };
+    values.filter_map(problem).collect()
 }
 
 /// What to type instead of a flag, or of a word that is none.
@@ -170,6 +204,30 @@ mod tests {
             assert_eq!(message.matches(tip).count(), 1, "`{tip}` in {message}");
         }
         assert_eq!(message.matches("tip:").count(), 3, "{message}");
+    }
+
+    #[test]
+    fn all_values_that_no_flag_takes_are_told_of() {
+        let flags =
+            ["train", "--batch_size", "1.5", "--beta", "0.1", "--learning-rate=fast", "--strict", "so"];
+        let message = usage(&flags);
+        for line in [
+            "error: --batch_size is 1.5: expected a whole number, at least 0\n",
+            "       --learning-rate is fast: expected a number\n",
+            "       --strict is so: expected one of true, false\n",
+        ] {
+            assert!(message.contains(line), "`{line}` in {message}");
+        }
+        assert!(!message.contains("--beta"), "{message}");
+        for (value, problem) in [
+            ("-1", "expected a whole number, at least 0"),
+            ("", "expected a whole number, at least 0"),
+            ("18446744073709551616", "it is too large"),
+        ] {
+            let message = usage(&["bench", &format!("--batch_size={value}")]);
+            assert!(message.contains(&format!("--batch_size is {value}: {problem}")), "{message}");
+        }
+        assert!(usage(&["infer", "--seed", "x"]).contains("--seed is x: expected a whole number"));
     }
 
     #[test]

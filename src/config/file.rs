@@ -1,16 +1,14 @@
 //! `--config FILE`: settings under the names of the flags, each of which takes what its flag takes.
 
 use std::collections::BTreeMap;
-use std::error::Error as _;
 use std::fmt;
 use std::path::Path;
 
 use clap::FromArgMatches;
-use clap::error::{ContextKind, ContextValue};
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::{TrainArgs, other_names, to_map, train_command};
+use super::{TrainArgs, other_names, to_map, train_command, value_problem};
 use crate::data::spelling::meant;
 use crate::error::{Error, Result};
 use crate::shell::{pasted, unused_beside};
@@ -165,20 +163,9 @@ fn setting(name: &str, value: &Value) -> Result<Value, String> {
         }
     };
     let flag = format!("--{name}={text}");
-    let matches = train_command().try_get_matches_from(["train", &flag]).map_err(|e| reason(&e))?;
-    let args = TrainArgs::from_arg_matches(&matches).map_err(|e| reason(&e))?;
+    let matches = train_command().try_get_matches_from(["train", &flag]).map_err(|e| value_problem(&e))?;
+    let args = TrainArgs::from_arg_matches(&matches).map_err(|e| value_problem(&e))?;
     Ok(to_map(&args)[name].clone())
-}
-
-/// What clap says of a value, without the flag.
-fn reason(error: &clap::Error) -> String {
-    match (error.source(), error.get(ContextKind::ValidValue)) {
-        (Some(source), _) => source.to_string(),
-        (None, Some(ContextValue::Strings(values))) if !values.is_empty() => {
-            format!("expected one of {}", values.join(", "))
-        }
-        _ => "not what the flag takes".to_owned(),
-    }
 }
 
 #[cfg(test)]
@@ -233,7 +220,7 @@ mod tests {
     #[test]
     fn what_is_no_setting_is_named_with_its_file() {
         for (text, problem, hint) in [
-            (r#"{"batch_size": "x"}"#, "run.json: `batch_size` is \"x\": invalid digit", None),
+            (r#"{"batch_size": "x"}"#, "run.json: `batch_size` is \"x\": expected a whole number", None),
             (
                 r#"{"columns": "question"}"#,
                 "run.json: `columns` is \"question\": expected a JSON object such as",

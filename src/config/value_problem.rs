@@ -1,0 +1,25 @@
+//! Why a flag does not take a value.
+
+use std::error::Error as _;
+use std::num::{IntErrorKind, ParseFloatError, ParseIntError};
+
+use clap::error::{ContextKind, ContextValue};
+
+/// What is wrong with the value that a parsed flag was given, without the flag.
+pub fn value_problem(error: &clap::Error) -> String {
+    if let Some(source) = error.source() {
+        let of_integer = source.downcast_ref::<ParseIntError>().map(ParseIntError::kind);
+        return match of_integer {
+            Some(IntErrorKind::PosOverflow) => "it is too large".to_owned(),
+            Some(_) => "expected a whole number, at least 0".to_owned(),
+            None if source.is::<ParseFloatError>() => "expected a number".to_owned(),
+            None => source.to_string(),
+        };
+    }
+    match error.get(ContextKind::ValidValue) {
+        Some(ContextValue::Strings(values)) if !values.is_empty() => {
+            format!("expected one of {}", values.join(", "))
+        }
+        _ => "not what the flag takes".to_owned(),
+    }
+}
