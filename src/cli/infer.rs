@@ -36,7 +36,7 @@ pub struct InferArgs {
     /// A PEFT adapter folder, a run (its newest checkpoint), or `none` [default: none; for the demo its newest one below output/demo]
     #[arg(long)]
     adapters: Option<PathBuf>,
-    /// Answer every prompt of this file: one a line, or JSONL with query (where you like system and history) or messages
+    /// Answer every prompt of this file: one a line, or JSONL as for training (query or messages is enough)
     #[arg(long, conflicts_with = "prompt")]
     prompts: Option<PathBuf>,
     /// Write the answers to --prompts here, as JSONL, into a new file

@@ -8,13 +8,15 @@ use serde_json::{Map, Value};
 use super::dataset::Location;
 use super::json;
 use super::message::{Context, Parsed, context, kind, last_answer, messages};
-use super::row::{history, optional_text, text};
+use super::row::{history, instruction, optional_text, text};
 use crate::error::{Error, Result};
 
 /// Names of the column that holds what the user says, in the order in which they are looked for.
-const QUERY_COLUMNS: [&str; 3] = ["query", "prompt", "question"];
-/// The column of a whole conversation.
-const MESSAGES: &str = "messages";
+const QUERY_COLUMNS: [&str; 4] = ["query", "prompt", "question", INSTRUCTION];
+/// LLaMA-Factory's alpaca, perhaps with an `input`.
+const INSTRUCTION: &str = "instruction";
+/// Columns of a whole conversation.
+const CONVERSATION_COLUMNS: [&str; 3] = ["messages", "conversations", "chosen"];
 
 /// A prompt of a file.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,8 +35,9 @@ pub struct Prompt {
 
 /// Reads a file of prompts: rows of JSON if its name ends in `.jsonl` or `.json`, else one prompt a line. Empty lines are ignored.
 ///
-/// A row has `query`, `prompt` or `question`, and where they are there `system` and `history`, a list of `[question, answer]`; or
-/// `messages` (or a `prompt` that is a list of them), of which a last answer is left out. Other columns are kept.
+/// A row has what a row of pairs asks, which may be one: `query`, `prompt`, `question` or `instruction` with `input`, and where they are
+/// there `system` and `history`, a list of `[question, answer]`; or a conversation in `messages`, `conversations`, `chosen` or `prompt`,
+/// of which a last answer is left out. Other columns are kept.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be read, [`Error::Row`] for the first line that is no prompt, [`Error::File`] if there is none.
@@ -76,18 +79,27 @@ fn parse(value: Value, location: &Location) -> Parsed<Prompt> {
         return Err(format!("expected a JSON object, found {}", kind(&value)));
     };
     let is_there = |column: &&str| columns.get(*column).is_some_and(|value| !value.is_null());
-    let column = QUERY_COLUMNS.iter().chain([&MESSAGES]).find(|column| is_there(column)).copied();
-    let column =
-        column.ok_or_else(|| format!("no column `{}` or `{MESSAGES}`", QUERY_COLUMNS.join("`, `")))?;
-    let Context { system, history, query } = if column == MESSAGES || columns[column].is_array() {
-        let messages = messages(&columns, column)?;
-        match last_answer(&messages, column) {
-            Ok((before, _)) => before,
-            Err(_) => context(&messages, column)?,
-        }
-    } else {
-        Context { system: None, history: history(&columns)?, query: text(&columns, column)?.to_owned() }
-    };
+    let column = QUERY_COLUMNS.iter().chain(&CONVERSATION_COLUMNS).copied().find(is_there);
+    let column = column.ok_or_else(|| {
+        format!("no column `{}` or `{}`", QUERY_COLUMNS.join("`, `"), CONVERSATION_COLUMNS[0])
+    })?;
+    let Context { system, history, query } =
+        if columns[column].is_array() || CONVERSATION_COLUMNS.contains(&column) {
+            let messages = messages(&columns, column)?;
+            match last_answer(&messages, column) {
+                Ok((before, _)) => before,
+                Err(_) => context(&messages, column)?,
+            }
+        } else {
+            let query = match column {
+                INSTRUCTION => instruction(&columns)?,
+                _ => text(&columns, column)?.to_owned(),
+            };
+            Context { system: None, history: history(&columns)?, query }
+        };
+    if query.trim().is_empty() {
+        return Err(format!("`{column}` asks nothing"));
+    }
     let system = match system {
         Some(system) => Some(system),
         None => optional_text(&columns, "system")?.map(str::to_owned),
@@ -118,14 +130,15 @@ mod tests {
         let text = concat!(
             "{\"query\": \"a\", \"system\": \"s\", \"history\": [[\"q\", \"r\"]]}\n",
             "{\"prompt\": \"b\", \"history\": null}\n",
-            "{\"question\": \"c\", \"system\": \"\", \"answer_zh\": \"d\"}\n"
+            "{\"question\": \"c\", \"system\": \"\", \"answer_zh\": \"d\"}\n",
+            "{\"instruction\": \"d\", \"input\": \"e\", \"chosen\": \"f\", \"rejected\": \"g\"}\n"
         );
         let prompts = read("prompts.jsonl", text).unwrap();
         let queries: Vec<&str> = prompts.iter().map(|prompt| prompt.query.as_str()).collect();
-        assert_eq!(queries, ["a", "b", "c"]);
+        assert_eq!(queries, ["a", "b", "c", "d\ne"]);
         assert_eq!(prompts[0].history, [("q".to_owned(), "r".to_owned())]);
         let systems: Vec<_> = prompts.iter().map(|prompt| prompt.system.as_deref()).collect();
-        assert_eq!(systems, [Some("s"), None, Some("")]);
+        assert_eq!(systems, [Some("s"), None, Some(""), None]);
     }
 
     #[test]
@@ -144,18 +157,29 @@ mod tests {
     }
 
     #[test]
+    fn pairs_are_prompts_without_their_answers() {
+        let pairs = concat!(
+            "{\"conversations\": [{\"from\": \"human\", \"value\": \"a\"}], \"chosen\": {}, \"rejected\": {}}\n",
+            "{\"chosen\": [{\"role\": \"user\", \"content\": \"b\"}, {\"role\": \"assistant\", \"content\": \"c\"}]}\n"
+        );
+        let queries = read("pairs.jsonl", pairs).unwrap().into_iter().map(|prompt| prompt.query);
+        assert_eq!(queries.collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
     fn a_row_that_is_no_prompt_is_named() {
         let error = |text: &str| read("prompts.jsonl", text).unwrap_err().to_string();
         for (text, problem) in [
             (
                 "{\"query\": \"a\"}\n\n{\"text\": \"b\"}\n",
-                "prompts.jsonl:3: no column `query`, `prompt`, `question` or `messages`",
+                "prompts.jsonl:3: no column `query`, `prompt`, `question`, `instruction` or `messages`",
             ),
             ("{\"query\": 1}", "prompts.jsonl:1: `query` must be a string, found a number"),
             (
                 "{\"query\": \"a\", \"history\": [[\"q\"]]}",
                 "prompts.jsonl:1: `history[0]` must be a list of two strings",
             ),
+            ("{\"prompt\": \" \"}", "prompts.jsonl:1: `prompt` asks nothing"),
             ("[1]", "prompts.jsonl:1: expected a JSON object, found a number"),
             (
                 "{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}]}",

@@ -181,7 +181,7 @@ fn single(object: &Object, query: String) -> Parsed<Context> {
 }
 
 /// `instruction` and `input`, a line each; where one is empty, the other.
-fn instruction(object: &Object) -> Parsed<String> {
+pub(super) fn instruction(object: &Object) -> Parsed<String> {
     let parts = [optional_text(object, ALPACA.query)?, optional_text(object, INPUT)?];
     let parts: Vec<_> = parts.into_iter().flatten().filter(|part| !part.is_empty()).collect();
     Ok(parts.join("\n"))

@@ -147,9 +147,11 @@ fn first<'a>(object: &Object, columns: &[&'a str]) -> Option<&'a str> {
 
 /// `--columns` with which the row can be read, where names alone are missing.
 fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> Option<String> {
-    let reads = |form: &Columns| {
-        let roles =
-            [(form.query, &QUERIES[..]), (form.response, &CHOSEN), (form.rejected_response, &REJECTED)];
+    let of_texts = |form: Columns| {
+        vec![(form.query, &QUERIES[..]), (form.response, &CHOSEN), (form.rejected_response, &REJECTED)]
+    };
+    let of_messages = vec![("messages", &[CONVERSATIONS][..]), (SWIFT.rejected_response, &REJECTED)];
+    let reads = |roles: Vec<_>| {
         let mut more = Vec::new();
         for (ours, theirs) in roles {
             if !object.contains_key(ours) {
@@ -167,8 +169,8 @@ fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> 
         reads.then(|| (more.len(), format!("{} reads these rows{lost}", flag(&renames))))
     };
     // The fewest names are the likeliest, and leave alone what was given.
-    let all = [TRL, SWIFT, ALPACA].iter().filter_map(reads);
-    all.min_by_key(|(n_names, _)| *n_names).map(|(_, advice)| advice)
+    let all = [TRL, SWIFT, ALPACA].map(of_texts).into_iter().chain([of_messages]);
+    all.filter_map(reads).min_by_key(|(n_names, _)| *n_names).map(|(_, advice)| advice)
 }
 
 /// What rows for supervised fine-tuning lack, and those of unpaired answers.
@@ -243,6 +245,14 @@ mod tests {
                 json!({"question": "q", "chosen": "c", "rejected": "r"}),
                 &[("questoin", "prompt")],
                 r#"{"question":"prompt"}"#,
+            ),
+            (
+                json!({
+                    "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}],
+                    "rejected": "r"
+                }),
+                &[],
+                r#"{"rejected":"rejected_response"}"#,
             ),
         ] {
             let expected = format!("--columns '{columns}' reads these rows");
