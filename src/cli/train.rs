@@ -29,7 +29,7 @@ use crate::model::{Llama, Precision};
 use crate::ops::Kernels;
 use crate::shell::pasted;
 use crate::train::plan::Plan;
-use crate::train::run_folder::{RunFolder, TrainerState, holds_run, newest_checkpoint};
+use crate::train::run_folder::{RunFolder, TrainerState, check_writable, holds_run, newest_checkpoint};
 use crate::train::schedule::Schedule;
 use crate::train::{TrainData, TrainSettings, train};
 use crate::words::counted;
@@ -72,9 +72,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
     .map_err(|error| with_advice(error, &args, &case))
 }
 
-/// A run stays as it is, unless this one goes on from it or is told to write over it.
+/// A run stays as it is, unless this one goes on from it or is told to write over it; and what cannot be written is told before hours of
+/// loading.
 fn check_output(args: &TrainArgs) -> Result<()> {
     let folder = &args.output_dir;
+    check_writable(folder)?;
     let may_write = args.add_output_dir_suffix || args.overwrite_output_dir || goes_on_in(args, folder);
     if may_write || !holds_run(folder) {
         return Ok(());

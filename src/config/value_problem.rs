@@ -6,7 +6,7 @@ use std::num::{IntErrorKind, ParseFloatError, ParseIntError};
 use clap::error::{ContextKind, ContextValue};
 
 /// What is wrong with the value that a parsed flag was given, without the flag.
-pub fn value_problem(error: &clap::Error) -> String {
+pub(crate) fn value_problem(error: &clap::Error) -> String {
     if let Some(source) = error.source() {
         let of_integer = source.downcast_ref::<ParseIntError>().map(ParseIntError::kind);
         return match of_integer {

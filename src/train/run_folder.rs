@@ -91,6 +91,18 @@ pub fn holds_run(folder: &Path) -> bool {
         || !dated_checkpoints(folder).is_empty()
 }
 
+/// Whether a folder can be written, or made where it is to be; what is there stays as it is.
+///
+/// # Errors
+/// If it cannot.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    let mut above = folder.ancestors().map(|path| if path == Path::new("") { Path::new(".") } else { path });
+    let there = above.find(|path| path.exists()).unwrap_or(folder);
+    let probe = there.join(format!(".orpo-wgpu-{}", std::process::id()));
+    File::create_new(&probe).map_err(Error::io("write into", there))?;
+    fs::remove_file(&probe).map_err(Error::io("remove", &probe))
+}
+
 /// An open run folder.
 #[derive(Debug)]
 pub struct RunFolder {

@@ -93,6 +93,20 @@ fn a_run_writes_the_files_that_it_promises() {
 }
 
 #[test]
+fn a_folder_that_cannot_be_written_is_told_before_anything_is_loaded() {
+    let workplace = Workplace::new();
+    let before = workplace.written();
+    let flags = ["--output_dir", "model/config.json/out", "--model_id_or_path", "nowhere"];
+    let output = workplace.train(&flags);
+    let message = stderr(&output);
+    assert!(message.contains("orpo-wgpu: cannot write into model/config.json: Not a directory"), "{message}");
+    // What can be is tried and left as it was.
+    let output = workplace.train(&["--output_dir", "model/new/out", "--model_id_or_path", "nowhere"]);
+    assert!(stderr(&output).contains("nowhere: there is no such folder"), "{}", stderr(&output));
+    assert_eq!((workplace.written(), workplace.path("model/new").exists()), (before, false));
+}
+
+#[test]
 fn a_run_is_not_written_over_without_a_word() {
     let workplace = Workplace::new();
     let train = |flags: &[&str]| {
