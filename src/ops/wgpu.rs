@@ -13,15 +13,12 @@ use super::product::{Floats, Product, dims, lora_backward};
 
 impl Engine for WgpuRuntime {
     fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, loras: &[&Lora<B>]) -> Vec<Tensor<B, 2>> {
-        let x = operand(x);
-        let product = |lora: &&Lora<B>| {
-            let a = input(lora.a.clone());
-            match is_narrow(&x, dims(&a)[0]) {
-                true => engine::rank_r(&x, &[a]).remove(0),
-                false => Product::new(Layout::RowsRows, &x, &a).named("lora_linear rank r").run(),
-            }
-        };
-        loras.iter().map(|lora| tensor(product(lora))).collect()
+        let (x, a) = (operand(x), loras.iter().map(|lora| input(lora.a.clone())).collect::<Vec<_>>());
+        if a.iter().all(|a| is_narrow(a, dims(a)[0])) {
+            return engine::rank_r(&x, &a).into_iter().map(tensor).collect();
+        }
+        let product = |a| Product::new(Layout::RowsRows, &x, a).named("lora_linear rank r").run();
+        a.iter().map(|a| tensor(product(a))).collect()
     }
 
     fn lora_linear_forward<B: Floating<Self>>(
@@ -42,14 +39,16 @@ impl Engine for WgpuRuntime {
     }
 
     fn lora_backward_b<B: Floating<Self>>(layers: &[LoraOutputGrad<'_, B>]) -> Vec<LoraGrads<B>> {
-        let of_layer = |layer: &LoraOutputGrad<'_, B>| {
-            let LoraOutputGrad { dy, s, lora } = layer;
+        let is_narrow = |layer: &LoraOutputGrad<'_, B>| {
+            let b = input(layer.lora.b.clone());
+            is_narrow(&b, dims(&b)[1])
+        };
+        if layers.iter().all(is_narrow) {
+            return engine::backward_b(layers);
+        }
+        let of_layer = |LoraOutputGrad { dy, s, lora }: &LoraOutputGrad<'_, B>| {
             let (dy, s, b) = (operand(dy.clone()), input(s.clone()), input(lora.b.clone()));
-            let rank = dims(&b)[1];
-            if is_narrow(&dy, rank) {
-                return engine::backward_b(std::slice::from_ref(layer)).remove(0);
-            }
-            let (ds, db) = match RANK_QUADS.into_iter().find(|quads| rank <= 4 * quads) {
+            let (ds, db) = match RANK_QUADS.into_iter().find(|quads| dims(&b)[1] <= 4 * quads) {
                 Some(rank_quads) => lora_backward(rank_quads, &dy, &b, &s, lora.scale),
                 None => (
                     Product::new(Layout::RowsColumns, &dy, &b).times(lora.scale).run(),
@@ -62,15 +61,11 @@ impl Engine for WgpuRuntime {
     }
 
     fn lora_backward_a<B: Floating<Self>>(x: Tensor<B, 2>, ds: &[Tensor<B, 2>]) -> Vec<Tensor<B, 2>> {
-        let x = operand(x);
-        let product = |ds: &Tensor<B, 2>| {
-            let ds = input(ds.clone());
-            match is_narrow(&x, dims(&ds)[1]) {
-                true => engine::backward_a(&x, &[ds]).remove(0),
-                false => Product::new(Layout::ColumnsColumns, &ds, &x).run(),
-            }
-        };
-        ds.iter().map(|ds| tensor(product(ds))).collect()
+        let (x, ds) = (operand(x), ds.iter().map(|ds| input(ds.clone())).collect::<Vec<_>>());
+        if ds.iter().all(|ds| is_narrow(ds, dims(ds)[1])) {
+            return engine::backward_a(&x, &ds).into_iter().map(tensor).collect();
+        }
+        ds.iter().map(|ds| tensor(Product::new(Layout::ColumnsColumns, ds, &x).run())).collect()
     }
 
     fn lora_linear_backward_input<B: Floating<Self>>(
@@ -128,6 +123,6 @@ impl Engine for WgpuRuntime {
 const NARROW: u32 = 32;
 
 /// Whether an adapter's products are too narrow for a GPU's tiles, and for panels that read `dy` once: either leaves most of it idle.
-fn is_narrow(tokens: &Floats, rank: u32) -> bool {
-    !is_software(&tokens.client) && rank <= NARROW
+fn is_narrow(factor: &Floats, rank: u32) -> bool {
+    !is_software(&factor.client) && rank <= NARROW
 }

@@ -116,15 +116,25 @@ pub(super) fn multiply<R: Engine>(name: &'static str, products: &[Thin<R>]) -> V
     let with_way = |product: Thin<R>| (parts::are_taken(&product), product);
     let groups = products.iter().map(|product| product.of_factors_alike().map(with_way).collect::<Vec<_>>());
     let groups: Vec<_> = groups.collect();
-    let in_parts: Vec<_> = groups.iter().flatten().filter(|(takes_parts, _)| *takes_parts).collect();
-    let in_parts: Vec<_> = in_parts.into_iter().map(|(_, product)| product).collect();
-    let mut made_in_parts = parts::multiply(name, &in_parts).into_iter();
+    let in_parts =
+        groups.iter().flatten().filter(|(takes_parts, _)| *takes_parts).map(|(_, product)| product);
+    let mut made_in_parts = parts::multiply(name, &in_parts.collect::<Vec<_>>()).into_iter();
+    let mut of_columns = Vec::new();
     let mut outputs = |(takes_parts, product): &(bool, Thin<R>)| match (takes_parts, product.depth) {
         (true, _) => made_in_parts.next().expect("parts make every product that takes them"),
         (false, Depth::Columns) => rows(name, product),
-        (false, Depth::Tokens(side)) => columns(name, product, side),
+        (false, Depth::Tokens(side)) => {
+            let sums = columns(name, product, side);
+            of_columns.extend_from_slice(&sums);
+            sums.into_iter().flat_map(|sums| sums.outputs).collect()
+        }
     };
-    groups.iter().map(|group| group.iter().flat_map(&mut outputs).collect()).collect()
+    let outputs = groups.iter().map(|group| group.iter().flat_map(&mut outputs).collect()).collect();
+    if let Some(Sums { terms, .. }) = of_columns.first() {
+        let moved = of_columns.iter().map(|sums| bytes(&[&sums.terms])).sum();
+        profile::kernel(name, 0, moved, &terms.client, || sums::launch(&of_columns));
+    }
+    outputs
 }
 
 fn rows<R: Engine>(name: &'static str, product: &Thin<R>) -> Vec<CubeTensor<R>> {
@@ -226,7 +236,8 @@ fn rows_kernel<F: Float, N: Size>(
     }
 }
 
-fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<CubeTensor<R>> {
+/// The sums of slabs of rows, whose own sums are still to be made.
+fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<Sums<R>> {
     let Thin { x, factors, scale, .. } = product;
     let [m, n] = [0, 1].map(|i| x.meta.shape()[i]);
     let (rank, _) = product.rank();
@@ -237,9 +248,9 @@ fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<
     let cubes =
         CubeCount::Static((n / width).div_ceil(LANES) as u32, rank.div_ceil(RANKS) as u32, slabs as u32);
     let of_factor = |left: &CubeTensor<R>| {
-        let (left, out) = (into_contiguous(left.clone()), product.output());
-        let sums = empty(x, Shape::from([slabs * rank, n]), DType::F32);
-        profile::kernel(name, 2 * m * n * rank, bytes(&[x, &left, &out]), client, || {
+        let left = into_contiguous(left.clone());
+        let terms = empty(x, Shape::from([slabs * rank, n]), DType::F32);
+        profile::kernel(name, 2 * m * n * rank, bytes(&[x, &left, &terms]), client, || {
             #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
             // SAFETY: columns and ranks are held against their numbers, and rows are counted.
             unsafe {
@@ -250,7 +261,7 @@ fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<
                     width,
                     x.clone().into_array_arg(),
                     left.into_array_arg(),
-                    sums.clone().into_array_arg(),
+                    terms.clone().into_array_arg(),
                     m,
                     slab,
                     n / width,
@@ -258,11 +269,9 @@ fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<
                     dtype.into(),
                 );
             }
-            let layout = Layout::Ranks(side);
-            let outputs = vec![out.clone()];
-            sums::launch(&[Sums { terms: sums, n_terms: slabs, layout, factor: *scale, outputs }]);
         });
-        out
+        let layout = Layout::Ranks(side);
+        Sums { terms, n_terms: slabs, layout, factor: *scale, outputs: vec![product.output()] }
     };
     factors.iter().map(of_factor).collect()
 }

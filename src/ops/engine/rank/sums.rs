@@ -22,6 +22,7 @@ pub(super) enum Layout {
 }
 
 /// The sums of one product.
+#[derive(Clone)]
 pub(super) struct Sums<R: CubeRuntime> {
     pub(super) terms: CubeTensor<R>,
     /// How many there are of each entry, but for the parts of a row.
@@ -33,8 +34,14 @@ pub(super) struct Sums<R: CubeRuntime> {
     pub(super) outputs: Vec<CubeTensor<R>>,
 }
 
-/// Launches the sums of products of one device.
+/// Launches the sums of products of one device: as many of them at once as it binds buffers.
 pub(super) fn launch<R: CubeRuntime>(sums: &[Sums<R>]) {
+    let n_buffers = sums.iter().map(|sums| 1 + sums.outputs.len()).max().unwrap_or(1);
+    let most = sums[0].terms.client.properties().hardware.max_bindings as usize / n_buffers;
+    sums.chunks(most.max(1)).for_each(launch_once);
+}
+
+fn launch_once<R: CubeRuntime>(sums: &[Sums<R>]) {
     let client = &sums[0].terms.client;
     let n_entries = |sums: &Sums<R>| sums.outputs.len() * sums.outputs[0].meta.num_elements();
     let (cubes, cube) = one_thread_each(client, sums.iter().map(n_entries).sum());
