@@ -143,12 +143,12 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}
 #for c in 0 1 2 3
-    store(
-        first_m + ({{ i }}u * TILE_M + tile_m) * 4u + {{ c }}u,
-        first_n + ({{ j }}u * TILE_N + tile_n) * 4u,
-        group.z,
-        acc_{{ i }}_{{ j }}[{{ c }}] * params.scale,
-    );
+    {
+        let line = first_m + ({{ i }}u * TILE_M + tile_m) * 4u + {{ c }}u;
+        let entry = first_n + ({{ j }}u * TILE_N + tile_n) * 4u;
+        let sums = acc_{{ i }}_{{ j }}[{{ c }}] * params.scale;
+        store(line, entry, group.z, sums + addend_quad(line, entry, group.z));
+    }
 #endfor
 #endfor
 #endfor

@@ -120,12 +120,11 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}
 #for c in 0 1 2 3
-    store(
-        line_m + {{ i }}u * THREADS_M * 4u + {{ c }}u,
-        line_n + {{ j }}u * THREADS_N * 4u,
-        group.z,
-        sums_{{ i }}_{{ j }}[{{ c }}],
-    );
+    {
+        let line = line_m + {{ i }}u * THREADS_M * 4u + {{ c }}u;
+        let entry = line_n + {{ j }}u * THREADS_N * 4u;
+        store(line, entry, group.z, sums_{{ i }}_{{ j }}[{{ c }}] + addend_quad(line, entry, group.z));
+    }
 #endfor
 #endfor
 #endfor

@@ -89,26 +89,13 @@ fn {{ part }}_rhs_item(item: u32, first_n: u32, first_k: u32, depth: u32) -> vec
 }
 
 #endfor
-// Stores the fragments that the subgroups have left, one a patch; the first patch's begins at first_m and first_n.
-fn store_fragments(thread: u32, first_patch: u32, subgroups: u32, first_m: u32, first_n: u32, split: u32) {
-    let n_quads = min(subgroups, PATCHES - first_patch) * (FRAGMENT / 4u);
-    for (var quad = thread; quad < n_quads; quad += WORKGROUP_SIZE) {
-        let owned = first_patch + quad / (FRAGMENT / 4u);
-        let line = quad % (FRAGMENT / 4u) / (SIZE / 4u);
-        let entry = quad % (SIZE / 4u) * 4u;
-        let sums = vec4f(
-            fragments[quad * 4u],
-            fragments[quad * 4u + 1u],
-            fragments[quad * 4u + 2u],
-            fragments[quad * 4u + 3u],
-        );
-        store(
-            first_m + owned / PATCHES_N * PATCH_M + line,
-            first_n + owned % PATCHES_N * PATCH_N + entry,
-            split,
-            sums * params.scale,
-        );
-    }
+// Where a quad lies of the fragments that the subgroups leave, one a patch: a line of the block and an entry of it, as of the first
+// fragment of every patch.
+fn place(first_patch: u32, quad: u32) -> vec2u {
+    let owned = first_patch + quad / (FRAGMENT / 4u);
+    let line = quad % (FRAGMENT / 4u) / (SIZE / 4u);
+    let entry = quad % (SIZE / 4u) * 4u;
+    return vec2u(owned / PATCHES_N * PATCH_M + line, owned % PATCHES_N * PATCH_N + entry);
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
@@ -201,18 +188,42 @@ fn main(
 #endfor
         let slot = (owned - first_patch) * FRAGMENT;
         let pitch = SIZE;
+        let n_quads = min(subgroups, PATCHES - first_patch) * (FRAGMENT / 4u);
+#for item in {{ store_items }}
+        let quad_{{ item }} = thread + {{ item }}u * WORKGROUP_SIZE;
+        let place_{{ item }} = vec2u(first_m, first_n) + place(first_patch, quad_{{ item }});
+#endfor
 #for i in {{ fragments_m }}
+        // No compiler moves a load past a barrier: those of a row of fragments are under way together before its first one.
+#for j in {{ fragments_n }}
+#for item in {{ store_items }}
+        let at_{{ i }}_{{ j }}_{{ item }} = place_{{ item }} + vec2u({{ i }}u, {{ j }}u) * SIZE;
+        var more_{{ i }}_{{ j }}_{{ item }} = vec4f();
+        if (quad_{{ item }} < n_quads) {
+            more_{{ i }}_{{ j }}_{{ item }} =
+                addend_quad(at_{{ i }}_{{ j }}_{{ item }}.x, at_{{ i }}_{{ j }}_{{ item }}.y, group.z);
+        }
+#endfor
+#endfor
 #for j in {{ fragments_n }}
         coopStoreT(sums_{{ i }}_{{ j }}, &fragments[slot], pitch);
         workgroupBarrier();
-        store_fragments(
-            thread,
-            first_patch,
-            subgroups,
-            first_m + {{ i }}u * SIZE,
-            first_n + {{ j }}u * SIZE,
-            group.z,
-        );
+#for item in {{ store_items }}
+        if (quad_{{ item }} < n_quads) {
+            let sums = vec4f(
+                fragments[quad_{{ item }} * 4u],
+                fragments[quad_{{ item }} * 4u + 1u],
+                fragments[quad_{{ item }} * 4u + 2u],
+                fragments[quad_{{ item }} * 4u + 3u],
+            );
+            store(
+                at_{{ i }}_{{ j }}_{{ item }}.x,
+                at_{{ i }}_{{ j }}_{{ item }}.y,
+                group.z,
+                sums * params.scale + more_{{ i }}_{{ j }}_{{ item }},
+            );
+        }
+#endfor
         workgroupBarrier();
 #endfor
 #endfor

@@ -24,27 +24,34 @@ struct Params {
     has_addend: u32,
 }
 
-// Stores four entries of a line of one split's `out`, with those of the addend, which is the first split's.
-fn store(line: u32, entry: u32, split: u32, sums: vec4f) {
+// Four entries of a line of what one split adds: the addend is the first split's.
+fn addend_quad(line: u32, entry: u32, split: u32) -> vec4f {
+    var quad = vec4f();
+#if out_vec4
+    if (params.has_addend > split && line < params.m && entry < params.n) {
+        quad = vec4f(addend[(line * params.n + entry) / 4u]);
+    }
+#else
+#for c in 0 1 2 3
+    if (params.has_addend > split && line < params.m && entry + {{ c }}u < params.n) {
+        quad[{{ c }}] = f32(addend[line * params.n + entry + {{ c }}u]);
+    }
+#endfor
+#endif
+    return quad;
+}
+
+// Stores four entries of a line of one split's `out`.
+fn store(line: u32, entry: u32, split: u32, quad: vec4f) {
     let first_out = split * params.m * params.n;
 #if out_vec4
     if (line < params.m && entry < params.n) {
-        let i = (first_out + line * params.n + entry) / 4u;
-        var quad = sums;
-        if (params.has_addend > split) {
-            quad += vec4f(addend[i]);
-        }
-        out[i] = Out(quad);
+        out[(first_out + line * params.n + entry) / 4u] = Out(quad);
     }
 #else
 #for c in 0 1 2 3
     if (line < params.m && entry + {{ c }}u < params.n) {
-        let i = first_out + line * params.n + entry + {{ c }}u;
-        var value = sums[{{ c }}];
-        if (params.has_addend > split) {
-            value += f32(addend[i]);
-        }
-        out[i] = Out(value);
+        out[first_out + line * params.n + entry + {{ c }}u] = Out(quad[{{ c }}]);
     }
 #endfor
 #endif

@@ -206,6 +206,7 @@ impl Shader {
                             ("steps", list(tile.turn() / tile.size)),
                             ("lhs_items", list(tile.items()[0])),
                             ("rhs_items", list(tile.items()[1])),
+                            ("store_items", list(tile.store_items())),
                             ("fragments_m", list(tile.patch_m / tile.size)),
                             ("fragments_n", list(tile.patch_n / tile.size)),
                         ]);

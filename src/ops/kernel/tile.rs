@@ -256,6 +256,11 @@ impl MatrixTile {
         [self.block_m, self.block_n].map(|lines| lines * self.block_k / 4 / self.threads())
     }
 
+    /// Quads that a thread stores, at most, of a matrix of sums a patch.
+    pub(super) fn store_items(self) -> u32 {
+        (self.size * self.size / 4).div_ceil(self.lanes)
+    }
+
     /// Bytes of workgroup memory: both operands in `f16`, in lines of two quads more than they have, and one matrix of sums a patch.
     pub fn shared_bytes(self) -> u32 {
         let lines = |n: u32, length: u32| 8 * n * (length / 4 + 2);
