@@ -35,7 +35,7 @@ pub(super) fn create_folder<B: Backend>(
 }
 
 /// The run's folder: `{output_dir}/{model_type}/v{N}-{time}`, or the output folder itself.
-fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
+pub(super) fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
     if !args.add_output_dir_suffix {
         return args.output_dir.clone();
     }

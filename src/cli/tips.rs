@@ -11,15 +11,8 @@ use crate::data::spelling::edits;
 
 /// The same error; of a flag or command that another trainer has, with what it is here, and of a value with all that are as wrong.
 pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error {
-    if [ErrorKind::ValueValidation, ErrorKind::InvalidValue].contains(&usage.kind()) {
-        let problems = value_problems(args);
-        return match problems.is_empty() {
-            true => usage,
-            false => {
-                let problems = format!("{}\n", problems.join("\n       "));
-                clap::Error::raw(usage.kind(), problems).with_cmd(&command())
-            }
-        };
+    if let Some(problems) = value_problems(&usage, args) {
+        return clap::Error::raw(usage.kind(), problems).with_cmd(&command());
     }
     let word = |kind| match usage.get(kind) {
         Some(ContextValue::String(word)) => Some(word.clone()),
@@ -79,27 +72,45 @@ fn other_tips(first: &str, args: &[OsString]) -> Vec<String> {
     tips
 }
 
-/// A line for each value that its flag does not take.
-fn value_problems(args: &[OsString]) -> Vec<String> {
-    let command = command();
-    let Some(name) = args.iter().skip(1).find(|arg| command.find_subcommand(arg).is_some()) else {
-        return Vec::new();
+/// A line for each value that its flag does not take, if it is such a value that clap ended with.
+fn value_problems(usage: &clap::Error, args: &[OsString]) -> Option<String> {
+    let mut args = args.to_vec();
+    let mut lines = Vec::new();
+    let mut next = without_bad_value(usage, &mut args);
+    while let Some((flag, value, problem)) = next {
+        let is = if value.is_empty() { "is empty".to_owned() } else { format!("is {value}") };
+        lines.push(format!("{flag} {is}: {problem}\n"));
+        let error = command().try_get_matches_from(&args).err();
+        next = error.and_then(|error| without_bad_value(&error, &mut args));
+    }
+    (!lines.is_empty()).then(|| lines.join("       "))
+}
+
+/// Takes a flag out of the command line whose value clap has ended with; gives it as it was typed, the value, and what is wrong.
+fn without_bad_value(error: &clap::Error, args: &mut Vec<OsString>) -> Option<(String, String, String)> {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
     };
-    let values = args.iter().enumerate().filter_map(|(i, arg)| {
-        let flag = arg.to_str()?.strip_prefix("--")?;
-        let (flag, value) = match flag.split_once('=') {
-            Some((flag, value)) => (flag, value),
-            None => (flag, args.get(i + 1)?.to_str()?),
+    if ![ErrorKind::ValueValidation, ErrorKind::InvalidValue].contains(&error.kind()) {
+        return None;
+    }
+    // The flag comes with the name of its value. One without a value, which is an empty one to clap, is not among the words below.
+    let name = other_names::name_of(text(ContextKind::InvalidArg)?.split([' ', '[']).next()?);
+    let value = text(ContextKind::InvalidValue)?;
+    let is_flag = |word: &str| word.starts_with("--") && other_names::name_of(word) == name;
+    for at in 0..args.len() {
+        let Some(word) = args[at].to_str().map(str::to_owned) else { continue };
+        let n_words = match word.split_once('=') {
+            Some((flag, given)) if is_flag(flag) && given == value => 1,
+            None if is_flag(&word) && args.get(at + 1).is_some_and(|next| next == value) => 2,
+            _ => continue,
         };
-        Some((flag, value))
-    });
-    let problem = |(flag, value): (&str, &str)| {
-        let alone = [&args[0], name, &OsString::from(format!("--{flag}={value}"))];
-        let error = command.clone().try_get_matches_from(alone).err()?;
-        let is_of_value = [ErrorKind::ValueValidation, ErrorKind::InvalidValue].contains(&error.kind());
-        is_of_value.then(|| format!("--{flag} is {value}: {}", value_problem(&error)))
-    };
-    values.filter_map(problem).collect()
+        args.drain(at..at + n_words);
+        let flag = word.split('=').next().unwrap_or(&word).to_owned();
+        return Some((flag, value.to_owned(), value_problem(error)));
+    }
+    None
 }
 
 /// What to type instead of a flag, or of a word that is none.
@@ -219,15 +230,34 @@ mod tests {
             assert!(message.contains(line), "`{line}` in {message}");
         }
         assert!(!message.contains("--beta"), "{message}");
-        for (value, problem) in [
-            ("-1", "expected a whole number, at least 0"),
-            ("", "expected a whole number, at least 0"),
-            ("18446744073709551616", "it is too large"),
-        ] {
+        for (value, problem) in
+            [("-1", "expected a whole number, at least 0"), ("18446744073709551616", "it is too large")]
+        {
             let message = usage(&["bench", &format!("--batch_size={value}")]);
             assert!(message.contains(&format!("--batch_size is {value}: {problem}")), "{message}");
         }
         assert!(usage(&["infer", "--seed", "x"]).contains("--seed is x: expected a whole number"));
+        let message = usage(&["train", "--quantization_bit=-1", "--lr_scheduler_type", "cosin"]);
+        assert!(
+            message.contains("--quantization_bit is -1: expected a whole number, at least 0"),
+            "{message}"
+        );
+        assert!(message.contains("linear, cosine"), "{message}");
+        assert!(message.contains("; did you mean `cosine`?"), "{message}");
+    }
+
+    /// The next word is no value of a flag that needs none, or has none, and what is behind `--` is no flag.
+    #[test]
+    fn only_values_are_told_of_as_such() {
+        let message = usage(&["train", "--profile", "--batch_size", "x"]);
+        assert!(message.contains("error: --batch_size is x: "), "{message}");
+        assert!(!message.contains("--profile"), "{message}");
+        let message = usage(&["infer", "--seed", "x", "--", "--top_k=a"]);
+        assert!(message.contains("error: --seed is x: ") && !message.contains("top_k"), "{message}");
+        for flags in [&["train", "--batch_size", "--beta", "0.2"][..], &["train", "--output_dir"]] {
+            let message = usage(flags);
+            assert!(message.contains("a value is required for '--"), "{message}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::open::{Loaded, OpenModel};
 use super::outcome::{answers, print_answers, print_summary, program};
 use super::precision;
 use super::progress::Progress;
-use super::record::create_folder;
+use super::record::{create_folder, run_folder};
 use super::rows::{Data, is_demo_data, lengths, note_positions, plan_of};
 use super::start::{adapter_of, goes_on_in, ranks, resume_state, start_adapter, with_checkpoint};
 use super::tune;
@@ -49,6 +49,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let args = with_checkpoint(args)?;
     check_output(&args)?;
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
+    check_writable(&run_folder(&args, &open))?;
     adapter_of(&args).map_or(Ok(()), |folder| open.check_adapter(folder))?;
     let ranks = ranks(&args)?;
     // Before the rows, which may take long: a device that is not there, and a type that it does not have.
@@ -72,11 +73,9 @@ pub fn run(args: TrainArgs) -> Result<()> {
     .map_err(|error| with_advice(error, &args, &case))
 }
 
-/// A run stays as it is, unless this one goes on from it or is told to write over it; and what cannot be written is told before hours of
-/// loading.
+/// A run stays as it is, unless this one goes on from it or is told to write over it.
 fn check_output(args: &TrainArgs) -> Result<()> {
     let folder = &args.output_dir;
-    check_writable(folder)?;
     let may_write = args.add_output_dir_suffix || args.overwrite_output_dir || goes_on_in(args, folder);
     if may_write || !holds_run(folder) {
         return Ok(());

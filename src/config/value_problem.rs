@@ -13,12 +13,20 @@ pub(crate) fn value_problem(error: &clap::Error) -> String {
             Some(IntErrorKind::PosOverflow) => "it is too large".to_owned(),
             Some(_) => "expected a whole number, at least 0".to_owned(),
             None if source.is::<ParseFloatError>() => "expected a number".to_owned(),
+            // clap's own, of a type that it reads as a wider one.
+            None if source.to_string().contains(" is not in 0..=") => {
+                "expected a whole number, at least 0".to_owned()
+            }
             None => source.to_string(),
         };
     }
+    let meant = match error.get(ContextKind::SuggestedValue) {
+        Some(ContextValue::String(meant)) => format!("; did you mean `{meant}`?"),
+        _ => String::new(),
+    };
     match error.get(ContextKind::ValidValue) {
         Some(ContextValue::Strings(values)) if !values.is_empty() => {
-            format!("expected one of {}", values.join(", "))
+            format!("expected one of {}{meant}", values.join(", "))
         }
         _ => "not what the flag takes".to_owned(),
     }

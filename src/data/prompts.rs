@@ -7,16 +7,14 @@ use serde_json::{Map, Value};
 
 use super::dataset::Location;
 use super::json;
-use super::message::{Context, Parsed, context, kind, last_answer, messages};
-use super::row::{history, instruction, optional_text, text};
+use super::message::{Context, Object, Parsed, context, kind, last_answer, messages};
+use super::row::{instruction, optional_text, pair, single, text};
 use crate::error::{Error, Result};
 
-/// Names of the column that holds what the user says, in the order in which they are looked for.
-const QUERY_COLUMNS: [&str; 4] = ["query", "prompt", "question", INSTRUCTION];
-/// LLaMA-Factory's alpaca, perhaps with an `input`.
-const INSTRUCTION: &str = "instruction";
-/// Columns of a whole conversation.
-const CONVERSATION_COLUMNS: [&str; 3] = ["messages", "conversations", "chosen"];
+/// Columns that hold what the user says, or a conversation, in the order in which they are looked for.
+const COLUMNS: [&str; 5] = ["query", "prompt", "question", "messages", "conversations"];
+/// Those of LLaMA-Factory's alpaca, which are read together.
+const INSTRUCTION: [&str; 2] = ["instruction", "input"];
 
 /// A prompt of a file.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,9 +33,9 @@ pub struct Prompt {
 
 /// Reads a file of prompts: rows of JSON if its name ends in `.jsonl` or `.json`, else one prompt a line. Empty lines are ignored.
 ///
-/// A row has what a row of pairs asks, which may be one: `query`, `prompt`, `question` or `instruction` with `input`, and where they are
-/// there `system` and `history`, a list of `[question, answer]`; or a conversation in `messages`, `conversations`, `chosen` or `prompt`,
-/// of which a last answer is left out. Other columns are kept.
+/// A row of pairs, as for training, asks what it asks there. Other rows have `query`, `prompt` or `question`, a text or a list of messages,
+/// and beside a text, where they are there, `system` and `history`, a list of `[question, answer]`; or `messages` or `conversations`; or
+/// `instruction` and `input`. Of messages a last answer is left out. Other columns are kept.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be read, [`Error::Row`] for the first line that is no prompt, [`Error::File`] if there is none.
@@ -78,33 +76,42 @@ fn parse(value: Value, location: &Location) -> Parsed<Prompt> {
     let Value::Object(columns) = value else {
         return Err(format!("expected a JSON object, found {}", kind(&value)));
     };
-    let is_there = |column: &&str| columns.get(*column).is_some_and(|value| !value.is_null());
-    let column = QUERY_COLUMNS.iter().chain(&CONVERSATION_COLUMNS).copied().find(is_there);
-    let column = column.ok_or_else(|| {
-        format!("no column `{}` or `{}`", QUERY_COLUMNS.join("`, `"), CONVERSATION_COLUMNS[0])
-    })?;
-    let Context { system, history, query } =
-        if columns[column].is_array() || CONVERSATION_COLUMNS.contains(&column) {
-            let messages = messages(&columns, column)?;
-            match last_answer(&messages, column) {
-                Ok((before, _)) => before,
-                Err(_) => context(&messages, column)?,
-            }
-        } else {
-            let query = match column {
-                INSTRUCTION => instruction(&columns)?,
-                _ => text(&columns, column)?.to_owned(),
-            };
-            Context { system: None, history: history(&columns)?, query }
-        };
+    let Context { system, history, query } = match pair(&columns) {
+        Ok(pair) => pair.context,
+        Err(_) => asked(&columns)?,
+    };
     if query.trim().is_empty() {
-        return Err(format!("`{column}` asks nothing"));
+        return Err("the row asks nothing".to_owned());
     }
     let system = match system {
         Some(system) => Some(system),
         None => optional_text(&columns, "system")?.map(str::to_owned),
     };
     Ok(Prompt { query, system, history, location: location.clone(), columns })
+}
+
+/// What a row without a pair of answers asks.
+fn asked(columns: &Object) -> Parsed<Context> {
+    let is_filled = |column: &&str| match columns.get(*column) {
+        None | Some(Value::Null) => false,
+        Some(Value::String(text)) => !text.trim().is_empty(),
+        Some(_) => true,
+    };
+    let Some(column) = COLUMNS.into_iter().find(|column| is_filled(column)) else {
+        let has = |column: &&str| columns.contains_key(*column);
+        return match INSTRUCTION.iter().chain(&COLUMNS).any(has) {
+            true => single(columns, instruction(columns)?),
+            false => Err(format!("no column `{}` or `{}`", COLUMNS.join("`, `"), INSTRUCTION[0])),
+        };
+    };
+    if !columns[column].is_array() && COLUMNS[..3].contains(&column) {
+        return single(columns, text(columns, column)?.to_owned());
+    }
+    let messages = messages(columns, column)?;
+    match last_answer(&messages, column) {
+        Ok((before, _)) => Ok(before),
+        Err(_) => context(&messages, column),
+    }
 }
 
 #[cfg(test)]
@@ -157,12 +164,35 @@ mod tests {
     }
 
     #[test]
-    fn pairs_are_prompts_without_their_answers() {
-        let pairs = concat!(
-            "{\"conversations\": [{\"from\": \"human\", \"value\": \"a\"}], \"chosen\": {}, \"rejected\": {}}\n",
-            "{\"chosen\": [{\"role\": \"user\", \"content\": \"b\"}, {\"role\": \"assistant\", \"content\": \"c\"}]}\n"
+    fn rows_of_pairs_ask_what_they_ask_in_training() {
+        let user = |text: &str| format!(r#"{{"role": "user", "content": "{text}"}}"#);
+        let answer = |text: &str| format!(r#"{{"role": "assistant", "content": "{text}"}}"#);
+        let [q, a, b, c, d] = [user("q"), answer("a"), user("b"), answer("c"), answer("d")];
+        let rows = [
+            (r#"{"instruction": null, "input": "b", "chosen": "c", "rejected": "d"}"#.to_owned(), 0),
+            (format!(r#"{{"conversations": [{b}], "chosen": {c}, "rejected": {d}}}"#), 0),
+            // Its prompt repeats how the conversations begin.
+            (
+                format!(
+                    r#"{{"prompt": "q", "chosen": [{q}, {a}, {b}, {c}], "rejected": [{q}, {a}, {b}, {d}]}}"#
+                ),
+                1,
+            ),
+            (format!(r#"{{"instruction": "x", "messages": [{b}, {c}], "rejected_response": "d"}}"#), 0),
+        ];
+        for (row, n_turns) in rows {
+            let prompt = read("pairs.jsonl", &row).unwrap().remove(0);
+            assert_eq!((prompt.query.as_str(), prompt.history.len()), ("b", n_turns), "{row}");
+        }
+    }
+
+    #[test]
+    fn columns_that_are_empty_are_passed_over() {
+        let text = concat!(
+            "{\"query\": \"\", \"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n",
+            "{\"instruction\": \"\", \"input\": \"b\", \"output\": \"c\"}\n",
         );
-        let queries = read("pairs.jsonl", pairs).unwrap().into_iter().map(|prompt| prompt.query);
+        let queries = read("prompts.jsonl", text).unwrap().into_iter().map(|prompt| prompt.query);
         assert_eq!(queries.collect::<Vec<_>>(), ["a", "b"]);
     }
 
@@ -172,14 +202,15 @@ mod tests {
         for (text, problem) in [
             (
                 "{\"query\": \"a\"}\n\n{\"text\": \"b\"}\n",
-                "prompts.jsonl:3: no column `query`, `prompt`, `question`, `instruction` or `messages`",
+                "prompts.jsonl:3: no column `query`, `prompt`, `question`, `messages`, `conversations` or `instruction`",
             ),
             ("{\"query\": 1}", "prompts.jsonl:1: `query` must be a string, found a number"),
             (
                 "{\"query\": \"a\", \"history\": [[\"q\"]]}",
                 "prompts.jsonl:1: `history[0]` must be a list of two strings",
             ),
-            ("{\"prompt\": \" \"}", "prompts.jsonl:1: `prompt` asks nothing"),
+            ("{\"prompt\": \" \"}", "prompts.jsonl:1: the row asks nothing"),
+            ("{\"chosen\": \"a\", \"rejected\": \"b\"}", "prompts.jsonl:1: no column `query`"),
             ("[1]", "prompts.jsonl:1: expected a JSON object, found a number"),
             (
                 "{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}]}",

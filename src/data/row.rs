@@ -54,8 +54,9 @@ const ACCEPTED: &str = "accepted are `query` + `response` + `rejected_response`,
                         `rejected_response`";
 
 /// A row as its form gives it.
-struct Pair {
-    context: Context,
+pub(super) struct Pair {
+    /// What both answers follow.
+    pub(super) context: Context,
     response: String,
     rejected_response: String,
     /// The columns of [`MATTERS`] that are read, or that repeat what is.
@@ -134,7 +135,7 @@ fn is_filled(object: &Object, column: &str) -> bool {
 }
 
 /// Finds the form by the columns present.
-fn pair(object: &Object) -> Parsed<Pair> {
+pub(super) fn pair(object: &Object) -> Parsed<Pair> {
     let has = |column: &str| object.contains_key(column);
     let is_list = |column: &str| object.get(column).is_some_and(Value::is_array);
     let has_answers = has(TRL.response) && has(TRL.rejected_response);
@@ -176,7 +177,7 @@ fn pair(object: &Object) -> Parsed<Pair> {
 }
 
 /// A text after the turns of `history`.
-fn single(object: &Object, query: String) -> Parsed<Context> {
+pub(super) fn single(object: &Object, query: String) -> Parsed<Context> {
     Ok(Context { system: None, history: history(object)?, query })
 }
 
@@ -222,7 +223,7 @@ fn whole_conversations(object: &Object) -> Parsed<Pair> {
     Ok(Pair { context, response, rejected_response, read: &[ALPACA.query, INPUT] })
 }
 
-pub(super) fn history(object: &Object) -> Parsed<Vec<(String, String)>> {
+fn history(object: &Object) -> Parsed<Vec<(String, String)>> {
     let turns = match object.get("history") {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::Array(turns)) => turns,

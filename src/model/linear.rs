@@ -99,7 +99,8 @@ impl<B: Kernels> Linear<B> {
         let mut ds = ds.into_iter();
         let mut dx = None;
         for (linear, dy) in linears.into_iter().zip(dys).filter(|_| needs_dx) {
-            let adapter = linear.lora.as_ref().and_then(|lora| Some((lora, ds.next()?)));
+            let adapter =
+                linear.lora.as_ref().map(|lora| (lora, ds.next().expect("a gradient for every adapter")));
             let input = dx.map_or(InputGrad::New(dtype), InputGrad::AddTo);
             dx = Some(lora_linear_backward(dy, linear.weight.to_dense(), adapter, input));
         }

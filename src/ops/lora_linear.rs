@@ -115,7 +115,9 @@ pub fn lora_backward_b<B: Kernels>(layers: &[LoraOutputGrad<'_, B>]) -> Vec<Lora
         assert_eq!(lora.b.dims(), [n_out, r], "lora_linear: shape of lora_B against that of the gradient");
         assert_eq!(s.dims(), [tokens, r], "lora_linear: shape of the rank-r tensor against [tokens, r]");
     }
-    if layers.is_empty() { Vec::new() } else { B::lora_backward_b(layers) }
+    let grads = if layers.is_empty() { Vec::new() } else { B::lora_backward_b(layers) };
+    assert_eq!(grads.len(), layers.len(), "lora_linear: gradients of adapters");
+    grads
 }
 
 /// Computes `dA = dsᵀ x` of layers whose input is the same, from the gradients by their rank-r tensors.
@@ -133,7 +135,9 @@ pub fn lora_backward_a<B: Kernels>(x: Tensor<B, 2>, ds: &[Tensor<B, 2>]) -> Vec<
             "lora_linear: rows of x against the gradient by the rank-r tensor"
         );
     }
-    if ds.is_empty() { Vec::new() } else { B::lora_backward_a(x, ds) }
+    let das = if ds.is_empty() { Vec::new() } else { B::lora_backward_a(x, ds) };
+    assert_eq!(das.len(), ds.len(), "lora_linear: gradients of adapters");
+    das
 }
 
 /// Computes the gradient by `x`, `dy W + ds A`, with that by the adapter's rank-r tensor where there is an adapter.

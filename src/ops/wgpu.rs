@@ -1,5 +1,6 @@
 //! The engine of wgpu: which shader is launched how often, on which buffers.
 
+use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Tensor};
 use burn_wgpu::WgpuRuntime;
 
@@ -14,11 +15,10 @@ use super::product::{Floats, Product, dims, lora_backward};
 impl Engine for WgpuRuntime {
     fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, loras: &[&Lora<B>]) -> Vec<Tensor<B, 2>> {
         let (x, a) = (operand(x), loras.iter().map(|lora| input(lora.a.clone())).collect::<Vec<_>>());
-        if a.iter().all(|a| is_narrow(a, dims(a)[0])) {
-            return engine::rank_r(&x, &a).into_iter().map(tensor).collect();
-        }
-        let product = |a| Product::new(Layout::RowsRows, &x, a).named("lora_linear rank r").run();
-        a.iter().map(|a| tensor(product(a))).collect()
+        let alone = |a: &Floats| Product::new(Layout::RowsRows, &x, a).named("lora_linear rank r").run();
+        let rank_r =
+            narrow_together(&a, |a| is_narrow(&x.client, dims(a)[0]), |a| engine::rank_r(&x, a), alone);
+        rank_r.into_iter().map(tensor).collect()
     }
 
     fn lora_linear_forward<B: Floating<Self>>(
@@ -39,14 +39,7 @@ impl Engine for WgpuRuntime {
     }
 
     fn lora_backward_b<B: Floating<Self>>(layers: &[LoraOutputGrad<'_, B>]) -> Vec<LoraGrads<B>> {
-        let is_narrow = |layer: &LoraOutputGrad<'_, B>| {
-            let b = input(layer.lora.b.clone());
-            is_narrow(&b, dims(&b)[1])
-        };
-        if layers.iter().all(is_narrow) {
-            return engine::backward_b(layers);
-        }
-        let of_layer = |LoraOutputGrad { dy, s, lora }: &LoraOutputGrad<'_, B>| {
+        let alone = |LoraOutputGrad { dy, s, lora }: &LoraOutputGrad<'_, B>| {
             let (dy, s, b) = (operand(dy.clone()), input(s.clone()), input(lora.b.clone()));
             let (ds, db) = match RANK_QUADS.into_iter().find(|quads| dims(&b)[1] <= 4 * quads) {
                 Some(rank_quads) => lora_backward(rank_quads, &dy, &b, &s, lora.scale),
@@ -57,15 +50,22 @@ impl Engine for WgpuRuntime {
             };
             LoraGrads { ds: tensor(ds), db: tensor(db) }
         };
-        layers.iter().map(of_layer).collect()
+        let is_narrow = |LoraOutputGrad { s, .. }: &LoraOutputGrad<'_, B>| {
+            is_narrow(&input(s.clone()).client, s.dims()[1] as u32)
+        };
+        narrow_together(layers, is_narrow, engine::backward_b, alone)
     }
 
     fn lora_backward_a<B: Floating<Self>>(x: Tensor<B, 2>, ds: &[Tensor<B, 2>]) -> Vec<Tensor<B, 2>> {
         let (x, ds) = (operand(x), ds.iter().map(|ds| input(ds.clone())).collect::<Vec<_>>());
-        if ds.iter().all(|ds| is_narrow(ds, dims(ds)[1])) {
-            return engine::backward_a(&x, &ds).into_iter().map(tensor).collect();
-        }
-        ds.iter().map(|ds| tensor(Product::new(Layout::ColumnsColumns, ds, &x).run())).collect()
+        let alone = |ds: &Floats| Product::new(Layout::ColumnsColumns, ds, &x).run();
+        let das = narrow_together(
+            &ds,
+            |ds| is_narrow(&x.client, dims(ds)[1]),
+            |ds| engine::backward_a(&x, ds),
+            alone,
+        );
+        das.into_iter().map(tensor).collect()
     }
 
     fn lora_linear_backward_input<B: Floating<Self>>(
@@ -123,6 +123,22 @@ impl Engine for WgpuRuntime {
 const NARROW: u32 = 32;
 
 /// Whether an adapter's products are too narrow for a GPU's tiles, and for panels that read `dy` once: either leaves most of it idle.
-fn is_narrow(factor: &Floats, rank: u32) -> bool {
-    !is_software(&factor.client) && rank <= NARROW
+fn is_narrow(client: &ComputeClient<WgpuRuntime>, rank: u32) -> bool {
+    !is_software(client) && rank <= NARROW
+}
+
+/// What is made of each of these, in order: of narrow ones together, of others alone.
+fn narrow_together<T: Clone, O>(
+    items: &[T],
+    is_narrow: impl Fn(&T) -> bool,
+    together: impl FnOnce(&[T]) -> Vec<O>,
+    alone: impl Fn(&T) -> O,
+) -> Vec<O> {
+    let narrow: Vec<T> = items.iter().filter(|item| is_narrow(item)).cloned().collect();
+    let mut made = if narrow.is_empty() { Vec::new() } else { together(&narrow) }.into_iter();
+    let each = |item| match is_narrow(item) {
+        true => made.next().expect("narrow ones are all made"),
+        false => alone(item),
+    };
+    items.iter().map(each).collect()
 }

@@ -91,7 +91,7 @@ pub fn holds_run(folder: &Path) -> bool {
         || !dated_checkpoints(folder).is_empty()
 }
 
-/// Whether a folder can be written, or made where it is to be; what is there stays as it is.
+/// Whether a folder can be written, or made where it is to be.
 ///
 /// # Errors
 /// If it cannot.
@@ -99,8 +99,12 @@ pub fn check_writable(folder: &Path) -> Result<()> {
     let mut above = folder.ancestors().map(|path| if path == Path::new("") { Path::new(".") } else { path });
     let there = above.find(|path| path.exists()).unwrap_or(folder);
     let probe = there.join(format!(".orpo-wgpu-{}", std::process::id()));
-    File::create_new(&probe).map_err(Error::io("write into", there))?;
-    fs::remove_file(&probe).map_err(Error::io("remove", &probe))
+    match File::create_new(&probe) {
+        Ok(_) => fs::remove_file(&probe).map_err(Error::io("remove", &probe)),
+        // Another run's that looks as well, or did and was ended.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(Error::io("write into", there)(error)),
+    }
 }
 
 /// An open run folder.

@@ -96,13 +96,18 @@ fn a_run_writes_the_files_that_it_promises() {
 fn a_folder_that_cannot_be_written_is_told_before_anything_is_loaded() {
     let workplace = Workplace::new();
     let before = workplace.written();
-    let flags = ["--output_dir", "model/config.json/out", "--model_id_or_path", "nowhere"];
-    let output = workplace.train(&flags);
-    let message = stderr(&output);
-    assert!(message.contains("orpo-wgpu: cannot write into model/config.json: Not a directory"), "{message}");
+    // The rows would be told of first: there are none.
+    let told = |output_dir: &str| {
+        stderr(&workplace.train(&["--output_dir", output_dir, "--dataset", "nowhere.jsonl"]))
+    };
+    for output_dir in ["model/config.json", "model/config.json/out"] {
+        let message = told(output_dir);
+        let cannot = "orpo-wgpu: cannot write into model/config.json: Not a directory";
+        assert!(message.contains(cannot), "{output_dir}: {message}");
+    }
     // What can be is tried and left as it was.
-    let output = workplace.train(&["--output_dir", "model/new/out", "--model_id_or_path", "nowhere"]);
-    assert!(stderr(&output).contains("nowhere: there is no such folder"), "{}", stderr(&output));
+    let message = told("model/new/out");
+    assert!(message.contains("nowhere.jsonl"), "{message}");
     assert_eq!((workplace.written(), workplace.path("model/new").exists()), (before, false));
 }
 

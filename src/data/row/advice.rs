@@ -150,7 +150,10 @@ fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> 
     let of_texts = |form: Columns| {
         vec![(form.query, &QUERIES[..]), (form.response, &CHOSEN), (form.rejected_response, &REJECTED)]
     };
-    let of_messages = vec![("messages", &[CONVERSATIONS][..]), (SWIFT.rejected_response, &REJECTED)];
+    // They end with the chosen answer, of which nothing else may speak.
+    let of_messages = first(object, &CHOSEN)
+        .is_none()
+        .then(|| vec![("messages", &[CONVERSATIONS][..]), (SWIFT.rejected_response, &REJECTED)]);
     let reads = |roles: Vec<_>| {
         let mut more = Vec::new();
         for (ours, theirs) in roles {
@@ -169,7 +172,7 @@ fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> 
         reads.then(|| (more.len(), format!("{} reads these rows{lost}", flag(&renames))))
     };
     // The fewest names are the likeliest, and leave alone what was given.
-    let all = [TRL, SWIFT, ALPACA].map(of_texts).into_iter().chain([of_messages]);
+    let all = [TRL, SWIFT, ALPACA].map(of_texts).into_iter().chain(of_messages);
     all.filter_map(reads).min_by_key(|(n_names, _)| *n_names).map(|(_, advice)| advice)
 }
 

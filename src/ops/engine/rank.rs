@@ -37,13 +37,16 @@ const AHEAD: usize = 4;
 /// Rows of which it makes one partial sum for every [`RANKS`] columns, so that the sums stay an eighth of the matrix, and of a narrow one
 /// there are still several workgroups for each processor of a large GPU.
 const SLAB: usize = 128;
+/// Entries of the large matrices, one for each product, of products that share launches: partial sums wait for those, about a byte for
+/// every four entries.
+const TOGETHER: usize = 1 << 28;
 
 /// Along what a product with the matrix of tokens is a sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Depth {
-    /// Its columns.
+    /// That matrix's columns.
     Columns,
-    /// Its rows; the output lies so.
+    /// Its rows, the tokens; and how the output lies.
     Tokens(Side),
 }
 
@@ -70,23 +73,37 @@ pub(super) struct Thin<R: Engine> {
 impl<R: Engine> Thin<R> {
     /// `scale · x · rightᵀ` for each of these: `[m, n] · [n, r] -> [m, r]`; `right: [r, n]` is `f32`.
     pub(super) fn rows(x: &CubeTensor<R>, rights: &[CubeTensor<R>], scale: f32) -> Self {
-        Self { x: into_contiguous(x.clone()), factors: rights.to_vec(), scale, depth: Depth::Columns }
+        Self::new(x, rights, scale, Depth::Columns)
     }
 
     /// `scale · xᵀ · left` for each of these: `[m, n]ᵀ · [m, r]`, as `[n, r]` or `[r, n]`; `left` is `f32`.
     pub(super) fn columns(x: &CubeTensor<R>, lefts: &[CubeTensor<R>], scale: f32, side: Side) -> Self {
-        Self { x: into_contiguous(x.clone()), factors: lefts.to_vec(), scale, depth: Depth::Tokens(side) }
+        Self::new(x, lefts, scale, Depth::Tokens(side))
     }
 
-    /// The first factor's columns, and the axis along which they are counted.
-    fn rank(&self) -> (usize, usize) {
-        let axis = if self.depth == Depth::Columns { 0 } else { 1 };
-        (self.factors[0].meta.shape()[axis], axis)
+    fn new(x: &CubeTensor<R>, factors: &[CubeTensor<R>], scale: f32, depth: Depth) -> Self {
+        assert!(x.is_contiguous(), "a matrix of tokens with gaps in its rows, or turned");
+        let product = Self { x: x.clone(), factors: factors.to_vec(), scale, depth };
+        let axis = 1 - product.rank_axis();
+        for factor in factors {
+            assert_eq!(factor.meta.shape()[axis], x.meta.shape()[axis], "depth of a product's operands");
+        }
+        product
+    }
+
+    /// The factors' axis along which their columns are counted.
+    fn rank_axis(&self) -> usize {
+        if self.depth == Depth::Columns { 0 } else { 1 }
+    }
+
+    /// The first factor's columns.
+    fn rank(&self) -> usize {
+        self.factors[0].meta.shape()[self.rank_axis()]
     }
 
     /// Room for the first factor's output.
     fn output(&self) -> CubeTensor<R> {
-        let ([m, n], (rank, _)) = ([0, 1].map(|i| self.x.meta.shape()[i]), self.rank());
+        let ([m, n], rank) = ([0, 1].map(|i| self.x.meta.shape()[i]), self.rank());
         let shape = match self.depth {
             Depth::Columns => [m, rank],
             Depth::Tokens(Side::Columns) => [n, rank],
@@ -105,34 +122,39 @@ impl<R: Engine> Thin<R> {
     }
 }
 
-/// The outputs of each of these.
+/// The outputs of each of these: of as many together as have not too much between their launches.
 pub(super) fn multiply<R: Engine>(name: &'static str, products: &[Thin<R>]) -> Vec<Vec<CubeTensor<R>>> {
-    for Thin { x, factors, depth, .. } in products {
-        let axis = if *depth == Depth::Columns { 1 } else { 0 };
-        for factor in factors {
-            assert_eq!(factor.meta.shape()[axis], x.meta.shape()[axis], "{name}: depth of the operands");
-        }
-    }
+    let n_entries = |product: &Thin<R>| product.x.meta.num_elements() * product.factors.len();
+    let mut n_together = products.first().map_or(0, n_entries);
+    let are_together = |_: &Thin<R>, next: &Thin<R>| {
+        n_together += n_entries(next);
+        let fits = n_together <= TOGETHER;
+        n_together = if fits { n_together } else { n_entries(next) };
+        fits
+    };
+    products.chunk_by(are_together).flat_map(|products| multiply_together(name, products)).collect()
+}
+
+fn multiply_together<R: Engine>(name: &'static str, products: &[Thin<R>]) -> Vec<Vec<CubeTensor<R>>> {
     let with_way = |product: Thin<R>| (parts::are_taken(&product), product);
     let groups = products.iter().map(|product| product.of_factors_alike().map(with_way).collect::<Vec<_>>());
     let groups: Vec<_> = groups.collect();
     let in_parts =
         groups.iter().flatten().filter(|(takes_parts, _)| *takes_parts).map(|(_, product)| product);
     let mut made_in_parts = parts::multiply(name, &in_parts.collect::<Vec<_>>()).into_iter();
-    let mut of_columns = Vec::new();
+    let mut of_slabs = Vec::new();
     let mut outputs = |(takes_parts, product): &(bool, Thin<R>)| match (takes_parts, product.depth) {
         (true, _) => made_in_parts.next().expect("parts make every product that takes them"),
         (false, Depth::Columns) => rows(name, product),
         (false, Depth::Tokens(side)) => {
             let sums = columns(name, product, side);
-            of_columns.extend_from_slice(&sums);
+            of_slabs.extend_from_slice(&sums);
             sums.into_iter().flat_map(|sums| sums.outputs).collect()
         }
     };
     let outputs = groups.iter().map(|group| group.iter().flat_map(&mut outputs).collect()).collect();
-    if let Some(Sums { terms, .. }) = of_columns.first() {
-        let moved = of_columns.iter().map(|sums| bytes(&[&sums.terms])).sum();
-        profile::kernel(name, 0, moved, &terms.client, || sums::launch(&of_columns));
+    if let Some(Sums { terms, .. }) = of_slabs.first() {
+        profile::kernel(name, 0, 0, &terms.client, || sums::launch(&of_slabs));
     }
     outputs
 }
@@ -140,7 +162,7 @@ pub(super) fn multiply<R: Engine>(name: &'static str, products: &[Thin<R>]) -> V
 fn rows<R: Engine>(name: &'static str, product: &Thin<R>) -> Vec<CubeTensor<R>> {
     let Thin { x, factors, scale, .. } = product;
     let [m, depth] = [0, 1].map(|i| x.meta.shape()[i]);
-    let (rank, _) = product.rank();
+    let rank = product.rank();
     let (client, dtype) = (&x.client, x.dtype);
     let width = vector_width(depth);
     // Neighbours read the same rows.
@@ -180,7 +202,7 @@ fn rows_kernel<F: Float, N: Size>(
     m: usize,
     row_vectors: usize,
     rank: usize,
-    factor: f32,
+    scale: f32,
     #[define(F)] _dtype: StorageType,
 ) {
     let first_rank = CUBE_POS_X as usize * RANKS;
@@ -232,15 +254,15 @@ fn rows_kernel<F: Float, N: Size>(
         for i in 0..parts {
             sum += shared[unit * parts + i];
         }
-        out[row * rank + k] = sum * factor;
+        out[row * rank + k] = sum * scale;
     }
 }
 
-/// The sums of slabs of rows, whose own sums are still to be made.
+/// Launches the sums of slabs of rows; what they come to is still to be launched.
 fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<Sums<R>> {
     let Thin { x, factors, scale, .. } = product;
     let [m, n] = [0, 1].map(|i| x.meta.shape()[i]);
-    let (rank, _) = product.rank();
+    let rank = product.rank();
     let (client, dtype) = (&x.client, x.dtype);
     let width = vector_width(n);
     let slab = SLAB * rank.div_ceil(RANKS);
@@ -248,9 +270,9 @@ fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<
     let cubes =
         CubeCount::Static((n / width).div_ceil(LANES) as u32, rank.div_ceil(RANKS) as u32, slabs as u32);
     let of_factor = |left: &CubeTensor<R>| {
-        let left = into_contiguous(left.clone());
+        let (left, out) = (into_contiguous(left.clone()), product.output());
         let terms = empty(x, Shape::from([slabs * rank, n]), DType::F32);
-        profile::kernel(name, 2 * m * n * rank, bytes(&[x, &left, &terms]), client, || {
+        profile::kernel(name, 2 * m * n * rank, bytes(&[x, &left, &out]), client, || {
             #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
             // SAFETY: columns and ranks are held against their numbers, and rows are counted.
             unsafe {
@@ -271,7 +293,7 @@ fn columns<R: Engine>(name: &'static str, product: &Thin<R>, side: Side) -> Vec<
             }
         });
         let layout = Layout::Ranks(side);
-        Sums { terms, n_terms: slabs, layout, factor: *scale, outputs: vec![product.output()] }
+        Sums { terms, layout, scale: *scale, outputs: vec![out] }
     };
     factors.iter().map(of_factor).collect()
 }

@@ -21,12 +21,12 @@ const PARTS: usize = 3;
 /// Columns of a tile: the fewest, as there are few tiles.
 const TILE: u32 = 128;
 
-/// Whether warpgroups multiply with the factors' parts, which are alike: the matrix of tokens is the left operand where its columns are
-/// the depth, and the sums' rows have to be of whole pairs; else it is the right one.
+/// Whether warpgroups make this product, whose factors are alike, with their parts: the matrix of tokens is the left operand where its
+/// columns are the depth, and the sums' rows have to be of whole pairs; else it is the right one.
 pub(super) fn are_taken<R: Engine>(product: &Thin<R>) -> bool {
     let Thin { x, depth, .. } = product;
     let is_turned = *depth == Depth::Columns;
-    let is_even = !is_turned || product.rank().0.is_multiple_of(2);
+    let is_even = !is_turned || product.rank().is_multiple_of(2);
     let is_taken = x.dtype == DType::BF16
         && is_even
         && warpgroup::has_rows(x)
@@ -61,7 +61,7 @@ impl<'a, R: Engine> Parts<'a, R> {
     fn new(product: &'a Thin<R>) -> Self {
         let Thin { x, factors, depth, .. } = product;
         let [tokens, width] = [0, 1].map(|i| x.meta.shape()[i]);
-        let lines = PARTS * factors.len() * product.rank().0;
+        let lines = PARTS * factors.len() * product.rank();
         let (length, [m, n]) = match depth {
             Depth::Columns => (width, [tokens, lines]),
             Depth::Tokens(_) => (tokens, [lines, width]),
@@ -88,22 +88,23 @@ impl<'a, R: Engine> Parts<'a, R> {
     }
 
     fn sums(&self) -> Sums<R> {
-        let (n_terms, layout) = match self.product.depth {
-            Depth::Columns => (self.splits, Layout::Tokens { parts: PARTS }),
-            Depth::Tokens(side) => (PARTS * self.splits, Layout::Ranks(side)),
+        let layout = match self.product.depth {
+            Depth::Columns => Layout::Tokens { parts: PARTS },
+            // Of these the parts are like splits.
+            Depth::Tokens(side) => Layout::Ranks(side),
         };
         let (terms, outputs) = (self.sums.clone(), self.outputs.clone());
-        Sums { terms, n_terms, layout, factor: self.product.scale, outputs }
+        Sums { terms, layout, scale: self.product.scale, outputs }
     }
 }
 
-/// [`multiply`](super::multiply) of products that [take parts](are_taken), of factors that are alike.
+/// [`multiply_together`](super::multiply_together) of products that [take parts](are_taken), of factors that are alike.
 pub(super) fn multiply<R: Engine>(name: &'static str, products: &[&Thin<R>]) -> Vec<Vec<CubeTensor<R>>> {
     let Some(first) = products.first() else { return Vec::new() };
     let parts: Vec<_> = products.iter().map(|product| Parts::new(product)).collect();
     let work = |Parts { product, outputs, .. }: &Parts<'_, R>| {
         let Thin { x, factors, .. } = product;
-        let flops = 2 * x.meta.num_elements() * factors.len() * product.rank().0;
+        let flops = 2 * x.meta.num_elements() * factors.len() * product.rank();
         [flops, bytes(&[x]) + bytes(&[&factors[0], &outputs[0]]) * factors.len()]
     };
     let [flops, moved] = parts.iter().map(work).fold([0, 0], |[a, b], [c, d]| [a + c, b + d]);
@@ -124,7 +125,7 @@ fn fill<R: Engine>(parts: &[Parts<'_, R>]) {
     let (cubes, cube) = one_thread_each(client, parts.iter().map(n_entries).sum());
     let (mut of_products, mut numbers) = (SequenceArg::new(), SequenceArg::new());
     for parts in parts {
-        let (factors, (rank, axis)) = (&parts.product.factors, parts.product.rank());
+        let (factors, rank, axis) = (&parts.product.factors, parts.product.rank(), parts.product.rank_axis());
         let meta = &factors[0].meta;
         let (length, step, rank_step) =
             (meta.shape()[1 - axis], meta.strides()[1 - axis], meta.strides()[axis]);

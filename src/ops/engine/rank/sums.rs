@@ -9,7 +9,7 @@ use burn_cubecl::tensor::CubeTensor;
 use super::Side;
 use crate::ops::cube::{arrays, one_thread_each};
 
-/// How the sums of a product lie, and its outputs.
+/// How the sums of a product lie, and its outputs. How often there is all of it follows from the number of sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Layout {
     /// `[splits, m, parts, outputs, r] -> outputs[i][m, r]`
@@ -17,7 +17,7 @@ pub(super) enum Layout {
         /// Sums of one row.
         parts: usize,
     },
-    /// `[terms, outputs, r, n] -> outputs[i]`, which lie as told.
+    /// `[splits, outputs, r, n] -> outputs[i]`, which lie as told.
     Ranks(Side),
 }
 
@@ -25,11 +25,9 @@ pub(super) enum Layout {
 #[derive(Clone)]
 pub(super) struct Sums<R: CubeRuntime> {
     pub(super) terms: CubeTensor<R>,
-    /// How many there are of each entry, but for the parts of a row.
-    pub(super) n_terms: usize,
     pub(super) layout: Layout,
     /// What the sum of them is multiplied by.
-    pub(super) factor: f32,
+    pub(super) scale: f32,
     /// All of one shape.
     pub(super) outputs: Vec<CubeTensor<R>>,
 }
@@ -37,8 +35,9 @@ pub(super) struct Sums<R: CubeRuntime> {
 /// Launches the sums of products of one device: as many of them at once as it binds buffers.
 pub(super) fn launch<R: CubeRuntime>(sums: &[Sums<R>]) {
     let n_buffers = sums.iter().map(|sums| 1 + sums.outputs.len()).max().unwrap_or(1);
-    let most = sums[0].terms.client.properties().hardware.max_bindings as usize / n_buffers;
-    sums.chunks(most.max(1)).for_each(launch_once);
+    // One is for the launch's sizes.
+    let most = sums[0].terms.client.properties().hardware.max_bindings as usize - 1;
+    sums.chunks((most / n_buffers).max(1)).for_each(launch_once);
 }
 
 fn launch_once<R: CubeRuntime>(sums: &[Sums<R>]) {
@@ -46,14 +45,16 @@ fn launch_once<R: CubeRuntime>(sums: &[Sums<R>]) {
     let n_entries = |sums: &Sums<R>| sums.outputs.len() * sums.outputs[0].meta.num_elements();
     let (cubes, cube) = one_thread_each(client, sums.iter().map(n_entries).sum());
     let (mut of_products, mut outputs) = (SequenceArg::new(), SequenceArg::new());
-    for Sums { terms, n_terms, layout, factor, outputs: of_product } in sums {
+    for Sums { terms, layout, scale, outputs: of_product } in sums {
         let shape = of_product[0].meta.shape();
         let (length, rank) = match layout {
             Layout::Tokens { .. } | Layout::Ranks(Side::Columns) => (shape[0], shape[1]),
             Layout::Ranks(Side::Rows) => (shape[1], shape[0]),
         };
+        let parts = if let Layout::Tokens { parts } = layout { *parts } else { 1 };
+        let splits = terms.meta.num_elements() / (parts * of_product.len() * length * rank);
         let terms = terms.clone().into_array_arg();
-        of_products.push(TermsLaunch::new(terms, *n_terms, length, rank, *factor, *layout));
+        of_products.push(TermsLaunch::new(terms, splits, length, rank, *scale, *layout));
         outputs.push(arrays(of_product));
     }
     #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
@@ -67,11 +68,11 @@ fn launch_once<R: CubeRuntime>(sums: &[Sums<R>]) {
 #[derive(CubeType, CubeLaunch)]
 struct Terms {
     entries: Array<f32>,
-    n_terms: usize,
+    splits: usize,
     /// Tokens, or columns of the large matrix.
     length: usize,
     rank: usize,
-    factor: f32,
+    scale: f32,
     #[cube(comptime)]
     layout: Layout,
 }
@@ -93,24 +94,24 @@ fn sum_kernel(products: &Sequence<Terms>, outputs: &mut Sequence<Sequence<Array<
 /// Neighbours read neighbours.
 #[cube]
 fn sum(terms: &Terms, outputs: &mut Sequence<Array<f32>>, entry: usize) {
-    let Terms { n_terms, length, rank, .. } = *terms;
+    let Terms { splits, length, rank, .. } = *terms;
     let ranks = outputs.len() * rank;
     let mut sum = 0.0f32;
     let (line, at) = match comptime!(terms.layout) {
         Layout::Tokens { parts } => {
             let (row, line) = (entry / ranks, entry % ranks);
-            for term in 0..n_terms {
+            for split in 0..splits {
                 #[unroll]
                 for part in 0..parts {
-                    sum += terms.entries[((term * length + row) * parts + part) * ranks + line];
+                    sum += terms.entries[((split * length + row) * parts + part) * ranks + line];
                 }
             }
             (line, row * rank + line % rank)
         }
         Layout::Ranks(side) => {
             let (line, column) = (entry / length, entry % length);
-            for term in 0..n_terms {
-                sum += terms.entries[(term * ranks + line) * length + column];
+            for split in 0..splits {
+                sum += terms.entries[(split * ranks + line) * length + column];
             }
             let at = match side {
                 Side::Columns => column * rank + line % rank,
@@ -122,7 +123,7 @@ fn sum(terms: &Terms, outputs: &mut Sequence<Array<f32>>, entry: usize) {
     #[unroll]
     for i in 0..outputs.len() {
         if line / rank == i {
-            outputs.index_mut(i)[at] = sum * terms.factor;
+            outputs.index_mut(i)[at] = sum * terms.scale;
         }
     }
 }
@@ -130,87 +131,71 @@ fn sum(terms: &Terms, outputs: &mut Sequence<Array<f32>>, entry: usize) {
 #[cfg(test)]
 mod tests {
     use burn::tensor::{DType, Shape};
-    use burn_wgpu::WgpuDevice;
+    use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
     use super::*;
     use crate::ops::cube::empty;
     use crate::ops::engine::any_device::{device, random, values};
 
-    const FACTOR: f32 = 0.5;
+    const SCALE: f32 = 0.5;
+    const SPLITS: usize = 2;
+    const PARTS: usize = 3;
 
-    /// A product's sums, and what its outputs have to be.
+    /// The sums of a product, and what its outputs `[lines, length]` have to be.
     struct Case {
-        sums: Sums<burn_wgpu::WgpuRuntime>,
+        sums: Sums<WgpuRuntime>,
         wanted: Vec<Vec<f32>>,
     }
 
-    /// `of_entry(entries, output, entry of it)` gives the terms of a sum.
-    fn case(
-        [rows, columns]: [usize; 2],
-        n_terms: usize,
-        layout: Layout,
-        [n_outputs, lines, length]: [usize; 3],
-        of_entry: impl Fn(usize, usize) -> Vec<usize>,
-        device: &WgpuDevice,
-    ) -> Case {
-        let (entries, terms) = random(rows, [rows, columns], device);
-        let outputs =
-            (0..n_outputs).map(|_| empty(&terms, Shape::from([lines, length]), DType::F32)).collect();
-        let sum =
-            |i: usize, at: usize| FACTOR * of_entry(i, at).iter().map(|&term| entries[term]).sum::<f32>();
-        let wanted = |i: usize| (0..lines * length).map(|at| sum(i, at)).collect();
-        let wanted = (0..n_outputs).map(wanted).collect();
-        Case { sums: Sums { terms, n_terms, layout, factor: FACTOR, outputs }, wanted }
+    impl Case {
+        fn new(layout: Layout, n_outputs: usize, [lines, length]: [usize; 2], device: &WgpuDevice) -> Self {
+            let parts = if let Layout::Tokens { .. } = layout { PARTS } else { 1 };
+            let (entries, terms) = random(length, [SPLITS * parts * n_outputs * lines, length], device);
+            let output = || empty(&terms, Shape::from([lines, length]), DType::F32);
+            let outputs = (0..n_outputs).map(|_| output()).collect();
+            let of_entry = |i: usize, line: usize, at: usize| -> Vec<usize> {
+                let term = |split: usize, part: usize| match layout {
+                    Layout::Tokens { .. } => {
+                        (((split * lines + line) * PARTS + part) * n_outputs + i) * length + at
+                    }
+                    Layout::Ranks(Side::Rows) => ((split * n_outputs + i) * lines + line) * length + at,
+                    Layout::Ranks(Side::Columns) => ((split * n_outputs + i) * length + at) * lines + line,
+                };
+                (0..SPLITS)
+                    .flat_map(|split| (0..parts).map(move |part| (split, part)))
+                    .map(|(s, p)| term(s, p))
+                    .collect()
+            };
+            let sum =
+                |i, line, at| SCALE * of_entry(i, line, at).iter().map(|&term| entries[term]).sum::<f32>();
+            let wanted =
+                |i| (0..lines * length).map(|entry| sum(i, entry / length, entry % length)).collect();
+            let wanted = (0..n_outputs).map(wanted).collect();
+            Self { sums: Sums { terms, layout, scale: SCALE, outputs }, wanted }
+        }
     }
 
+    /// Of products whose entries end within a workgroup's, all in one launch where the device binds as much, and each in one.
     #[test]
     fn every_output_is_the_sum_of_all_its_terms() {
         let Some(device) = device() else { return };
-        let (m, n, rank, n_terms, parts) = (5, 7, 4, 2, 3);
-        let tokens = |i: usize, at: usize| {
-            let (row, k) = (at / rank, at % rank);
-            let line = |term: usize, part: usize| ((term * m + row) * parts + part) * 3 * rank + i * rank + k;
-            (0..n_terms).flat_map(|term| (0..parts).map(move |part| line(term, part))).collect()
+        let cases = || {
+            [
+                Case::new(Layout::Tokens { parts: PARTS }, 3, [31, 4], &device),
+                Case::new(Layout::Ranks(Side::Rows), 2, [4, 47], &device),
+                Case::new(Layout::Ranks(Side::Columns), 1, [301, 5], &device),
+            ]
         };
-        let ranks = |n_outputs: usize, side: Side| {
-            move |i: usize, at: usize| {
-                let (k, column) = if side == Side::Rows { (at / n, at % n) } else { (at % rank, at / rank) };
-                (0..n_terms).map(|term| ((term * n_outputs + i) * rank + k) * n + column).collect()
-            }
-        };
-        let cases = [
-            case(
-                [n_terms * m, parts * 3 * rank],
-                n_terms,
-                Layout::Tokens { parts },
-                [3, m, rank],
-                tokens,
-                &device,
-            ),
-            case(
-                [n_terms * 2 * rank, n],
-                n_terms,
-                Layout::Ranks(Side::Rows),
-                [2, rank, n],
-                ranks(2, Side::Rows),
-                &device,
-            ),
-            case(
-                [n_terms * rank, n],
-                n_terms,
-                Layout::Ranks(Side::Columns),
-                [1, n, rank],
-                ranks(1, Side::Columns),
-                &device,
-            ),
-        ];
-        let (sums, wanted): (Vec<_>, Vec<_>) = cases.into_iter().map(|case| (case.sums, case.wanted)).unzip();
-        launch(&sums);
-        for (sums, wanted) in sums.iter().zip(wanted) {
-            for (i, (output, wanted)) in sums.outputs.iter().zip(wanted).enumerate() {
-                for (at, (got, want)) in values(output).into_iter().zip(wanted).enumerate() {
-                    let what = format!("{:?}, output {i}, entry {at}", sums.layout);
-                    assert!((got - want).abs() < 1e-4, "{what}: {got}, not {want}");
+        for way in [launch_once, launch, |sums: &[Sums<_>]| sums.chunks(1).for_each(launch_once)] {
+            let (sums, wanted): (Vec<_>, Vec<_>) =
+                cases().into_iter().map(|Case { sums, wanted }| (sums, wanted)).unzip();
+            way(&sums);
+            for (sums, wanted) in sums.iter().zip(wanted) {
+                for (i, (output, wanted)) in sums.outputs.iter().zip(wanted).enumerate() {
+                    for (at, (got, want)) in values(output).into_iter().zip(wanted).enumerate() {
+                        let what = format!("{:?}, output {i}, entry {at}", sums.layout);
+                        assert!((got - want).abs() < 1e-4, "{what}: {got}, not {want}");
+                    }
                 }
             }
         }
