@@ -69,7 +69,12 @@ fn in_full(args: &TrainArgs) -> TrainArgs {
         output_dir: full(&args.output_dir),
         // Of this command alone: another that takes the record would write over this run.
         overwrite_output_dir: false,
-        resume_from_checkpoint: args.resume_from_checkpoint.as_ref().map(full),
+        // Neither is where this one went on in its own folder: what would repeat that would write over it.
+        resume_from_checkpoint: args
+            .resume_from_checkpoint
+            .as_ref()
+            .filter(|_| !goes_on_in(args, &args.output_dir))
+            .map(full),
         ..args.clone()
     }
 }

@@ -4,7 +4,7 @@
 //! looks for one on the machine.
 
 use std::array;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::Range;
 use std::path::Path;
@@ -59,18 +59,31 @@ type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Writes a PNG for each scalar of the log into the folder `images` of the run folder: `train_loss.png`, `eval_rewards_margins.png`, …
 ///
 /// `log` are the lines of `logging.jsonl`. Training scalars of many points are drawn as logged and smoothed; evaluations, and what is set
-/// rather than measured, only as logged. Values that are not finite are left out, and so is a scalar with no other.
+/// rather than measured, only as logged. Values that are not finite are left out, and so is a scalar with no other. Then pictures of
+/// other scalars, of a run whose log was replaced, are removed.
 ///
 /// # Errors
-/// If a file cannot be drawn or written.
+/// If a file cannot be drawn, written or removed.
 pub fn write(folder: &Path, log: &[Value]) -> Result<()> {
     let folder = folder.join("images");
     fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+    let mut written = BTreeSet::new();
     for (tag, points) in curves(log) {
-        let path = folder.join(format!("{}.png", tag.replace(['/', '.'], "_")));
+        let name = format!("{}.png", tag.replace(['/', '.'], "_"));
+        let path = folder.join(&name);
         let png = draw(&tag, &points).and_then(|pixels| encode(&pixels));
         let png = png.map_err(|e| Error::file(&path, format!("cannot be drawn: {e}")))?;
         fs::write(&path, png).map_err(Error::io("write", &path))?;
+        written.insert(name);
+    }
+    for entry in fs::read_dir(&folder).map_err(Error::io("read", &folder))? {
+        let entry = entry.map_err(Error::io("read", &folder))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let is_scalar =
+            ["train_", "eval_"].iter().any(|split| name.starts_with(split)) && name.ends_with(".png");
+        if is_scalar && !written.contains(&name) {
+            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        }
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use burn::tensor::{Tensor, backend::Backend};
+use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::loss_scale::{LossScale, MAX_SCALE, MIN_SCALE};
@@ -72,12 +73,21 @@ fn step_of(checkpoint: &Path) -> Option<usize> {
     checkpoint.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()
 }
 
-/// A run folder's checkpoints: when the adapter was written, which tells the newest where an older run had come further in the same
-/// folder, and how many steps are behind it.
+/// A run folder's checkpoints: when they were saved, which tells the newest where an older run had come further in the same folder, and
+/// how many steps are behind it.
 fn dated_checkpoints(run: &Path) -> Vec<(SystemTime, usize, PathBuf)> {
     let folders = fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path());
-    let written = |path: &Path| path.join(lora::ADAPTER_FILE).metadata().and_then(|m| m.modified()).ok();
-    folders.filter_map(|path| Some((written(&path)?, step_of(&path)?, path))).collect()
+    folders.filter_map(|path| Some((saved_at(&path)?, step_of(&path)?, path))).collect()
+}
+
+/// When a checkpoint was saved: by what it says itself, as copies of files have their own times, else by its adapter's file, without
+/// which there is none.
+fn saved_at(checkpoint: &Path) -> Option<SystemTime> {
+    let written = checkpoint.join(lora::ADAPTER_FILE).metadata().and_then(|file| file.modified()).ok()?;
+    let state = fs::read_to_string(checkpoint.join(STATE_FILE)).ok();
+    let state = state.and_then(|text| serde_json::from_str::<Value>(&text).ok());
+    let said = state.and_then(|state| state["saved_at"].as_str()?.parse::<Timestamp>().ok());
+    Some(said.map_or(written, SystemTime::from))
 }
 
 /// The newest checkpoint among those of some run folders; one without an adapter is none.
@@ -275,6 +285,7 @@ impl RunFolder {
             "n_updates": optimizer.n_updates,
             "loss_scale": loss_scale,
             "checkpoints": kept,
+            "saved_at": Timestamp::now().to_string(),
             "log_history": self.log_history,
         });
         let texts = [
@@ -506,5 +517,12 @@ mod tests {
         assert_eq!(newest().unwrap(), "checkpoint-10", "by steps where the clock is too coarse");
         write("checkpoint-2", 6);
         assert_eq!(newest().unwrap(), "checkpoint-2", "of the later run in the same folder");
+        let say = |name: &str, seconds: i64| {
+            let state = json!({ "saved_at": Timestamp::from_second(seconds).unwrap().to_string() });
+            fs::write(run.path().join(name).join(STATE_FILE), state.to_string()).unwrap();
+        };
+        say("checkpoint-9", 8);
+        say("checkpoint-2", 7);
+        assert_eq!(newest().unwrap(), "checkpoint-9", "by what they say, whenever they were copied");
     }
 }

@@ -140,8 +140,13 @@ fn a_run_is_not_written_over_without_a_word() {
 
     let (code, message) = train(&[&resume[..], &["out/checkpoint-2"]].concat());
     assert_eq!((code, steps()), (Some(0), 3), "{message}");
+    let args = fs::read_to_string(workplace.path("out/args.json")).unwrap();
+    assert!(args.contains("\"resume_from_checkpoint\": null"), "its record would write over it: {args}");
+    let stale = workplace.path("out/images/eval_loss.png");
+    fs::write(&stale, "").unwrap();
     let again = ["--overwrite_output_dir", "true", "--logging_steps", "1"];
     assert!(workplace.train(&again).status.success());
+    assert!(!stale.exists() && workplace.path("out/images/train_loss.png").exists());
     assert_eq!(steps(), 2);
     let args = fs::read_to_string(workplace.path("out/args.json")).unwrap();
     assert!(args.contains("\"overwrite_output_dir\": false"), "the record writes over nothing: {args}");
