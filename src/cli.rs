@@ -120,9 +120,9 @@ enum Command {
 
 #[derive(Debug, clap::Args)]
 struct TrainCommand {
-    /// Settings from a TOML or JSON file, such as a run's args.json; flags win
-    #[arg(long)]
-    config: Option<PathBuf>,
+    /// Settings from a TOML or JSON file, such as a run's args.json; of several files the later wins, and flags over all
+    #[arg(long, action = clap::ArgAction::Append)]
+    config: Vec<PathBuf>,
     #[command(flatten)]
     _args: TrainArgs,
 }
@@ -186,10 +186,10 @@ fn run_matches(matches: &ArgMatches) -> Result<()> {
     let cli = Cli::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
     match (cli.command, matches.subcommand()) {
         (Command::Train(command), Some((_, matches))) => {
-            train::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
+            train::run(TrainArgs::resolve(matches, &command.config, &demo::settings())?)
         }
         (Command::Plan(command), Some((_, matches))) => {
-            plan::run(TrainArgs::resolve(matches, command.config.as_deref(), &demo::settings())?)
+            plan::run(TrainArgs::resolve(matches, &command.config, &demo::settings())?)
         }
         (Command::Infer(args), _) => infer::run(&args),
         (Command::Bench(args), _) => bench::run(&args),

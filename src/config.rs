@@ -287,19 +287,25 @@ impl Default for TrainArgs {
 }
 
 impl TrainArgs {
-    /// Resolves a run's configuration from the parsed command line of [`TrainArgs`] and its `--config FILE`.
+    /// Resolves a run's configuration from the parsed command line of [`TrainArgs`] and its `--config FILE`s, of which a later one wins.
     ///
     /// `demo` is what applies over the defaults where neither names a model.
     ///
     /// # Errors
     /// If the file cannot be read or holds something that is not a setting, or settings cannot be run: all of them in one error.
-    pub fn resolve(matches: &ArgMatches, config: Option<&Path>, demo: &Map<String, Value>) -> Result<Self> {
+    pub fn resolve(matches: &ArgMatches, configs: &[PathBuf], demo: &Map<String, Value>) -> Result<Self> {
         let parsed = Self::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
-        let (mut given, mut problems, hint) = match config.map(file::read).transpose() {
-            Ok(given) => (given.unwrap_or_default(), Vec::new(), None),
-            Err(Error::Config { problems, hint }) => (Map::new(), problems, hint),
-            Err(other) => return Err(other),
-        };
+        let (mut given, mut problems, mut hint) = (Map::new(), Vec::new(), None);
+        for config in configs {
+            match file::read(config) {
+                Ok(settings) => given.extend(settings),
+                Err(Error::Config { problems: more, hint: what_to_do }) => {
+                    problems.extend(more);
+                    hint = hint.or(what_to_do);
+                }
+                Err(other) => return Err(other),
+            }
+        }
         let parsed = to_map(&parsed);
         let from_user = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
         // JSON has no other number that is null.
@@ -420,7 +426,7 @@ mod tests {
         std::fs::write(&file, "betta = 1\n").unwrap();
         let flags = "train --learning_rate nan --batch_size 0 --lora_alpha -1 --lora_rank 257".split(' ');
         let matches = train_command().try_get_matches_from(flags).unwrap();
-        let error = TrainArgs::resolve(&matches, Some(&file), &Map::new()).unwrap_err();
+        let error = TrainArgs::resolve(&matches, &[file], &Map::new()).unwrap_err();
         let message = error.to_string();
         for says in [
             "run.toml: `betta` is no setting",
@@ -457,5 +463,19 @@ mod tests {
         ] {
             assert_eq!(dtype(given), ours);
         }
+    }
+
+    #[test]
+    fn of_several_files_the_later_wins() {
+        let folder = tempfile::tempdir().unwrap();
+        let files =
+            [("a.toml", "beta = 0.2\nlora_rank = 4"), ("b.toml", "beta = 0.3")].map(|(name, text)| {
+                let file = folder.path().join(name);
+                std::fs::write(&file, text).unwrap();
+                file
+            });
+        let matches = train_command().try_get_matches_from(["train"]).unwrap();
+        let args = TrainArgs::resolve(&matches, &files, &Map::new()).unwrap();
+        assert_eq!((args.beta, args.lora_rank), (0.3, 4));
     }
 }

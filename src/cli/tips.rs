@@ -223,23 +223,24 @@ mod tests {
             ["train", "--batch_size", "1.5", "--beta", "0.1", "--learning-rate=fast", "--strict", "so"];
         let message = usage(&flags);
         for line in [
-            "error: --batch_size is 1.5: expected a whole number, at least 0\n",
+            "error: --batch_size is 1.5: expected a whole number, and none below zero\n",
             "       --learning-rate is fast: expected a number\n",
             "       --strict is so: expected one of true, false\n",
         ] {
             assert!(message.contains(line), "`{line}` in {message}");
         }
         assert!(!message.contains("--beta"), "{message}");
-        for (value, problem) in
-            [("-1", "expected a whole number, at least 0"), ("18446744073709551616", "it is too large")]
-        {
+        for (value, problem) in [
+            ("-1", "expected a whole number, and none below zero"),
+            ("18446744073709551616", "it is too large"),
+        ] {
             let message = usage(&["bench", &format!("--batch_size={value}")]);
             assert!(message.contains(&format!("--batch_size is {value}: {problem}")), "{message}");
         }
         assert!(usage(&["infer", "--seed", "x"]).contains("--seed is x: expected a whole number"));
         let message = usage(&["train", "--quantization_bit=-1", "--lr_scheduler_type", "cosin"]);
         assert!(
-            message.contains("--quantization_bit is -1: expected a whole number, at least 0"),
+            message.contains("--quantization_bit is -1: expected a whole number, and none below zero"),
             "{message}"
         );
         assert!(message.contains("linear, cosine"), "{message}");

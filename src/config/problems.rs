@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 use crate::lora::{self, MAX_RANK};
 use crate::train::loss_scale::{MAX_SCALE, MIN_SCALE};
 
+/// More is nobody's, and could not be counted in steps.
+const MAX_EPOCHS: f64 = 1e6;
+
 /// What `--dtype` takes, whatever the case.
 const DTYPES: [&str; 4] = ["auto", "bf16", "fp16", "fp32"];
 
@@ -78,6 +81,10 @@ impl TrainArgs {
         for (name, value) in [("num_train_epochs", self.num_train_epochs), ("lora_alpha", self.lora_alpha)] {
             require(value > 0.0, format!("--{name} is {value}, expected more than 0"));
         }
+        require(
+            self.num_train_epochs <= MAX_EPOCHS,
+            format!("--num_train_epochs is {}, expected at most {MAX_EPOCHS}", self.num_train_epochs),
+        );
         require(
             self.learning_rate > 0.0 && self.learning_rate < 1.0,
             // AdamW moves every weight by about as much a step: of 0 nothing is learned, and of 1 nothing is left.
