@@ -12,13 +12,13 @@ use super::open::{OpenModel, adapter_in};
 use super::precision::PrecisionArgs;
 use super::words::noted;
 use crate::config::TrainArgs;
-use crate::data::prompts::{Prompt, read_prompts};
+use crate::data::prompts::{Prompts, read_prompts};
 use crate::demo;
 use crate::device::{self, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::infer::chat::{self, Chat, Manner};
 use crate::infer::generate::GenerationConfig;
-use crate::infer::prompts::{answer_prompts, check_result_file};
+use crate::infer::prompts::{answer_prompts, answerable, check_result_file};
 use crate::infer::sample::SamplingConfig;
 use crate::infer::talk::{self, Piped, Prompted};
 use crate::lora;
@@ -128,18 +128,18 @@ pub fn run(args: &InferArgs) -> Result<()> {
         note!("{}", noted("device", note));
     }
     match &selected.choice {
-        choice @ DeviceChoice::Cpu => run_on::<Flex>(args, &prompts, &open, &Default::default(), choice),
-        choice @ DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, &prompts, &open, device, choice),
+        choice @ DeviceChoice::Cpu => run_on::<Flex>(args, prompts, &open, &Default::default(), choice),
+        choice @ DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, prompts, &open, device, choice),
         #[cfg(feature = "cuda")]
         choice @ DeviceChoice::Cuda(gpu) => {
-            run_on::<burn_cuda::Cuda>(args, &prompts, &open, &gpu.device(), choice)
+            run_on::<burn_cuda::Cuda>(args, prompts, &open, &gpu.device(), choice)
         }
     }
 }
 
 fn run_on<B: Kernels>(
     args: &InferArgs,
-    prompts: &[Prompt],
+    prompts: Prompts,
     open: &OpenModel,
     device: &B::Device,
     choice: &DeviceChoice,
@@ -171,7 +171,8 @@ fn run_on<B: Kernels>(
         match (&args.prompt, &args.prompts) {
             (Some(prompt), _) => chat::one_shot(&mut chat, prompt, output, notes, manner),
             (None, Some(_)) => {
-                answer_prompts(&mut chat, prompts, args.result_file.as_deref(), output, notes, manner)
+                let prompts = answerable(&mut chat, prompts, notes)?;
+                answer_prompts(&mut chat, &prompts, args.result_file.as_deref(), output, notes, manner)
             }
             (None, None) => match Keyboard::open().filter(|_| manner.is_terminal) {
                 Some(mut keyboard) => {

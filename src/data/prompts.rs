@@ -31,6 +31,15 @@ pub struct Prompt {
     pub columns: Map<String, Value>,
 }
 
+/// What a file of prompts holds.
+#[derive(Debug, Default)]
+pub struct Prompts {
+    /// In order.
+    pub prompts: Vec<Prompt>,
+    /// Why the other rows are none, one error each.
+    pub left_out: Vec<Error>,
+}
+
 /// Reads a file of prompts: rows of JSON if its name ends in `.jsonl` or `.json`, else one prompt a line. Empty lines are ignored.
 ///
 /// A row of pairs, as for training, asks what it asks there. Other rows have `query`, `prompt` or `question`, a text or a list of messages,
@@ -38,14 +47,17 @@ pub struct Prompt {
 /// `instruction` and `input`. Of messages a last answer is left out. Other columns are kept.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::Row`] for the first line that is no prompt, [`Error::File`] if there is none.
-pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
+/// [`Error::Io`] if it cannot be read, [`Error::Row`] for a line that is no JSON, or a row in a text, [`Error::File`] if there is nothing.
+pub fn read_prompts(path: &Path) -> Result<Prompts> {
     let text = json::read_text(path)?;
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-    let mut prompts = Vec::new();
+    let (mut prompts, mut left_out) = (Vec::new(), Vec::new());
     if ["jsonl", "json"].contains(&extension.as_str()) {
         json::each_value(&text, path, |location, value| {
-            prompts.push(parse(value, &location).map_err(|problem| location.error(problem))?);
+            match parse(value, &location) {
+                Ok(prompt) => prompts.push(prompt),
+                Err(problem) => left_out.push(location.error(problem)),
+            }
             Ok(())
         })?;
     } else {
@@ -54,9 +66,9 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
         prompts =
             lines.map(|(i, line)| plain(line, Location::new(file.clone(), i + 1))).collect::<Result<_>>()?;
     }
-    match prompts.is_empty() {
+    match prompts.is_empty() && left_out.is_empty() {
         true => Err(Error::file(path, "holds no prompt").with_hint("one prompt a line, or a .jsonl file")),
-        false => Ok(prompts),
+        false => Ok(Prompts { prompts, left_out }),
     }
 }
 
@@ -118,11 +130,13 @@ fn asked(columns: &Object) -> Parsed<Context> {
 mod tests {
     use super::*;
 
+    /// The prompts, or the first row that is none.
     fn read(name: &str, text: &str) -> Result<Vec<Prompt>> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        read_prompts(&path)
+        let Prompts { prompts, mut left_out } = read_prompts(&path)?;
+        if left_out.is_empty() { Ok(prompts) } else { Err(left_out.remove(0)) }
     }
 
     #[test]

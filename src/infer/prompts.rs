@@ -8,10 +8,13 @@ use serde_json::Value;
 
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
 use super::generate::StopReason;
-use crate::data::prompts::Prompt;
+use crate::data::prompts::{Prompt, Prompts};
 use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::words::counted;
+
+/// Prompts that are left out whose places are told.
+const TOLD: usize = 3;
 
 /// Checks that nothing is lost where results go.
 ///
@@ -21,7 +24,7 @@ pub fn check_result_file(path: &Path) -> Result<()> {
     match path.metadata() {
         Ok(data) if data.is_file() && data.len() > 0 => {
             let problem = "is there already, and what it holds would be lost";
-            Err(Error::file(path, problem).with_hint("another --result_file, or remove it"))
+            Err(Error::file(path, problem).with_hint("name another --result_file"))
         }
         _ => Ok(()),
     }
@@ -32,15 +35,58 @@ fn create(path: &Path) -> Result<File> {
     File::create(path).map_err(Error::io("create", path))
 }
 
-/// Answers prompts, each in a conversation of its own with the same draws, so that an answer depends on its prompt alone.
+/// Of the prompts those that the model can answer, in order. The others are told of, with the rows that are none.
+///
+/// # Errors
+/// [`Error::Row`] of the first of them if there is nothing else.
+pub fn answerable<B: Kernels>(
+    chat: &mut Chat<'_, B>,
+    Prompts { prompts, mut left_out }: Prompts,
+    notes: &mut dyn Write,
+) -> Result<Vec<Prompt>> {
+    let (n_prompts, system) = (prompts.len() + left_out.len(), chat.system().map(str::to_owned));
+    let mut can_be_answered = Vec::new();
+    for prompt in prompts {
+        begin(chat, &prompt, system.as_deref());
+        match chat.check(&prompt.query) {
+            Ok(()) => can_be_answered.push(prompt),
+            Err(Error::Config { problems, .. }) => left_out.push(prompt.location.error(problems.join("; "))),
+            Err(other) => return Err(other),
+        }
+    }
+    chat.begin(system, Vec::new());
+    if can_be_answered.is_empty() && !left_out.is_empty() {
+        return Err(left_out.remove(0));
+    }
+    if !left_out.is_empty() {
+        note(
+            notes,
+            &format!("{} of {n_prompts} prompts cannot be answered and are left out:\n", left_out.len()),
+        );
+        for problem in left_out.iter().take(TOLD) {
+            note(notes, &format!("  {problem}\n"));
+        }
+        if left_out.len() > TOLD {
+            note(notes, &format!("  and {} more\n", left_out.len() - TOLD));
+        }
+    }
+    Ok(can_be_answered)
+}
+
+/// Begins a prompt's conversation; one without a system prompt of its own has this.
+fn begin<B: Kernels>(chat: &mut Chat<'_, B>, prompt: &Prompt, system: Option<&str>) {
+    chat.begin(prompt.system.clone().or_else(|| system.map(str::to_owned)), prompt.history.clone());
+}
+
+/// Answers [`answerable`] prompts, each in a conversation of its own with the same draws, so that an answer depends on its prompt alone.
 ///
 /// Without `result_file` every prompt and its answer are written to `output` as they come. With it they go into that file, one JSON
 /// object a line: the row's columns (or `query`) and `response`; a response that the row already had is kept as `labels`, as ms-swift
 /// does. A run that ends early leaves the answers up to then. Rows without a system prompt of their own have the chat's.
 ///
 /// # Errors
-/// [`Error::Row`], before anything is answered, for the first prompt that cannot be; as [`check_result_file`]; as [`Chat::ask`];
-/// [`Error::Io`] if the file or the output cannot be written. That nobody reads the output any more is no error.
+/// As [`check_result_file`]; as [`Chat::ask`]; [`Error::Io`] if the file or the output cannot be written. That nobody reads the output
+/// any more is no error.
 pub fn answer_prompts<B: Kernels>(
     chat: &mut Chat<'_, B>,
     prompts: &[Prompt],
@@ -50,23 +96,13 @@ pub fn answer_prompts<B: Kernels>(
     manner: Manner,
 ) -> Result<()> {
     let system = chat.system().map(str::to_owned);
-    let begin = |chat: &mut Chat<'_, B>, prompt: &Prompt| {
-        chat.begin(prompt.system.clone().or_else(|| system.clone()), prompt.history.clone());
-    };
-    for prompt in prompts {
-        begin(chat, prompt);
-        chat.check(&prompt.query).map_err(|error| match error {
-            Error::Config { problems, .. } => prompt.location.error(problems.join("; ")),
-            other => other,
-        })?;
-    }
     let mut file = match result_file {
         Some(path) => Some((path, create(path)?)),
         None => None,
     };
     let (mut n_cut, mut n_full) = (0, 0);
     let mut answer = |(i, prompt): (usize, &Prompt)| {
-        begin(chat, prompt);
+        begin(chat, prompt, system.as_deref());
         match &mut file {
             None => {
                 let space = if i == 0 { "" } else { "\n" };
@@ -121,7 +157,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        read_prompts(&path).unwrap().remove(0)
+        read_prompts(&path).unwrap().prompts.remove(0)
     }
 
     #[test]

@@ -10,7 +10,7 @@ use orpo_wgpu::data::template::Template;
 use orpo_wgpu::data::tokenize::TextTokenizer;
 use orpo_wgpu::infer::chat::{self, Chat, Manner};
 use orpo_wgpu::infer::generate::{GenerationConfig, StopReason};
-use orpo_wgpu::infer::prompts::answer_prompts;
+use orpo_wgpu::infer::prompts::{answer_prompts, answerable};
 use orpo_wgpu::infer::sample::SamplingConfig;
 use orpo_wgpu::infer::talk::{self, Line, Lines, Piped};
 use orpo_wgpu::model::Llama;
@@ -236,7 +236,7 @@ fn prompts_of_a_file_are_answered_each_on_its_own() {
         "{\"query\": \"one\"}\n"
     );
     std::fs::write(&file, rows).unwrap();
-    let prompts = read_prompts(&file).unwrap();
+    let prompts = read_prompts(&file).unwrap().prompts;
     let sampling = SamplingConfig { temperature: 1.0, ..SamplingConfig::default() };
     let mut chat = talk.chat(None, &GenerationConfig { max_new_tokens: 8, sampling });
     let (mut output, mut notes) = (Vec::new(), Vec::new());
@@ -260,18 +260,30 @@ fn prompts_of_a_file_are_answered_each_on_its_own() {
 }
 
 #[test]
-fn a_prompt_that_is_too_long_is_named_before_anything_is_answered() {
+fn prompts_that_cannot_be_answered_are_left_out_and_told_of() {
     let talk = Talk::new();
     let folder = tempfile::tempdir().unwrap();
-    let (file, results) = (folder.path().join("prompts.txt"), folder.path().join("results.jsonl"));
-    std::fs::write(&file, format!("hello\n\n{}\n", "word ".repeat(1000))).unwrap();
-    let mut chat = talk.chat(None, &GenerationConfig::greedy(8));
-    let prompts = read_prompts(&file).unwrap();
-    let (mut output, mut notes) = (Vec::new(), Vec::new());
-    let error =
-        answer_prompts(&mut chat, &prompts, Some(&results), &mut output, &mut notes, PIPE).unwrap_err();
-    assert!(error.to_string().contains("prompts.txt:3: the prompt has"), "{error}");
-    assert!(!results.exists(), "nothing was answered");
+    let file = folder.path().join("prompts.jsonl");
+    let too_long = serde_json::json!({ "query": "word ".repeat(1000) });
+    std::fs::write(&file, format!("{{\"query\": \"hello\"}}\n{{\"text\": 1}}\n\n{too_long}\n")).unwrap();
+    let mut chat = talk.chat(Some("Be kind."), &GenerationConfig::greedy(8));
+    let mut notes = Vec::new();
+    let prompts = answerable(&mut chat, read_prompts(&file).unwrap(), &mut notes).unwrap();
+    assert_eq!(prompts.iter().map(|prompt| prompt.query.as_str()).collect::<Vec<_>>(), ["hello"]);
+    assert_eq!((chat.system(), chat.history().len()), (Some("Be kind."), 0));
+    let notes = String::from_utf8(notes).unwrap();
+    for says in [
+        "2 of 3 prompts cannot be answered and are left out:\n",
+        "prompts.jsonl:2: no column `query`",
+        "prompts.jsonl:4: the prompt has",
+    ] {
+        assert!(notes.contains(says), "no `{says}` in {notes}");
+    }
+
+    let text = folder.path().join("prompts.txt");
+    std::fs::write(&text, "word ".repeat(1000)).unwrap();
+    let error = answerable(&mut chat, read_prompts(&text).unwrap(), &mut Vec::new()).unwrap_err();
+    assert!(error.to_string().contains("prompts.txt:1: the prompt has"), "{error}");
 }
 
 #[test]

@@ -94,15 +94,20 @@ pub(in crate::data) fn advice(
         return Some(advice);
     }
     let has = |column: &str| object.contains_key(column);
-    let has_form = FORMS.iter().any(|c| has(c.query) && has(c.response) && has(c.rejected_response));
     let is_list =
         ["messages", CONVERSATIONS, "chosen"].iter().any(|c| object.get(*c).is_some_and(Value::is_array));
-    if has_form || is_list {
+    if has_form(&object) || is_list {
         return None;
     }
     let example = [("question", SWIFT.query), ("good", SWIFT.response), ("bad", SWIFT.rejected_response)];
     let missing: Vec<_> = example.into_iter().filter(|(_, ours)| !has(ours)).collect();
     Some(format!("name your columns, for example with {}", columns_flag(renames, &missing)))
+}
+
+/// Whether all columns of one of the text forms are there.
+fn has_form(object: &Object) -> bool {
+    let has = |column: &str| object.contains_key(column);
+    FORMS.iter().any(|form| has(form.query) && has(form.response) && has(form.rejected_response))
 }
 
 /// What a column of ours is called in the file of this row.
@@ -147,6 +152,10 @@ fn first<'a>(object: &Object, columns: &[&'a str]) -> Option<&'a str> {
 
 /// `--columns` with which the row can be read, where names alone are missing.
 fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> Option<String> {
+    // What such a row lacks is no name: others would leave some of it out.
+    if has_form(object) {
+        return None;
+    }
     let of_texts = |form: Columns| {
         vec![(form.query, &QUERIES[..]), (form.response, &CHOSEN), (form.rejected_response, &REJECTED)]
     };
