@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
+use serde_json::Value;
 
 use super::interrupts;
 use super::keyboard::Keyboard;
@@ -13,6 +14,7 @@ use super::precision::PrecisionArgs;
 use super::words::noted;
 use crate::config::TrainArgs;
 use crate::data::prompts::{Prompts, read_prompts};
+use crate::data::template::Template;
 use crate::demo;
 use crate::device::{self, DeviceChoice};
 use crate::error::{Error, Result};
@@ -23,7 +25,8 @@ use crate::infer::sample::SamplingConfig;
 use crate::infer::talk::{self, Piped, Prompted};
 use crate::lora;
 use crate::ops::Kernels;
-use crate::train::run_folder::newest_checkpoint;
+use crate::shell::quoted;
+use crate::train::run_folder::{ARGS_FILE, newest_checkpoint};
 
 /// What `orpo-wgpu infer` is told.
 #[derive(Debug, clap::Args)]
@@ -104,6 +107,20 @@ impl InferArgs {
     }
 }
 
+/// What the adapter's run had beside the model, by its record, and nobody has chosen here, as flags.
+fn trained_with(adapter: &Path, args: &InferArgs, template: Template) -> Option<String> {
+    let record = std::fs::read_to_string(adapter.join(ARGS_FILE)).ok()?;
+    let record: Value = serde_json::from_str(&record).ok()?;
+    let is_template_open = args.template_type == TrainArgs::default().template_type;
+    let template_type =
+        record["template_type"].as_str().filter(|theirs| is_template_open && *theirs != template.to_string());
+    let system = record["system"].as_str().filter(|_| args.system.is_none());
+    let flags = [("template_type", template_type), ("system", system)];
+    let flags: Vec<_> =
+        flags.into_iter().filter_map(|(name, value)| Some(format!("--{name} {}", quoted(value?)))).collect();
+    (!flags.is_empty()).then(|| flags.join(" "))
+}
+
 /// Where the demo's runs are, when nothing else was said.
 fn demo_runs() -> PathBuf {
     Path::new("output").join(demo::NAME)
@@ -155,7 +172,7 @@ fn run_on<B: Kernels>(
         if let Some(folder) = &adapter {
             lora::load(&mut model, folder)?;
         }
-        let name = match adapter {
+        let name = match &adapter {
             Some(folder) => folder.display().to_string(),
             None if args.adapters.is_none() && open.is_demo() => {
                 format!("no adapter, as there is none below {}", demo_runs().display())
@@ -164,6 +181,9 @@ fn run_on<B: Kernels>(
         };
         let speed = loaded.speed().map_or_else(String::new, |speed| format!(", {speed}"));
         note!("{} with {name}, in {precision} on {choice}{speed}", open.name);
+        if let Some(flags) = adapter.as_deref().and_then(|folder| trained_with(folder, args, open.template)) {
+            note!("{}", noted("adapter", &format!("it was trained with {flags}, which is not given here")));
+        }
         let mut chat =
             Chat::new(&model, &open.tokenizer, open.template, args.system.clone(), &args.generation())?;
         let (output, notes) = (&mut stdout(), &mut stderr());

@@ -22,7 +22,8 @@ use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
 use crate::model::load::Checkpoint;
 
-const ARGS_FILE: &str = "args.json";
+/// The settings of a run, in its folder and in its checkpoints.
+pub(crate) const ARGS_FILE: &str = "args.json";
 const LOG_FILE: &str = "logging.jsonl";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "trainer_state.json";
