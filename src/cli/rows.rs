@@ -7,7 +7,7 @@ use super::open::OpenModel;
 use super::words::millions;
 use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
-use crate::data::dataset::{self, Dataset, Shuffle, Skipped, Strictness};
+use crate::data::dataset::{self, Dataset, Row, Shuffle, Skipped, Strictness};
 use crate::data::renames::{self, UnusedRenames};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
@@ -20,6 +20,9 @@ use crate::words::{counted, first_of, thousands};
 const SHOWN_ROWS: usize = 5;
 /// The file in a run's folder that lists all of them.
 const LEFT_OUT_FILE: &str = "left_out.txt";
+
+/// What begins messages and ends answers in chat formats, Llama-3's and ChatML.
+const CONTROL: [&str; 4] = ["<|start_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"];
 
 /// The rows of a run as token ids.
 pub struct Data {
@@ -51,6 +54,9 @@ impl Data {
                 millions(open.config.n_weights())
             );
         }
+        if let Some(note) = formatted(&rows) {
+            note!("{note}");
+        }
         let shuffle = shuffle(args);
         let (n_rows, mut n_copies) = (rows.len(), 0);
         let (train, val) = if args.val_dataset.is_empty() {
@@ -66,7 +72,7 @@ impl Data {
         };
         let unheld = val.is_empty().then(|| none_held_out(args.dataset_test_ratio, n_rows)).flatten();
         let (n_train, n_malformed) = (train.len(), skipped.len());
-        let mut tokenize = |rows: &[dataset::Row]| -> Result<Vec<TokenizedPair>> {
+        let mut tokenize = |rows: &[Row]| -> Result<Vec<TokenizedPair>> {
             let system = args.system.as_deref();
             let (pairs, left_out) = tokenize_rows(
                 rows,
@@ -148,6 +154,23 @@ fn nothing_to_train_on(args: &TrainArgs, n_train: usize, left_out: &[Skipped]) -
 /// Names the first of the rows that are left out, and says how many more there are.
 pub fn note_left_out(skipped: &[Skipped]) {
     first_of(skipped, SHOWN_ROWS).iter().for_each(|row| note!("left out: {row}"));
+}
+
+/// Says that rows' texts are in a chat format already: what is written there as text is not read as its control tokens.
+fn formatted(rows: &[Row]) -> Option<String> {
+    let control = |text: &str| CONTROL.into_iter().find(|token| text.contains(token));
+    let control = |row: &Row| {
+        let of_history = row.history.iter().flat_map(|(question, answer)| [question, answer]);
+        let texts = [&row.query, &row.response, &row.rejected_response].into_iter().chain(&row.system);
+        texts.chain(of_history).find_map(|text| control(text))
+    };
+    let found: Vec<_> = rows.iter().filter_map(|row| Some((row, control(row)?))).collect();
+    let &(Row { location, .. }, token) = found.first()?;
+    Some(format!(
+        "note: `{token}` or the like stands as text in {}, the first at {location}: rows are put into the model's chat format here, \
+         and had better come without one",
+        counted(found.len(), "row")
+    ))
 }
 
 /// Says that a share of so many rows is less than one, unless none was asked for.
@@ -259,6 +282,7 @@ pub fn plan_of(args: &TrainArgs, n_rows: usize) -> (Plan, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::dataset::Location;
 
     #[test]
     fn the_demo_s_data_go_by_their_name_and_are_sampled() {
@@ -272,6 +296,27 @@ mod tests {
         let load = |spec: &str| load(&args, &[spec.to_owned()], demo::pairs).unwrap().rows;
         let (all, five) = (load("demo"), load("demo#5"));
         assert!(five.len() == 5 && five.iter().all(|row| all.contains(row)));
+    }
+
+    #[test]
+    fn rows_in_a_chat_format_already_are_told_of() {
+        let row = |line: usize, query: &str, response: &str| Row {
+            query: query.to_owned(),
+            response: response.to_owned(),
+            rejected_response: "r".to_owned(),
+            system: None,
+            history: Vec::new(),
+            location: Location::new(Path::new("pairs.jsonl"), line),
+        };
+        let plain = row(1, "What does <|eot|> do?", "c");
+        assert_eq!(formatted(std::slice::from_ref(&plain)), None);
+        let note = formatted(&[plain, row(2, "q", "c<|eot_id|>"), row(3, "<|im_start|>user", "c")]).unwrap();
+        assert!(
+            note.starts_with(
+                "note: `<|eot_id|>` or the like stands as text in 2 rows, the first at pairs.jsonl:2:"
+            ),
+            "{note}"
+        );
     }
 
     #[test]
