@@ -297,8 +297,8 @@ impl TrainArgs {
         let parsed = Self::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
         let (mut given, mut problems, mut hint) = (Map::new(), Vec::new(), None);
         for config in configs {
-            match file::read(config) {
-                Ok(settings) => given.extend(settings),
+            match file::read(config, &mut given) {
+                Ok(()) => {}
                 Err(Error::Config { problems: more, hint: what_to_do }) => {
                     problems.extend(more);
                     hint = hint.or(what_to_do);
@@ -423,13 +423,14 @@ mod tests {
     fn all_that_is_wrong_is_told_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("run.toml");
-        std::fs::write(&file, "betta = 1\n").unwrap();
+        std::fs::write(&file, "betta = 1\nwarmup_ratio = 7\n").unwrap();
         let flags = "train --learning_rate nan --batch_size 0 --lora_alpha -1 --lora_rank 257".split(' ');
         let matches = train_command().try_get_matches_from(flags).unwrap();
         let error = TrainArgs::resolve(&matches, &[file], &Map::new()).unwrap_err();
         let message = error.to_string();
         for says in [
             "run.toml: `betta` is no setting",
+            "--warmup_ratio is 7",
             "--learning_rate is no finite number",
             "--batch_size is 0, expected at least 1",
             "--lora_alpha is -1, expected more than 0",

@@ -15,13 +15,13 @@ use crate::shell::{pasted, unused_beside};
 
 const NAMING: &str = "a setting is named as its flag, without the dashes: learning_rate = 1e-4";
 
-/// Reads the settings of a TOML or JSON file, without those that are null.
+/// Reads the settings of a TOML or JSON file, without those that are null, over the ones that there are.
 ///
 /// # Errors
-/// If the file cannot be read, is neither, or holds what is no setting: all such problems at once.
-pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
+/// If the file cannot be read, is neither, or holds what is no setting: all such problems at once, and its other settings are read.
+pub(super) fn read(path: &Path, settings: &mut Map<String, Value>) -> Result<()> {
     let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    let (mut settings, mut problems, mut hint) = (Map::new(), Vec::new(), None);
+    let (mut problems, mut hint) = (Vec::new(), None);
     let known = to_map(&TrainArgs::default());
     let mut seen = BTreeMap::new();
     let (table, null_is) = parse(path, &text)?;
@@ -46,7 +46,7 @@ pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
             }
         }
     }
-    if problems.is_empty() { Ok(settings) } else { Err(Error::Config { problems, hint }) }
+    if problems.is_empty() { Ok(()) } else { Err(Error::Config { problems, hint }) }
 }
 
 /// What a null of a table stands for.
@@ -176,7 +176,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        read(&path)
+        let mut settings = Map::new();
+        read(&path, &mut settings).map(|()| settings)
     }
 
     #[test]
