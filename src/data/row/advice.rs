@@ -31,8 +31,9 @@ const CHOSEN: [&str; 14] = [
     "response_j",
 ];
 /// The answer to avoid.
-const REJECTED: [&str; 14] = [
+const REJECTED: [&str; 15] = [
     "rejected",
+    "reject",
     "rejected_response",
     "response_rejected",
     "rejected_answer",
@@ -203,6 +204,13 @@ fn one_answer(object: &Object, renames: &BTreeMap<String, String>) -> Option<Str
         (SWIFT.rejected_response, vec![(CONVERSATIONS, "messages")])
     } else {
         let (query, answer) = (first(object, &QUERIES)?, first(object, &ANSWERS)?);
+        // An older form of LLaMA-Factory's pairs.
+        if is_list(answer) {
+            return Some(format!(
+                "`{answer}` is a list: its first text belongs in `{}`, and its second, the answer to avoid, in `{}`",
+                TRL.response, TRL.rejected_response
+            ));
+        }
         let form = [ALPACA, TRL].into_iter().find(|form| form.query == query).unwrap_or(SWIFT);
         let more = [(query, form.query), (answer, form.response)];
         (form.rejected_response, more.into_iter().filter(|(theirs, ours)| theirs != ours).collect())
@@ -380,5 +388,11 @@ mod tests {
             columns_flag(&BTreeMap::from([("it's".to_owned(), "query".to_owned())]), &[]),
             r#"--columns '{"it'\''s":"query"}'"#
         );
+    }
+
+    #[test]
+    fn answers_in_a_list_are_told_where_they_belong() {
+        let advice = advised(json!({"instruction": "i", "input": "", "output": ["c", "r"]}), &[]).unwrap();
+        assert!(advice.starts_with("`output` is a list: its first text belongs in `chosen`"), "{advice}");
     }
 }
