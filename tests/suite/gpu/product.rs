@@ -23,7 +23,8 @@ pub(crate) const RTOL_F16: f32 = 1e-3;
 pub(crate) const ATOL_MATRICES: f32 = 2e-3;
 pub(crate) const RTOL_MATRICES: f32 = 2e-3;
 
-/// One product of one variant, in two splits of the depth where it has no prologue.
+/// One product of one variant, in two splits of the depth where its output is `f32`; with a prologue it is added to something, which of
+/// an even number of columns is the output itself.
 fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice) -> (Vec<f32>, Vec<f32>) {
     let Shader::Product { layout, cut, elements, .. } = shader else { panic!("{shader:?} is no product") };
     let [block_m, block_n, block_k] = cut.block();
@@ -51,20 +52,33 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
     // Parts of a product are f32, whatever their sum goes out as.
     let splits = if elements.out == Element::F16 { 1 } else { 2 };
     let span = depth.div_ceil(splits).next_multiple_of(block_k as usize);
-    let out = Tensor::<Wgpu, 2>::full([splits * m, n], f32::NAN, device);
-    let out = if elements.out == Element::F16 { out.cast(FloatDType::F16) } else { out };
+    let has_addend = rank > 0;
+    let (addend, addend_at) = operand(m, n, true, elements.out);
+    let (is_over, n_beside) = (has_addend && n % 2 == 0, splits * m - m);
+    let out = |rows: usize| {
+        let out = Tensor::<Wgpu, 2>::full([rows, n], f32::NAN, device);
+        if elements.out == Element::F16 { out.cast(FloatDType::F16) } else { out }
+    };
+    let out = match is_over {
+        true => {
+            let first = Tensor::from_primitive(TensorPrimitive::Float(addend.clone()));
+            if n_beside > 0 { Tensor::cat(vec![first, out(n_beside)], 0) } else { first }
+        }
+        false => out(splits * m),
+    };
     let out: CubeTensor<WgpuRuntime> = match out.into_primitive() {
         TensorPrimitive::Float(primitive) => primitive,
         TensorPrimitive::QFloat(_) => unreachable!(),
     };
+    let added = if is_over { &out } else { &addend };
     let words = [m, n, depth, rank, span].map(|v| v as u32);
     let [p, s] = [prologue_scale, scale].map(f32::to_bits);
     kernel::launch(
         &lhs.client.clone(),
         shader,
         [BAND * (n as u32).div_ceil(block_n), (m as u32).div_ceil(block_m).div_ceil(BAND), splits as u32],
-        &[&lhs.handle, &rhs.handle, &prologue_lhs.handle, &prologue_rhs.handle, &out.handle, &out.handle],
-        &[words[0], words[1], words[2], words[3], words[4], p, s, 0],
+        &[&lhs.handle, &rhs.handle, &prologue_lhs.handle, &prologue_rhs.handle, &out.handle, &added.handle],
+        &[words[0], words[1], words[2], words[3], words[4], p, s, u32::from(has_addend)],
     );
     let parts = Tensor::<Wgpu, 2>::from_primitive(TensorPrimitive::Float(out)).into_data();
     let parts: Vec<f32> = parts.convert::<f32>().to_vec().expect("the values are f32");
@@ -73,7 +87,8 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
         let (row, column) = (i / n, i % n);
         let main: f64 = (0..depth).map(|k| lhs_at(row, k) * rhs_at(column, k)).sum();
         let prologue: f64 = (0..rank).map(|k| prologue_lhs_at(row, k) * prologue_rhs_at(column, k)).sum();
-        (f64::from(scale) * (main + f64::from(prologue_scale) * prologue)) as f32
+        let added = if has_addend { addend_at(row, column) } else { 0.0 };
+        (added + f64::from(scale) * (main + f64::from(prologue_scale) * prologue)) as f32
     };
     (got, (0..m * n).map(entry).collect())
 }
