@@ -50,9 +50,8 @@ impl Engine for WgpuRuntime {
             };
             LoraGrads { ds: tensor(ds), db: tensor(db) }
         };
-        let is_narrow = |LoraOutputGrad { s, .. }: &LoraOutputGrad<'_, B>| {
-            is_narrow(&input(s.clone()).client, s.dims()[1] as u32)
-        };
+        let client = input(layers[0].s.clone()).client;
+        let is_narrow = |layer: &LoraOutputGrad<'_, B>| is_narrow(&client, layer.s.dims()[1] as u32);
         narrow_together(layers, is_narrow, engine::backward_b, alone)
     }
 
@@ -141,4 +140,21 @@ fn narrow_together<T: Clone, O>(
         false => alone(item),
     };
     items.iter().map(each).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_made_together_comes_back_in_order() {
+        for items in [&[][..], &[1, 2, 3], &[10, 1, 20, 2, 3, 30], &[10, 20]] {
+            let together = |items: &[i32]| {
+                assert!(!items.is_empty() && items.iter().all(|item| *item < 10));
+                items.iter().map(|item| 2 * item).collect()
+            };
+            let made = narrow_together(items, |item| *item < 10, together, |item| 2 * item);
+            assert_eq!(made, items.iter().map(|item| 2 * item).collect::<Vec<_>>());
+        }
+    }
 }

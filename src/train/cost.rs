@@ -13,8 +13,7 @@ use crate::ops::quantize::Storage;
 /// Whose memory a step takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {
-    /// A GPU's: the embedding is in the computer's own memory, and kernels hold little between their inputs and outputs. The most is what
-    /// adapters' products leave to be summed up, some 64 MiB.
+    /// A GPU's: the embedding is in the computer's own memory, and kernels hold little between their inputs and outputs.
     Gpu,
     /// The computer's own, where the references compute.
     Cpu {

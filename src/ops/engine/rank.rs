@@ -37,9 +37,8 @@ const AHEAD: usize = 4;
 /// Rows of which it makes one partial sum for every [`RANKS`] columns, so that the sums stay an eighth of the matrix, and of a narrow one
 /// there are still several workgroups for each processor of a large GPU.
 const SLAB: usize = 128;
-/// Entries of the large matrices, one for each product, of products that share launches: partial sums wait for those, about a byte for
-/// every four entries.
-const TOGETHER: usize = 1 << 28;
+/// What products that share launches may leave between them.
+const TOGETHER: usize = 64 << 20;
 
 /// Along what a product with the matrix of tokens is a sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +111,12 @@ impl<R: Engine> Thin<R> {
         empty(&self.x, Shape::from(shape), DType::F32)
     }
 
+    /// About what is between its launches: sums of slabs, or a factor's parts and their sums.
+    fn bytes_between(&self) -> usize {
+        let [m, n] = [0, 1].map(|i| self.x.meta.shape()[i]);
+        self.factors.len() * (m * n / 4).max(18 * self.rank() * (m + n))
+    }
+
     /// The same in products of factors that lie alike and have as many columns.
     fn of_factors_alike(&self) -> impl Iterator<Item = Self> {
         let are_alike = |a: &CubeTensor<R>, b: &CubeTensor<R>| {
@@ -122,17 +127,32 @@ impl<R: Engine> Thin<R> {
     }
 }
 
-/// The outputs of each of these: of as many together as have not too much between their launches.
+/// The outputs of each of these: made together as long as they leave less than [`TOGETHER`] between their launches.
 pub(super) fn multiply<R: Engine>(name: &'static str, products: &[Thin<R>]) -> Vec<Vec<CubeTensor<R>>> {
-    let n_entries = |product: &Thin<R>| product.x.meta.num_elements() * product.factors.len();
-    let mut n_together = products.first().map_or(0, n_entries);
-    let are_together = |_: &Thin<R>, next: &Thin<R>| {
-        n_together += n_entries(next);
-        let fits = n_together <= TOGETHER;
-        n_together = if fits { n_together } else { n_entries(next) };
-        fits
-    };
-    products.chunk_by(are_together).flat_map(|products| multiply_together(name, products)).collect()
+    let mut rest = products;
+    let mut outputs = Vec::with_capacity(products.len());
+    for n in runs(products.iter().map(Thin::bytes_between), TOGETHER) {
+        let (together, others) = rest.split_at(n);
+        outputs.extend(multiply_together(name, together));
+        rest = others;
+    }
+    outputs
+}
+
+/// How many of these sizes each run of them has whose sum is `most`, or less; one that is larger is alone.
+fn runs(sizes: impl Iterator<Item = usize>, most: usize) -> Vec<usize> {
+    let (mut runs, mut sum) = (Vec::new(), 0);
+    for size in sizes {
+        sum += size;
+        match runs.last_mut() {
+            Some(run) if sum <= most => *run += 1,
+            _ => {
+                runs.push(1);
+                sum = size;
+            }
+        }
+    }
+    runs
 }
 
 fn multiply_together<R: Engine>(name: &'static str, products: &[Thin<R>]) -> Vec<Vec<CubeTensor<R>>> {
@@ -352,5 +372,22 @@ fn columns_kernel<F: Float, N: Size>(
             sums[(part * rank + first_rank + k) * row_vectors + column] = sum;
         }
         sync_cube();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_have_room_for_all_that_are_in_them() {
+        for (sizes, wanted) in [
+            (&[][..], &[][..]),
+            (&[3, 4, 3], &[3]),
+            (&[3, 4, 4, 6, 1], &[2, 2, 1]),
+            (&[30, 1, 2, 30, 30], &[1, 2, 1, 1]),
+        ] {
+            assert_eq!(runs(sizes.iter().copied(), 10), wanted, "{sizes:?}");
+        }
     }
 }

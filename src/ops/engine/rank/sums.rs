@@ -175,7 +175,7 @@ mod tests {
         }
     }
 
-    /// Of products whose entries end within a workgroup's, all in one launch where the device binds as much, and each in one.
+    /// Of products whose entries end within a workgroup's: all in one launch, in as few as the device binds, and each in one.
     #[test]
     fn every_output_is_the_sum_of_all_its_terms() {
         let Some(device) = device() else { return };
