@@ -11,7 +11,7 @@ use crate::config::TrainArgs;
 use crate::data::source;
 use crate::error::Result;
 use crate::lora::LoraConfig;
-use crate::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
+use crate::train::run_folder::{ARGS_FILE, CheckpointTexts, RunFolder, Tracker, TrainerState};
 
 /// Creates the run's folder, with these settings in it and the log of the run that it goes on with, and gives its path as well.
 ///
@@ -25,7 +25,7 @@ pub(super) fn create_folder<B: Backend>(
 ) -> Result<(PathBuf, RunFolder)> {
     let folder = run_folder(args, open);
     let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
-    let texts = texts(args, open, lora_config);
+    let texts = texts(&in_full(args, &folder), open, lora_config);
     let log_history = resume.map(|state| state.log_history.clone()).unwrap_or_default();
     let mut files = RunFolder::create(&folder, texts, args.save_total_limit, log_history, tracker)?;
     if let Some(state) = resume.filter(|_| goes_on_in(args, &folder)) {
@@ -54,31 +54,36 @@ pub(super) fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
     folder.join(format!("v{next}-{}", jiff::Zoned::now().strftime("%Y%m%d-%H%M%S")))
 }
 
-/// The same settings with paths in full, so that a run's record can be read from every folder.
-fn in_full(args: &TrainArgs) -> TrainArgs {
+/// The same settings as the record of a run in this folder has them: with paths in full, so that it can be read from everywhere, and such
+/// that they repeat the run.
+fn in_full(args: &TrainArgs, folder: &Path) -> TrainArgs {
     let full = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     let specs = |specs: &[String]| match is_demo_set(specs) {
         true => specs.to_vec(),
         false => specs.iter().map(|spec| source::in_full(spec)).collect(),
     };
+    // What repeats a run that went on in its folder begins where that began, and not at a checkpoint that it would write over.
+    let goes_on = goes_on_in(args, folder);
     TrainArgs {
         model_id_or_path: args.model_id_or_path.as_ref().map(full),
-        adapters: args.adapters.as_ref().map(full),
+        adapters: if goes_on { first_adapters(folder) } else { args.adapters.as_ref().map(full) },
         dataset: specs(&args.dataset),
         val_dataset: specs(&args.val_dataset),
         output_dir: full(&args.output_dir),
         // Of this command alone: another that takes the record would write over this run.
         overwrite_output_dir: false,
-        // Neither is where this one went on in its own folder: what would repeat that would write over it.
-        resume_from_checkpoint: args
-            .resume_from_checkpoint
-            .as_ref()
-            .filter(|_| !goes_on_in(args, &args.output_dir))
-            .map(full),
+        resume_from_checkpoint: args.resume_from_checkpoint.as_ref().filter(|_| !goes_on).map(full),
         ..args.clone()
     }
 }
 
+/// The adapter that the run in this folder began with, by its record.
+fn first_adapters(folder: &Path) -> Option<PathBuf> {
+    let record = std::fs::read_to_string(folder.join(ARGS_FILE)).ok()?;
+    serde_json::from_str::<TrainArgs>(&record).ok()?.adapters
+}
+
+/// `args` are those of the record.
 fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> CheckpointTexts {
     let base_model = match &args.model_id_or_path {
         // PEFT resolves the name from wherever it runs, so a folder is named in full.
@@ -87,7 +92,7 @@ fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> Checkp
     };
     if open.is_demo() {
         let card = "# ORPO adapter for the demo of orpo-wgpu\n\nIts base model is inside the program: `orpo-wgpu infer --adapters .`\n";
-        return CheckpointTexts { base_model, args: in_full(args).to_json(), card: card.to_owned() };
+        return CheckpointTexts { base_model, args: args.to_json(), card: card.to_owned() };
     }
     let card = format!(
         "---\nbase_model: {base_model}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- orpo\n- lora\n---\n\n\
@@ -103,5 +108,5 @@ fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> Checkp
         args.learning_rate,
         args.loss_compat,
     );
-    CheckpointTexts { base_model, args: in_full(args).to_json(), card }
+    CheckpointTexts { base_model, args: args.to_json(), card }
 }

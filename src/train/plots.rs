@@ -7,7 +7,7 @@ use std::array;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 use plotters::prelude::*;
@@ -18,6 +18,8 @@ use serde_json::Value;
 use super::tensorboard::tagged;
 use crate::error::{Error, Result};
 
+/// In a run's folder.
+const FOLDER: &str = "images";
 /// 8 × 5 inches at 100 dots an inch.
 const WIDTH: u32 = 800;
 const HEIGHT: u32 = 500;
@@ -59,33 +61,30 @@ type Drawn<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Writes a PNG for each scalar of the log into the folder `images` of the run folder: `train_loss.png`, `eval_rewards_margins.png`, …
 ///
 /// `log` are the lines of `logging.jsonl`. Training scalars of many points are drawn as logged and smoothed; evaluations, and what is set
-/// rather than measured, only as logged. Values that are not finite are left out, and so is a scalar with no other. Then pictures of
-/// other scalars, of a run whose log was replaced, are removed.
+/// rather than measured, only as logged. Values that are not finite are left out, and so is a scalar with no other.
 ///
 /// # Errors
-/// If a file cannot be drawn, written or removed.
+/// If a file cannot be drawn or written.
 pub fn write(folder: &Path, log: &[Value]) -> Result<()> {
-    let folder = folder.join("images");
+    let folder = folder.join(FOLDER);
     fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
-    let mut written = BTreeSet::new();
     for (tag, points) in curves(log) {
-        let name = format!("{}.png", tag.replace(['/', '.'], "_"));
-        let path = folder.join(&name);
+        let path = folder.join(name(&tag));
         let png = draw(&tag, &points).and_then(|pixels| encode(&pixels));
         let png = png.map_err(|e| Error::file(&path, format!("cannot be drawn: {e}")))?;
         fs::write(&path, png).map_err(Error::io("write", &path))?;
-        written.insert(name);
-    }
-    for entry in fs::read_dir(&folder).map_err(Error::io("read", &folder))? {
-        let entry = entry.map_err(Error::io("read", &folder))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let is_scalar =
-            ["train_", "eval_"].iter().any(|split| name.starts_with(split)) && name.ends_with(".png");
-        if is_scalar && !written.contains(&name) {
-            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
-        }
     }
     Ok(())
+}
+
+/// The pictures that [`write`] makes of a log.
+pub fn pictures(folder: &Path, log: &[Value]) -> BTreeSet<PathBuf> {
+    curves(log).into_keys().map(|tag| folder.join(FOLDER).join(name(&tag))).collect()
+}
+
+/// The picture's file.
+fn name(tag: &str) -> String {
+    format!("{}.png", tag.replace(['/', '.'], "_"))
 }
 
 /// The scalars of the log by tag. The epoch is another name of the step and has no picture.

@@ -2,6 +2,7 @@
 //!
 //! A checkpoint folder is complete or absent: it is written beside its place, flushed to the disk, and then renamed.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -69,37 +70,58 @@ fn after_last(log_history: &[Value]) -> usize {
     last.map_or(0, |step| step as usize + 1)
 }
 
+/// The lines of a log that can be read.
+fn read_log(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
 /// After how many steps a checkpoint was saved, by its name.
 fn step_of(checkpoint: &Path) -> Option<usize> {
     checkpoint.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()
 }
 
-/// A run folder's checkpoints: when they were saved, which tells the newest where an older run had come further in the same folder, and
-/// how many steps are behind it.
-fn dated_checkpoints(run: &Path) -> Vec<(SystemTime, usize, PathBuf)> {
+/// A run folder's checkpoints, and how many steps are behind each; one without an adapter is none.
+fn checkpoints(run: &Path) -> impl Iterator<Item = (usize, PathBuf)> {
     let folders = fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path());
-    folders.filter_map(|path| Some((saved_at(&path)?, step_of(&path)?, path))).collect()
+    let folders = folders.filter(|path| path.join(lora::ADAPTER_FILE).exists());
+    folders.filter_map(|path| Some((step_of(&path)?, path)))
 }
 
-/// When a checkpoint was saved: by what it says itself, as copies of files have their own times, else by its adapter's file, without
-/// which there is none.
-fn saved_at(checkpoint: &Path) -> Option<SystemTime> {
-    let written = checkpoint.join(lora::ADAPTER_FILE).metadata().and_then(|file| file.modified()).ok()?;
-    let state = fs::read_to_string(checkpoint.join(STATE_FILE)).ok();
-    let state = state.and_then(|text| serde_json::from_str::<Value>(&text).ok());
-    let said = state.and_then(|state| state["saved_at"].as_str()?.parse::<Timestamp>().ok());
-    Some(said.map_or(written, SystemTime::from))
+/// When a checkpoint was saved: by what it says itself, as copies of files have their own times, else by its adapter's file.
+fn saved_at(checkpoint: &Path) -> SystemTime {
+    #[derive(serde::Deserialize)]
+    struct Saved {
+        saved_at: String,
+    }
+    let state = fs::read_to_string(checkpoint.join(STATE_FILE)).unwrap_or_default();
+    let said = serde_json::from_str(&state).ok().and_then(|Saved { saved_at }| saved_at.parse().ok());
+    match said.map(|said: Timestamp| said.into()) {
+        Some(said) => said,
+        None => {
+            let file = checkpoint.join(lora::ADAPTER_FILE).metadata();
+            file.and_then(|file| file.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+        }
+    }
 }
 
-/// The newest checkpoint among those of some run folders; one without an adapter is none.
+/// When a checkpoint beside these is saved: now, but after all of them also where the clock was set back.
+fn saved_now(run: &Path) -> Timestamp {
+    let last = checkpoints(run).map(|(_, path)| saved_at(&path)).max();
+    let after = last.and_then(|last| Timestamp::try_from(last + Duration::from_millis(1)).ok());
+    after.map_or_else(Timestamp::now, |after| after.max(Timestamp::now()))
+}
+
+/// The newest checkpoint among those of some run folders: the one saved last, since an older run may have come further in the same folder.
 pub fn newest_checkpoint(runs: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
-    runs.into_iter().flat_map(|run| dated_checkpoints(&run)).max().map(|(_, _, path)| path)
+    let checkpoints = runs.into_iter().flat_map(|run| checkpoints(&run).collect::<Vec<_>>());
+    checkpoints.max_by_key(|(step, path)| (saved_at(path), *step)).map(|(_, path)| path)
 }
 
 /// Whether a folder is a run's.
 pub fn holds_run(folder: &Path) -> bool {
     [ARGS_FILE, LOG_FILE].iter().any(|file| folder.join(file).exists())
-        || !dated_checkpoints(folder).is_empty()
+        || checkpoints(folder).next().is_some()
 }
 
 /// Whether a folder can be written, or made where it is to be.
@@ -109,13 +131,10 @@ pub fn holds_run(folder: &Path) -> bool {
 pub fn check_writable(folder: &Path) -> Result<()> {
     let mut above = folder.ancestors().map(|path| if path == Path::new("") { Path::new(".") } else { path });
     let there = above.find(|path| path.exists()).unwrap_or(folder);
-    let probe = there.join(format!(".orpo-wgpu-{}", std::process::id()));
-    match File::create_new(&probe) {
-        Ok(_) => fs::remove_file(&probe).map_err(Error::io("remove", &probe)),
-        // Another run's that looks as well, or did and was ended.
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(Error::io("write into", there)(error)),
-    }
+    // A number of a process may come again where one was ended in between.
+    let probe = there.join(format!(".orpo-wgpu-{}-{}", std::process::id(), Timestamp::now().as_nanosecond()));
+    File::create_new(&probe).map_err(Error::io("write into", there))?;
+    fs::remove_file(&probe).map_err(Error::io("remove", &probe))
 }
 
 /// An open run folder.
@@ -130,6 +149,8 @@ pub struct RunFolder {
     checkpoints: Vec<PathBuf>,
     /// When the pictures were drawn last, or the run began.
     plotted: Instant,
+    /// Pictures of the run that this one replaces.
+    replaced_pictures: BTreeSet<PathBuf>,
 }
 
 impl RunFolder {
@@ -149,6 +170,8 @@ impl RunFolder {
         let args = folder.join(ARGS_FILE);
         fs::write(&args, &texts.args).map_err(Error::io("write", &args))?;
         let path = folder.join(LOG_FILE);
+        let replaced = if log_history.is_empty() { read_log(&path) } else { Vec::new() };
+        let replaced_pictures = plots::pictures(folder, &replaced);
         let log = OpenOptions::new().create(true).write(true).truncate(true).open(&path);
         let mut log = log.map_err(Error::io("write", &path))?;
         for line in &log_history {
@@ -168,6 +191,7 @@ impl RunFolder {
             save_total_limit,
             checkpoints: Vec::new(),
             plotted: Instant::now(),
+            replaced_pictures,
         })
     }
 
@@ -211,6 +235,11 @@ impl RunFolder {
             return Ok(());
         }
         plots::write(&self.folder, &self.log_history)?;
+        let own = plots::pictures(&self.folder, &self.log_history);
+        for picture in std::mem::take(&mut self.replaced_pictures).difference(&own) {
+            // Somebody may have been faster, and one that stays does no harm.
+            let _ = fs::remove_file(picture);
+        }
         self.plotted = Instant::now();
         Ok(())
     }
@@ -286,7 +315,7 @@ impl RunFolder {
             "n_updates": optimizer.n_updates,
             "loss_scale": loss_scale,
             "checkpoints": kept,
-            "saved_at": Timestamp::now().to_string(),
+            "saved_at": saved_now(&self.folder).to_string(),
             "log_history": self.log_history,
         });
         let texts = [
@@ -525,5 +554,9 @@ mod tests {
         say("checkpoint-9", 8);
         say("checkpoint-2", 7);
         assert_eq!(newest().unwrap(), "checkpoint-9", "by what they say, whenever they were copied");
+        let far = Timestamp::now().as_second() + 1_000_000;
+        say("checkpoint-9", far);
+        let now = saved_now(run.path());
+        assert!(now > Timestamp::from_second(far).unwrap(), "a clock that was set back: {now}");
     }
 }

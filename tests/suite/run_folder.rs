@@ -1,7 +1,7 @@
 //! What a run writes and says: its files, its first and last words, and output that goes nowhere.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
@@ -142,14 +142,51 @@ fn a_run_is_not_written_over_without_a_word() {
     assert_eq!((code, steps()), (Some(0), 3), "{message}");
     let args = fs::read_to_string(workplace.path("out/args.json")).unwrap();
     assert!(args.contains("\"resume_from_checkpoint\": null"), "its record would write over it: {args}");
-    let stale = workplace.path("out/images/eval_loss.png");
-    fs::write(&stale, "").unwrap();
+    // An evaluation that the next run has not, and a picture that is nobody's.
+    let [stale, foreign] =
+        ["eval_loss", "eval_plot"].map(|name| workplace.path(&format!("out/images/{name}.png")));
+    for picture in [&stale, &foreign] {
+        fs::write(picture, "").unwrap();
+    }
+    let log = workplace.path("out/logging.jsonl");
+    let lines = fs::read_to_string(&log).unwrap() + "{\"step\": 3, \"eval_loss\": 1.0}\n";
+    fs::write(&log, lines).unwrap();
     let again = ["--overwrite_output_dir", "true", "--logging_steps", "1"];
     assert!(workplace.train(&again).status.success());
-    assert!(!stale.exists() && workplace.path("out/images/train_loss.png").exists());
+    assert!(!stale.exists() && foreign.exists() && workplace.path("out/images/train_loss.png").exists());
     assert_eq!(steps(), 2);
     let args = fs::read_to_string(workplace.path("out/args.json")).unwrap();
     assert!(args.contains("\"overwrite_output_dir\": false"), "the record writes over nothing: {args}");
+}
+
+/// What repeats a run begins where it began: at an adapter, at nothing, or at another run's checkpoint, and never at one of its own.
+#[test]
+fn a_record_tells_where_the_run_began() {
+    let workplace = Workplace::new();
+    let began = |flags: &[&str]| {
+        let output = workplace.train(flags);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let adapter =
+            stdout(&output).lines().find_map(|line| line.strip_prefix("adapter: ").map(str::to_owned));
+        let record = fs::read_to_string(workplace.path(&adapter.unwrap()).join("args.json")).unwrap();
+        let record: Value = serde_json::from_str(&record).unwrap();
+        ["adapters", "resume_from_checkpoint"].map(|name| {
+            let path = record[name].as_str().map(Path::new);
+            path.map(|path| path.strip_prefix(workplace.path("").canonicalize().unwrap()).unwrap().to_owned())
+        })
+    };
+    let checkpoint = |path: &str| Some(PathBuf::from(path));
+    assert_eq!(began(&[]), [None, None]);
+    let second = ["--output_dir", "second"];
+    assert_eq!(
+        began(&[&second[..], &["--adapters", "out"]].concat()),
+        [checkpoint("out/checkpoint-2"), None]
+    );
+    let on = ["--max_steps", "3", "--resume_from_checkpoint"];
+    let goes_on = began(&[&second[..], &on, &["second"]].concat());
+    assert_eq!(goes_on, [checkpoint("out/checkpoint-2"), None]);
+    let below = ["--add_output_dir_suffix", "true"];
+    assert_eq!(began(&[&below[..], &on, &["out"]].concat()), [None, checkpoint("out/checkpoint-2")]);
 }
 
 #[test]
