@@ -296,8 +296,19 @@ impl TrainArgs {
     pub fn resolve(matches: &ArgMatches, configs: &[PathBuf], demo: &Map<String, Value>) -> Result<Self> {
         let parsed = Self::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
         let (mut given, mut problems, mut hint) = (Map::new(), Vec::new(), None);
+        // Where to start from is one choice: the later one goes over the other.
+        let choose = |given: &mut Map<String, Value>, is_chosen: &dyn Fn(&str) -> bool| {
+            for (chosen, other) in
+                [("resume_from_checkpoint", "adapters"), ("adapters", "resume_from_checkpoint")]
+            {
+                if is_chosen(chosen) {
+                    given.remove(other);
+                }
+            }
+        };
         for config in configs {
-            match file::read(config, &mut given) {
+            let mut of_file = Map::new();
+            match file::read(config, &mut of_file) {
                 Ok(()) => {}
                 Err(Error::Config { problems: more, hint: what_to_do }) => {
                     problems.extend(more);
@@ -305,20 +316,15 @@ impl TrainArgs {
                 }
                 Err(other) => return Err(other),
             }
+            choose(&mut given, &|name| of_file.contains_key(name));
+            given.extend(of_file);
         }
         let parsed = to_map(&parsed);
         let from_user = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
         // JSON has no other number that is null.
         let not_finite = parsed.iter().filter(|(id, value)| value.is_null() && from_user(id));
         problems.extend(not_finite.map(|(name, _)| format!("--{name} is no finite number")));
-        // Where to start from is one choice: the command line's goes over the file's.
-        for (chosen, other) in
-            [("resume_from_checkpoint", "adapters"), ("adapters", "resume_from_checkpoint")]
-        {
-            if from_user(chosen) {
-                given.remove(other);
-            }
-        }
+        choose(&mut given, &from_user);
         given.extend(parsed.into_iter().filter(|(id, _)| from_user(id)));
         // A null says nothing: `args.json` writes one for every setting that was left open.
         given.retain(|_, value| !value.is_null());
@@ -469,14 +475,18 @@ mod tests {
     #[test]
     fn of_several_files_the_later_wins() {
         let folder = tempfile::tempdir().unwrap();
-        let files =
-            [("a.toml", "beta = 0.2\nlora_rank = 4"), ("b.toml", "beta = 0.3")].map(|(name, text)| {
-                let file = folder.path().join(name);
-                std::fs::write(&file, text).unwrap();
-                file
-            });
+        let files = [
+            ("a.toml", "beta = 0.2\nlora_rank = 4\nadapters = 'a'"),
+            ("b.toml", "beta = 0.3\nresume_from_checkpoint = 'b'"),
+        ]
+        .map(|(name, text)| {
+            let file = folder.path().join(name);
+            std::fs::write(&file, text).unwrap();
+            file
+        });
         let matches = train_command().try_get_matches_from(["train"]).unwrap();
         let args = TrainArgs::resolve(&matches, &files, &Map::new()).unwrap();
         assert_eq!((args.beta, args.lora_rank), (0.3, 4));
+        assert_eq!((args.adapters, args.resume_from_checkpoint), (None, Some("b".into())));
     }
 }

@@ -238,6 +238,9 @@ mod tests {
             assert!(message.contains(&format!("--batch_size is {value}: {problem}")), "{message}");
         }
         assert!(usage(&["infer", "--seed", "x"]).contains("--seed is x: expected a whole number"));
+        assert!(
+            usage(&["train", "--quantization_bit", "5000000000"]).contains("is 5000000000: it is too large")
+        );
         let message = usage(&["train", "--quantization_bit=-1", "--lr_scheduler_type", "cosin"]);
         assert!(
             message.contains("--quantization_bit is -1: expected a whole number, and none below zero"),
