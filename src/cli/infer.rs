@@ -12,8 +12,8 @@ use super::keyboard::Keyboard;
 use super::open::{OpenModel, adapter_in};
 use super::precision::PrecisionArgs;
 use super::words::noted;
-use crate::config::TrainArgs;
-use crate::data::prompts::{Prompts, read_prompts};
+use crate::config::{self, TrainArgs};
+use crate::data::prompts::{Prompt, read_prompts};
 use crate::data::template::Template;
 use crate::demo;
 use crate::device::{self, DeviceChoice};
@@ -111,10 +111,10 @@ impl InferArgs {
 fn trained_with(adapter: &Path, args: &InferArgs, template: Template) -> Option<String> {
     let record = std::fs::read_to_string(adapter.join(ARGS_FILE)).ok()?;
     let record: Value = serde_json::from_str(&record).ok()?;
-    let is_template_open = args.template_type == TrainArgs::default().template_type;
-    let template_type =
-        record["template_type"].as_str().filter(|theirs| is_template_open && *theirs != template.to_string());
-    let system = record["system"].as_str().filter(|_| args.system.is_none());
+    let is_auto = config::template(&args.template_type).is_ok_and(|named| named.is_none());
+    let is_other = |theirs: &&str| matches!(config::template(theirs), Ok(Some(named)) if named != template);
+    let template_type = record["template_type"].as_str().filter(|theirs| is_auto && is_other(theirs));
+    let system = record["system"].as_str().filter(|theirs| args.system.is_none() && !theirs.is_empty());
     let flags = [("template_type", template_type), ("system", system)];
     let flags: Vec<_> =
         flags.into_iter().filter_map(|(name, value)| Some(format!("--{name} {}", quoted(value?)))).collect();
@@ -156,7 +156,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
 
 fn run_on<B: Kernels>(
     args: &InferArgs,
-    prompts: Prompts,
+    prompts: Vec<Result<Prompt>>,
     open: &OpenModel,
     device: &B::Device,
     choice: &DeviceChoice,

@@ -8,11 +8,13 @@ use serde_json::{Map, Value};
 use super::dataset::Location;
 use super::json;
 use super::message::{Context, Object, Parsed, context, kind, last_answer, messages};
-use super::row::{instruction, optional_text, pair, single, text};
+use super::row::{instruction, is_filled, optional_text, pair, single, text};
 use crate::error::{Error, Result};
 
-/// Columns that hold what the user says, or a conversation, in the order in which they are looked for.
-const COLUMNS: [&str; 5] = ["query", "prompt", "question", "messages", "conversations"];
+/// Columns that hold what the user says, a text or a list of messages, in the order in which they are looked for.
+const QUERY_COLUMNS: [&str; 3] = ["query", "prompt", "question"];
+/// Columns that hold a conversation; they are looked for behind those.
+const CONVERSATION_COLUMNS: [&str; 2] = ["messages", "conversations"];
 /// Those of LLaMA-Factory's alpaca, which are read together.
 const INSTRUCTION: [&str; 2] = ["instruction", "input"];
 
@@ -31,44 +33,36 @@ pub struct Prompt {
     pub columns: Map<String, Value>,
 }
 
-/// What a file of prompts holds.
-#[derive(Debug, Default)]
-pub struct Prompts {
-    /// In order.
-    pub prompts: Vec<Prompt>,
-    /// Why the other rows are none, one error each.
-    pub left_out: Vec<Error>,
-}
-
 /// Reads a file of prompts: rows of JSON if its name ends in `.jsonl` or `.json`, else one prompt a line. Empty lines are ignored.
 ///
 /// A row of pairs, as for training, asks what it asks there. Other rows have `query`, `prompt` or `question`, a text or a list of messages,
 /// and beside a text, where they are there, `system` and `history`, a list of `[question, answer]`; or `messages` or `conversations`; or
 /// `instruction` and `input`. Of messages a last answer is left out. Other columns are kept.
 ///
+/// Gives them in order, and of rows that are no prompts why.
+///
 /// # Errors
 /// [`Error::Io`] if it cannot be read, [`Error::Row`] for a line that is no JSON, or a row in a text, [`Error::File`] if there is nothing.
-pub fn read_prompts(path: &Path) -> Result<Prompts> {
+pub fn read_prompts(path: &Path) -> Result<Vec<Result<Prompt>>> {
     let text = json::read_text(path)?;
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
-    let (mut prompts, mut left_out) = (Vec::new(), Vec::new());
+    let mut prompts = Vec::new();
     if ["jsonl", "json"].contains(&extension.as_str()) {
         json::each_value(&text, path, |location, value| {
-            match parse(value, &location) {
-                Ok(prompt) => prompts.push(prompt),
-                Err(problem) => left_out.push(location.error(problem)),
-            }
+            prompts.push(parse(value, &location).map_err(|problem| location.error(problem)));
             Ok(())
         })?;
     } else {
         let file: Arc<Path> = path.into();
-        let lines = json::without_mark(&text).lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        prompts =
-            lines.map(|(i, line)| plain(line, Location::new(file.clone(), i + 1))).collect::<Result<_>>()?;
+        for (i, line) in
+            json::without_mark(&text).lines().enumerate().filter(|(_, line)| !line.trim().is_empty())
+        {
+            prompts.push(Ok(plain(line, Location::new(file.clone(), i + 1))?));
+        }
     }
-    match prompts.is_empty() && left_out.is_empty() {
+    match prompts.is_empty() {
         true => Err(Error::file(path, "holds no prompt").with_hint("one prompt a line, or a .jsonl file")),
-        false => Ok(Prompts { prompts, left_out }),
+        false => Ok(prompts),
     }
 }
 
@@ -104,19 +98,22 @@ fn parse(value: Value, location: &Location) -> Parsed<Prompt> {
 
 /// What a row without a pair of answers asks.
 fn asked(columns: &Object) -> Parsed<Context> {
-    let is_filled = |column: &&str| match columns.get(*column) {
-        None | Some(Value::Null) => false,
-        Some(Value::String(text)) => !text.trim().is_empty(),
-        Some(_) => true,
-    };
-    let Some(column) = COLUMNS.into_iter().find(|column| is_filled(column)) else {
-        let has = |column: &&str| columns.contains_key(*column);
-        return match INSTRUCTION.iter().chain(&COLUMNS).any(has) {
+    let mut all = QUERY_COLUMNS.iter().chain(&CONVERSATION_COLUMNS);
+    let Some(&column) = all.clone().find(|column| is_filled(columns, column)) else {
+        return match INSTRUCTION.iter().any(|column| columns.contains_key(*column)) {
             true => single(columns, instruction(columns)?),
-            false => Err(format!("no column `{}` or `{}`", COLUMNS.join("`, `"), INSTRUCTION[0])),
+            false if all.any(|column| columns.contains_key(*column)) => {
+                Err("the row asks nothing".to_owned())
+            }
+            false => Err(format!(
+                "no column `{}`, `{}` or `{}`",
+                QUERY_COLUMNS.join("`, `"),
+                CONVERSATION_COLUMNS.join("`, `"),
+                INSTRUCTION[0]
+            )),
         };
     };
-    if !columns[column].is_array() && COLUMNS[..3].contains(&column) {
+    if QUERY_COLUMNS.contains(&column) && !columns[column].is_array() {
         return single(columns, text(columns, column)?.to_owned());
     }
     let messages = messages(columns, column)?;
@@ -135,8 +132,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        let Prompts { prompts, mut left_out } = read_prompts(&path)?;
-        if left_out.is_empty() { Ok(prompts) } else { Err(left_out.remove(0)) }
+        read_prompts(&path)?.into_iter().collect()
     }
 
     #[test]
@@ -204,7 +200,7 @@ mod tests {
     fn columns_that_are_empty_are_passed_over() {
         let text = concat!(
             "{\"query\": \"\", \"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n",
-            "{\"instruction\": \"\", \"input\": \"b\", \"output\": \"c\"}\n",
+            "{\"messages\": [], \"instruction\": \"\", \"input\": \"b\", \"output\": \"c\"}\n",
         );
         let queries = read("prompts.jsonl", text).unwrap().into_iter().map(|prompt| prompt.query);
         assert_eq!(queries.collect::<Vec<_>>(), ["a", "b"]);

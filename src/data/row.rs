@@ -122,7 +122,7 @@ fn rename(object: &mut Object, renames: &BTreeMap<String, String>) {
 }
 
 /// Whether a column is there and says something.
-fn is_filled(object: &Object, column: &str) -> bool {
+pub(super) fn is_filled(object: &Object, column: &str) -> bool {
     match object.get(column) {
         None | Some(Value::Null) => false,
         // LLaMA-Factory keeps `tools` as a list that is written as a text.

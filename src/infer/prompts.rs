@@ -8,13 +8,10 @@ use serde_json::Value;
 
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
 use super::generate::StopReason;
-use crate::data::prompts::{Prompt, Prompts};
+use crate::data::prompts::Prompt;
 use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::words::counted;
-
-/// Prompts that are left out whose places are told.
-const TOLD: usize = 3;
 
 /// Checks that nothing is lost where results go.
 ///
@@ -35,18 +32,25 @@ fn create(path: &Path) -> Result<File> {
     File::create(path).map_err(Error::io("create", path))
 }
 
-/// Of the prompts those that the model can answer, in order. The others are told of, with the rows that are none.
+/// Of the prompts those that the model can answer, in order. The others are told of, as are rows that are none.
 ///
 /// # Errors
 /// [`Error::Row`] of the first of them if there is nothing else.
 pub fn answerable<B: Kernels>(
     chat: &mut Chat<'_, B>,
-    Prompts { prompts, mut left_out }: Prompts,
+    prompts: Vec<Result<Prompt>>,
     notes: &mut dyn Write,
 ) -> Result<Vec<Prompt>> {
-    let (n_prompts, system) = (prompts.len() + left_out.len(), chat.system().map(str::to_owned));
-    let mut can_be_answered = Vec::new();
+    let (n_prompts, system) = (prompts.len(), chat.system().map(str::to_owned));
+    let (mut can_be_answered, mut left_out) = (Vec::new(), Vec::new());
     for prompt in prompts {
+        let prompt = match prompt {
+            Ok(prompt) => prompt,
+            Err(problem) => {
+                left_out.push(problem);
+                continue;
+            }
+        };
         begin(chat, &prompt, system.as_deref());
         match chat.check(&prompt.query) {
             Ok(()) => can_be_answered.push(prompt),
@@ -63,12 +67,7 @@ pub fn answerable<B: Kernels>(
             notes,
             &format!("{} of {n_prompts} prompts cannot be answered and are left out:\n", left_out.len()),
         );
-        for problem in left_out.iter().take(TOLD) {
-            note(notes, &format!("  {problem}\n"));
-        }
-        if left_out.len() > TOLD {
-            note(notes, &format!("  and {} more\n", left_out.len() - TOLD));
-        }
+        left_out.iter().for_each(|problem| note(notes, &format!("  {problem}\n")));
     }
     Ok(can_be_answered)
 }
@@ -157,7 +156,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        read_prompts(&path).unwrap().prompts.remove(0)
+        read_prompts(&path).unwrap().remove(0).unwrap()
     }
 
     #[test]

@@ -236,7 +236,7 @@ fn prompts_of_a_file_are_answered_each_on_its_own() {
         "{\"query\": \"one\"}\n"
     );
     std::fs::write(&file, rows).unwrap();
-    let prompts = read_prompts(&file).unwrap().prompts;
+    let prompts: Vec<_> = read_prompts(&file).unwrap().into_iter().map(Result::unwrap).collect();
     let sampling = SamplingConfig { temperature: 1.0, ..SamplingConfig::default() };
     let mut chat = talk.chat(None, &GenerationConfig { max_new_tokens: 8, sampling });
     let (mut output, mut notes) = (Vec::new(), Vec::new());
@@ -265,7 +265,7 @@ fn prompts_that_cannot_be_answered_are_left_out_and_told_of() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("prompts.jsonl");
     let too_long = serde_json::json!({ "query": "word ".repeat(1000) });
-    std::fs::write(&file, format!("{{\"query\": \"hello\"}}\n{{\"text\": 1}}\n\n{too_long}\n")).unwrap();
+    std::fs::write(&file, format!("{too_long}\n\n{{\"query\": \"hello\"}}\n{{\"text\": 1}}\n")).unwrap();
     let mut chat = talk.chat(Some("Be kind."), &GenerationConfig::greedy(8));
     let mut notes = Vec::new();
     let prompts = answerable(&mut chat, read_prompts(&file).unwrap(), &mut notes).unwrap();
@@ -274,11 +274,12 @@ fn prompts_that_cannot_be_answered_are_left_out_and_told_of() {
     let notes = String::from_utf8(notes).unwrap();
     for says in [
         "2 of 3 prompts cannot be answered and are left out:\n",
-        "prompts.jsonl:2: no column `query`",
-        "prompts.jsonl:4: the prompt has",
+        "prompts.jsonl:1: the prompt has",
+        "prompts.jsonl:4: no column `query`",
     ] {
         assert!(notes.contains(says), "no `{says}` in {notes}");
     }
+    assert!(notes.find("jsonl:1:") < notes.find("jsonl:4:"), "in order: {notes}");
 
     let text = folder.path().join("prompts.txt");
     std::fs::write(&text, "word ".repeat(1000)).unwrap();

@@ -105,9 +105,9 @@ pub(in crate::data) fn advice(
     Some(format!("name your columns, for example with {}", columns_flag(renames, &missing)))
 }
 
-/// Whether all columns of one of the text forms are there.
+/// Whether all columns of one of the text forms are there and say something.
 fn has_form(object: &Object) -> bool {
-    let has = |column: &str| object.contains_key(column);
+    let has = |column: &str| is_filled(object, column);
     FORMS.iter().any(|form| has(form.query) && has(form.response) && has(form.rejected_response))
 }
 
