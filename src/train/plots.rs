@@ -77,7 +77,7 @@ pub fn write(folder: &Path, log: &[Value]) -> Result<()> {
     Ok(())
 }
 
-/// The pictures that [`write`] makes of a log.
+/// The pictures that [`write`](fn@write) makes of a log.
 pub fn pictures(folder: &Path, log: &[Value]) -> BTreeSet<PathBuf> {
     curves(log).into_keys().map(|tag| folder.join(FOLDER).join(name(&tag))).collect()
 }
