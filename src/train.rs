@@ -4,6 +4,7 @@
 //! checkpoint takes the same rows at the same rates as one that was never interrupted.
 
 mod accumulate;
+pub mod checkpoints;
 mod checks;
 pub mod cost;
 pub mod loss_scale;

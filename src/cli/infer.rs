@@ -26,7 +26,8 @@ use crate::infer::talk::{self, Piped, Prompted};
 use crate::lora;
 use crate::ops::Kernels;
 use crate::shell::quoted;
-use crate::train::run_folder::{ARGS_FILE, newest_checkpoint};
+use crate::train::checkpoints::newest_checkpoint;
+use crate::train::run_folder::ARGS_FILE;
 
 /// What `orpo-wgpu infer` is told.
 #[derive(Debug, clap::Args)]

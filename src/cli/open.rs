@@ -18,7 +18,7 @@ use crate::model::config::TokenIds;
 use crate::model::load::{Checkpoint, load_llama};
 use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::Kernels;
-use crate::train::run_folder::newest_checkpoint;
+use crate::train::checkpoints::newest_checkpoint;
 
 /// A model whose folder has been looked at and whose weights are not loaded.
 pub struct OpenModel {

@@ -11,7 +11,8 @@ use crate::model::Llama;
 use crate::model::llama::LINEAR_NAMES;
 use crate::ops::Kernels;
 use crate::train::TrainSettings;
-use crate::train::run_folder::{TrainerState, newest_checkpoint};
+use crate::train::checkpoints::newest_checkpoint;
+use crate::train::run_folder::TrainerState;
 
 /// The same settings, where `--resume_from_checkpoint` and `--adapters` are checkpoints instead of the runs that they are the newest
 /// of.
