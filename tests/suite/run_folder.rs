@@ -159,6 +159,29 @@ fn a_run_is_not_written_over_without_a_word() {
     assert!(args.contains("\"overwrite_output_dir\": false"), "the record writes over nothing: {args}");
 }
 
+#[test]
+fn an_adapter_of_another_system_prompt_or_chat_format_is_noted() {
+    let workplace = Workplace::new();
+    let asked = ["--system", "Be brief.", "--template_type", "default-generation"];
+    assert!(workplace.train(&asked).status.success());
+    let told = |flags: &[&str]| {
+        let mut infer = orpo_wgpu(&["infer", "hi", "--device", "cpu", "--max_new_tokens", "1"]);
+        infer.args(["--model_id_or_path", "model", "--adapters", "out"]).args(flags);
+        stderr(&infer.current_dir(workplace.path("")).output().unwrap())
+    };
+    let system = "adapter  it was trained with --system 'Be brief.', which is not given here";
+    let message = told(&asked[2..]);
+    assert!(message.contains(system), "{message}");
+    let message = told(&asked);
+    assert!(!message.contains("it was trained with"), "{message}");
+    // An empty one is none.
+    let record = workplace.path("out/checkpoint-2/args.json");
+    let args = fs::read_to_string(&record).unwrap();
+    fs::write(&record, args.replace("\"Be brief.\"", "\"\"")).unwrap();
+    let message = told(&[]);
+    assert!(message.contains("trained with --template_type 'default-generation', which"), "{message}");
+}
+
 /// What repeats a run begins where it began: at an adapter, at nothing, or at another run's checkpoint, and never at one of its own.
 #[test]
 fn a_record_tells_where_the_run_began() {
