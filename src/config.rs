@@ -296,16 +296,6 @@ impl TrainArgs {
     pub fn resolve(matches: &ArgMatches, configs: &[PathBuf], demo: &Map<String, Value>) -> Result<Self> {
         let parsed = Self::from_arg_matches(matches).map_err(|e| Error::config(e.to_string()))?;
         let (mut given, mut problems, mut hint) = (Map::new(), Vec::new(), None);
-        // Where to start from is one choice: the later one goes over the other.
-        let choose = |given: &mut Map<String, Value>, is_chosen: &dyn Fn(&str) -> bool| {
-            for (chosen, other) in
-                [("resume_from_checkpoint", "adapters"), ("adapters", "resume_from_checkpoint")]
-            {
-                if is_chosen(chosen) {
-                    given.remove(other);
-                }
-            }
-        };
         for config in configs {
             let mut of_file = Map::new();
             match file::read(config, &mut of_file) {
@@ -316,16 +306,14 @@ impl TrainArgs {
                 }
                 Err(other) => return Err(other),
             }
-            choose(&mut given, &|name| of_file.contains_key(name));
-            given.extend(of_file);
+            put_over(&mut given, of_file);
         }
         let parsed = to_map(&parsed);
         let from_user = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
         // JSON has no other number that is null.
         let not_finite = parsed.iter().filter(|(id, value)| value.is_null() && from_user(id));
         problems.extend(not_finite.map(|(name, _)| format!("--{name} is no finite number")));
-        choose(&mut given, &from_user);
-        given.extend(parsed.into_iter().filter(|(id, _)| from_user(id)));
+        put_over(&mut given, parsed.into_iter().filter(|(id, _)| from_user(id)).collect());
         // A null says nothing: `args.json` writes one for every setting that was left open.
         given.retain(|_, value| !value.is_null());
         let mut settings = to_map(&Self::default());
@@ -419,6 +407,16 @@ pub fn train_command() -> clap::Command {
         _args: TrainArgs,
     }
     with_dashed_aliases(Train::command())
+}
+
+/// Puts later settings over those that there are. Where to start from is one choice: a later one goes over the other as well.
+fn put_over(settings: &mut Map<String, Value>, later: Map<String, Value>) {
+    for (chosen, other) in [("resume_from_checkpoint", "adapters"), ("adapters", "resume_from_checkpoint")] {
+        if later.contains_key(chosen) {
+            settings.remove(other);
+        }
+    }
+    settings.extend(later);
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::shell::{pasted, unused_beside};
 
 const NAMING: &str = "a setting is named as its flag, without the dashes: learning_rate = 1e-4";
 
-/// Reads the settings of a TOML or JSON file, without those that are null, over the ones that there are.
+/// Reads the settings of a TOML or JSON file, without those that are null, into `settings`.
 ///
 /// # Errors
 /// If the file cannot be read, is neither, or holds what is no setting: all such problems at once, and its other settings are read.
