@@ -37,7 +37,7 @@ const AHEAD: usize = 4;
 /// Rows of which it makes one partial sum for every [`RANKS`] columns, so that the sums stay an eighth of the matrix, and of a narrow one
 /// there are still several workgroups for each processor of a large GPU.
 const SLAB: usize = 128;
-/// What products that share launches may leave between them.
+/// Bytes that products may leave between launches which they share; one that leaves more is made by itself.
 const TOGETHER: usize = 64 << 20;
 
 /// Along what a product with the matrix of tokens is a sum.
@@ -111,10 +111,12 @@ impl<R: Engine> Thin<R> {
         empty(&self.x, Shape::from(shape), DType::F32)
     }
 
-    /// About what is between its launches: sums of slabs, or a factor's parts and their sums.
+    /// About what is between its launches: sums of slabs, or parts of the factors and their sums.
     fn bytes_between(&self) -> usize {
         let [m, n] = [0, 1].map(|i| self.x.meta.shape()[i]);
-        self.factors.len() * (m * n / 4).max(18 * self.rank() * (m + n))
+        let of_slabs = m * n / SLAB * RANKS * size_of::<f32>();
+        let of_parts = parts::PARTS * self.rank() * (m + n) * (size_of::<u16>() + size_of::<f32>());
+        self.factors.len() * of_slabs.max(of_parts)
     }
 
     /// The same in products of factors that lie alike and have as many columns.

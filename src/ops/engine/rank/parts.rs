@@ -17,7 +17,7 @@ use crate::ops::profile;
 
 /// Numbers of `bf16`, of 8 bits, that one of `f32`, of 24, is the sum of. Of `f16`, whose smallest number is not small beside a
 /// gradient, there may be none.
-const PARTS: usize = 3;
+pub(super) const PARTS: usize = 3;
 /// Columns of a tile: the fewest, as there are few tiles.
 const TILE: u32 = 128;
 
