@@ -194,7 +194,7 @@ fn main(
         let place_{{ item }} = vec2u(first_m, first_n) + place(first_patch, quad_{{ item }});
 #endfor
 #for i in {{ fragments_m }}
-        // No compiler moves a load past a barrier: those of a row of fragments are under way together before its first one.
+        // Before the barriers, so that the loads of a row of fragments can be under way together.
 #for j in {{ fragments_n }}
 #for item in {{ store_items }}
         let at_{{ i }}_{{ j }}_{{ item }} = place_{{ item }} + vec2u({{ i }}u, {{ j }}u) * SIZE;
