@@ -1,5 +1,7 @@
 //! The model: embedding, decoder layers, final norm and head.
 
+use std::collections::HashMap;
+
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 
 use super::attention::{Attention, AttentionActivations, AttentionLayout, LayerCache};
@@ -8,9 +10,9 @@ use super::mlp::{Mlp, MlpActivations};
 use super::norm::RmsNorm;
 use super::stored::HostMatrix;
 use super::{LlamaConfig, Precision};
-use crate::ops::Kernels;
 use crate::ops::attention::AttentionOutput;
 use crate::ops::token_logps::Head;
+use crate::ops::{Kernels, to_f32};
 
 /// One decoder layer: attention and MLP, each behind its norm and added to the residual stream.
 #[derive(Debug, Clone)]
@@ -224,6 +226,20 @@ pub fn joins_stream(name: &str) -> bool {
     matches!(name, "self_attn.o_proj" | "mlp.down_proj")
 }
 
+/// The tokens without repetition, in the order in which they come first, and where each token stands among them.
+fn distinct(tokens: &[u32]) -> (Vec<u32>, Vec<i32>) {
+    let mut places = HashMap::with_capacity(tokens.len());
+    let mut distinct = Vec::with_capacity(tokens.len());
+    let place = |&token: &u32| {
+        *places.entry(token).or_insert_with(|| {
+            distinct.push(token);
+            distinct.len() as i32 - 1
+        })
+    };
+    let place_of = tokens.iter().map(place).collect();
+    (distinct, place_of)
+}
+
 /// Whether the gradient by a linear's input is added to that of another, whose input is the same.
 pub fn shares_input(name: &str) -> bool {
     matches!(name, "self_attn.k_proj" | "self_attn.v_proj" | "mlp.up_proj")
@@ -252,13 +268,23 @@ impl<B: Backend> Llama<B> {
         self.norm.weight.device()
     }
 
-    /// Looks up the tokens' embeddings, `[tokens] -> [tokens, hidden]`.
+    /// Looks up the tokens' embeddings, `[tokens] -> [tokens, hidden]`, in `f32`. Rows are sent as the file stores them where the device
+    /// computes in that type, and a token that stands several times is sent once: the device waits for what it is sent.
     ///
     /// # Panics
     /// If a token is outside the vocabulary.
     pub fn embed(&self, tokens: &[u32]) -> Tensor<B, 2> {
-        let rows = self.embed_tokens.gather(tokens);
-        Tensor::from_data(TensorData::new(rows, [tokens.len(), self.config.hidden_size]), &self.device())
+        let device = self.device();
+        let (distinct, places) = distinct(tokens);
+        let rows = self.embed_tokens.gather(&distinct, self.precision.dtype);
+        let dtype = rows.dtype;
+        let rows = Tensor::<B, 2>::from_data(rows, (&device, dtype));
+        let n_tokens = places.len();
+        let rows = match distinct.len() == n_tokens {
+            true => rows,
+            false => rows.select(0, Tensor::from_data(TensorData::new(places, [n_tokens]), &device)),
+        };
+        to_f32(rows)
     }
 
     /// Computes the final hidden states, after the last norm, `[tokens] -> [tokens, hidden]`.
@@ -296,4 +322,14 @@ pub struct KvCache<B: Backend> {
     /// Tokens seen.
     pub n_tokens: usize,
     layers: Vec<Option<LayerCache<B>>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_that_repeat_are_sent_once() {
+        assert_eq!(distinct(&[7, 3, 7, 7, 9, 3]), (vec![7, 3, 9], vec![0, 1, 0, 0, 2, 1]));
+    }
 }

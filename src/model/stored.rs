@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::{AddAssign, Range};
 use std::sync::Arc;
 
-use burn::tensor::DType;
+use burn::tensor::{DType, TensorData};
 use half::{bf16, f16, slice::HalfFloatSliceExt, vec::HalfBitsVecExt};
 use safetensors::Dtype;
 
@@ -104,6 +104,16 @@ fn widen(stored: &[u8], dtype: Dtype, values: &mut [f32]) {
     }
 }
 
+/// The type in which a file stores values of a tensor's type.
+fn stored_as(dtype: DType) -> Option<Dtype> {
+    match dtype {
+        DType::F32 => Some(Dtype::F32),
+        DType::F16 => Some(Dtype::F16),
+        DType::BF16 => Some(Dtype::BF16),
+        _ => None,
+    }
+}
+
 /// Converts at most [`BLOCK`] values.
 fn narrow(stored: &[u8], dtype: Dtype, halves: &mut [f16]) -> Lost {
     if dtype == Dtype::F16 {
@@ -125,7 +135,7 @@ fn narrow(stored: &[u8], dtype: Dtype, halves: &mut [f16]) -> Lost {
     lost
 }
 
-/// A matrix that stays in host memory as its file stores it; rows are converted to `f32` as they are asked for.
+/// A matrix that stays in host memory as its file stores it.
 #[derive(Clone)]
 pub struct HostMatrix(pub(super) StoredTensor);
 
@@ -135,29 +145,33 @@ impl HostMatrix {
     /// # Panics
     /// If there are more or fewer bytes than the shape takes, or the dtype is none of `f32`, `f16` and `bf16`.
     pub(super) fn new(bytes: Vec<u8>, dtype: DType, shape: [usize; 2]) -> Self {
-        let stored = match dtype {
-            DType::F32 => Dtype::F32,
-            DType::F16 => Dtype::F16,
-            DType::BF16 => Dtype::BF16,
-            _ => panic!("a matrix in host memory is f32, f16 or bf16, not {dtype:?}"),
-        };
+        let stored = stored_as(dtype)
+            .unwrap_or_else(|| panic!("a matrix in host memory is f32, f16 or bf16, not {dtype:?}"));
         assert_eq!(bytes.len(), shape[0] * shape[1] * dtype.size(), "bytes of a matrix of {shape:?}");
         let range = 0..bytes.len();
         Self(StoredTensor { bytes: Arc::new(bytes), range, dtype: stored, shape: shape.to_vec() })
     }
 
-    /// Gathers rows, `[ids] -> [ids · columns]`.
+    /// Gathers rows, `[ids] -> [ids, columns]`: in `dtype` where the file stores that, otherwise in `f32`, so that no value changes.
     ///
     /// # Panics
     /// If an id is not a row.
-    pub fn gather(&self, ids: &[u32]) -> Vec<f32> {
+    pub fn gather(&self, ids: &[u32], dtype: DType) -> TensorData {
         let n_columns = self.0.shape[1];
-        let mut rows = vec![0.0; ids.len() * n_columns];
-        for (row, &id) in rows.chunks_exact_mut(n_columns).zip(ids) {
-            let start = id as usize * n_columns;
-            widen(self.0.stored(start..start + n_columns), self.0.dtype, row);
+        let rows =
+            ids.iter().map(|&id| self.0.stored(id as usize * n_columns..(id as usize + 1) * n_columns));
+        let shape = [ids.len(), n_columns];
+        if stored_as(dtype) == Some(self.0.dtype) && cfg!(target_endian = "little") {
+            let mut bytes = Vec::with_capacity(ids.len() * n_columns * self.0.width());
+            rows.for_each(|row| bytes.extend_from_slice(row));
+            return TensorData::from_bytes_vec(bytes, shape, dtype);
         }
-        rows
+        let mut values = vec![0.0; ids.len() * n_columns];
+        values
+            .chunks_exact_mut(n_columns)
+            .zip(rows)
+            .for_each(|(values, row)| widen(row, self.0.dtype, values));
+        TensorData::new(values, shape)
     }
 }
 
@@ -193,5 +207,19 @@ mod tests {
         let tensor = stored(values.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::F32);
         let want: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
         assert_eq!(tensor.brain_floats(0..values.len()).0, want);
+    }
+
+    #[test]
+    fn rows_are_gathered_in_the_type_of_the_file_or_in_f32() {
+        let values: Vec<f32> = (0..12).map(|i| i as f32 / 8.0).collect();
+        let bytes = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+        let matrix = HostMatrix::new(bytes, DType::BF16, [4, 3]);
+        for (asked, given) in [(DType::BF16, DType::BF16), (DType::F16, DType::F32), (DType::F32, DType::F32)]
+        {
+            let rows = matrix.gather(&[2, 0, 2], asked);
+            assert_eq!((rows.dtype, rows.shape.as_slice()), (given, &[3, 3][..]));
+            let want = [&values[6..9], &values[..3], &values[6..9]].concat();
+            assert_eq!(rows.iter::<f32>().collect::<Vec<_>>(), want, "{asked:?}");
+        }
     }
 }

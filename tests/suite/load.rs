@@ -263,7 +263,8 @@ fn check_random<B: Kernels>(dtype: DType, device: &B::Device) {
         model.layers[0].mlp.up_proj.weight.to_dense().into_data().convert::<f32>().to_vec::<f32>().unwrap();
     let deviation = (weights.iter().map(|w| w * w).sum::<f32>() / weights.len() as f32).sqrt();
     assert!((0.018..0.022).contains(&deviation), "standard deviation {deviation}");
-    assert_ne!(model.embed_tokens.gather(&[0]), model.embed_tokens.gather(&[1]));
+    let row = |id| model.embed_tokens.gather(&[id], dtype);
+    assert_ne!(row(0), row(1));
 
     let target_modules = lora::target_modules(&["ALL".to_owned()]).unwrap();
     lora::attach(&mut model, &LoraConfig { r: 4, lora_alpha: 8.0, target_modules }, 1);
