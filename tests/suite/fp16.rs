@@ -10,6 +10,7 @@ use orpo_wgpu::lora;
 use orpo_wgpu::model::llama::Keep;
 use orpo_wgpu::model::load::{Checkpoint, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
+use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::train::loss_scale::LossScaleConfig;
 use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
 use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
@@ -20,13 +21,13 @@ use crate::goldens::{CASES, Case, Recorder, relative_distance, values};
 use crate::support::adapter;
 
 /// A run of one case in fp16, its log and what it came to.
-fn train_in_fp16(
+fn train_in_fp16<B: Kernels>(
     case: &Case,
     config: LossScaleConfig,
     max_steps: Option<usize>,
-    device: &WgpuDevice,
+    device: &B::Device,
 ) -> (orpo_wgpu::error::Result<Summary>, Vec<Map<String, Value>>) {
-    let (mut model, lora_config) = case.adapted_in::<Wgpu>(Precision::dense(DType::F16), device);
+    let (mut model, lora_config) = case.adapted_in::<B>(Precision::dense(DType::F16), device);
     let folder = tempfile::tempdir().unwrap();
     let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
     let mut run = RunFolder::create(folder.path(), texts, 2, Vec::new(), Tracker::None).unwrap();
@@ -41,12 +42,10 @@ fn train_in_fp16(
 }
 
 /// Ten steps in fp16 against TRL's in f32. Two cases: a software adapter's driver takes its time over every width of a head.
-#[test]
-fn gpu_trajectories_in_fp16_are_near_those_of_trl() {
-    let Some(device) = adapter() else { return };
+pub(crate) fn check_trajectories_in_fp16<B: Kernels>(device: &B::Device) {
     for name in ["gqa", "odd"] {
         let case = Case::open(name);
-        let (summary, log) = train_in_fp16(&case, LossScaleConfig::default(), None, &device);
+        let (summary, log) = train_in_fp16::<B>(&case, LossScaleConfig::default(), None, device);
         assert_eq!(summary.unwrap().n_skipped, 0, "{name}: skipped steps");
         let golden = case.golden["trajectories"]["swift"].as_array().unwrap();
         assert_eq!(log.len(), golden.len(), "{name}: lines of the log");
@@ -64,6 +63,13 @@ fn gpu_trajectories_in_fp16_are_near_those_of_trl() {
     }
 }
 
+#[test]
+fn gpu_trajectories_in_fp16_are_near_those_of_trl() {
+    if let Some(device) = adapter() {
+        check_trajectories_in_fp16::<Wgpu>(&device);
+    }
+}
+
 /// A scale that overflows costs steps, each of which lowers it, and updates nothing meanwhile. These scales are larger than the command
 /// line takes, so that the small model overflows.
 #[test]
@@ -72,7 +78,7 @@ fn a_loss_scale_that_overflows_falls_until_it_fits() {
     let case = Case::open(CASES[0]);
     let config =
         LossScaleConfig { init_scale: 1e9, backoff_factor: 1.0 / 64.0, ..LossScaleConfig::default() };
-    let (summary, log) = train_in_fp16(&case, config, None, &device);
+    let (summary, log) = train_in_fp16::<Wgpu>(&case, config, None, &device);
     let summary = summary.unwrap();
     assert!((1..10).contains(&summary.n_skipped), "{summary:?}");
     assert!(log.iter().any(|line| line["grad_norm"].is_null()), "a skipped step has no norm: {log:?}");
@@ -82,11 +88,11 @@ fn a_loss_scale_that_overflows_falls_until_it_fits() {
 
     // One that has not fallen enough by the end has skipped every step, and nothing was trained.
     let config = LossScaleConfig { init_scale: 1e30, ..config };
-    let error = train_in_fp16(&case, config, Some(2), &device).0.unwrap_err().to_string();
+    let error = train_in_fp16::<Wgpu>(&case, config, Some(2), &device).0.unwrap_err().to_string();
     assert!(error.contains("the adapter did not change: 2 steps were skipped"), "{error}");
     // One that has fallen to nothing ends the run and names the rows.
     let config = LossScaleConfig { backoff_factor: 1e-34, ..config };
-    let error = train_in_fp16(&case, config, None, &device).0.unwrap_err();
+    let error = train_in_fp16::<Wgpu>(&case, config, None, &device).0.unwrap_err();
     assert_eq!(error.exit_code(), 1);
     let error = error.to_string();
     assert!(

@@ -1,8 +1,9 @@
-//! Whole steps against TRL: in f32 as on every device, and in bf16.
+//! Whole steps against TRL: in f32 as on every device, and in 16-bit types.
 
 use burn::tensor::DType;
 
 use super::on::{Gpu, adapter};
+use crate::fp16::check_trajectories_in_fp16;
 use crate::goldens::{check_first_gradients, check_forward, check_trajectories};
 use crate::support::has_bf16;
 
@@ -32,5 +33,12 @@ fn first_gradients_in_bf16_are_near_those_of_trl() {
 fn trajectories_are_those_of_trl() {
     if let Some(device) = adapter() {
         check_trajectories::<Gpu>(&device);
+    }
+}
+
+#[test]
+fn trajectories_in_fp16_are_near_those_of_trl() {
+    if let Some(device) = adapter() {
+        check_trajectories_in_fp16::<Gpu>(&device);
     }
 }
