@@ -216,7 +216,7 @@ pub struct MatrixTile {
     pub patch_m: u32,
     /// Columns of the output that a subgroup computes.
     pub patch_n: u32,
-    /// Lanes of a subgroup, as far as is known: any number is right, and the true one is fastest.
+    /// Lanes of a subgroup, as far as is known: any number is right of which a workgroup is whole subgroups, and the true one is fastest.
     pub lanes: u32,
 }
 
@@ -276,7 +276,7 @@ impl MatrixTile {
     }
 
     /// Threads of a workgroup.
-    pub(super) fn threads(self) -> u32 {
+    pub fn threads(self) -> u32 {
         self.block_m / self.patch_m * (self.block_n / self.patch_n) * self.lanes
     }
 }

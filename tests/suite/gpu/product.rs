@@ -174,18 +174,21 @@ fn every_matrix_variant_multiplies() {
         return;
     }
     for size in sizes {
-        // Two lanes are fewer than any subgroup has, so that one subgroup has to take several patches.
+        let hardware = WgpuRuntime::client(&device).properties().hardware.clone();
+        let plane = hardware.plane_size_max;
+        // A quarter of a subgroup's lanes: one subgroup has to take several patches.
         for (layout, lanes) in [
             (Layout::RowsRows, 8),
             (Layout::RowsColumns, 8),
             (Layout::RowsColumns, 32),
-            (Layout::RowsRows, 2),
+            (Layout::RowsRows, plane / 4),
         ] {
             // A software adapter's driver takes long over the larger ones, and has eight lanes.
-            let is_own = lanes == WgpuRuntime::client(&device).properties().hardware.plane_size_max;
-            let n_tiles = if lanes == 8 || is_own { usize::MAX } else { 1 };
-            let most_bytes = WgpuRuntime::client(&device).properties().hardware.max_shared_memory_size;
-            let fits = |tile: &MatrixTile| tile.shared_bytes() as usize <= most_bytes;
+            let n_tiles = if lanes == 8 || lanes == plane { usize::MAX } else { 1 };
+            // Workgroups on matrices are whole subgroups.
+            let fits = |tile: &MatrixTile| {
+                tile.shared_bytes() as usize <= hardware.max_shared_memory_size && tile.threads() % plane == 0
+            };
             let tiles: Vec<_> = MatrixTile::all(size, lanes).rev().filter(fits).take(n_tiles).collect();
             // Sums in `f16` would be off by a hundred times as much.
             let extents = [tiles[0].block_m as usize, tiles[0].block_n as usize, 2048, 0];
