@@ -104,16 +104,6 @@ fn widen(stored: &[u8], dtype: Dtype, values: &mut [f32]) {
     }
 }
 
-/// The type in which a file stores values of a tensor's type.
-fn stored_as(dtype: DType) -> Option<Dtype> {
-    match dtype {
-        DType::F32 => Some(Dtype::F32),
-        DType::F16 => Some(Dtype::F16),
-        DType::BF16 => Some(Dtype::BF16),
-        _ => None,
-    }
-}
-
 /// Converts at most [`BLOCK`] values.
 fn narrow(stored: &[u8], dtype: Dtype, halves: &mut [f16]) -> Lost {
     if dtype == Dtype::F16 {
@@ -145,33 +135,46 @@ impl HostMatrix {
     /// # Panics
     /// If there are more or fewer bytes than the shape takes, or the dtype is none of `f32`, `f16` and `bf16`.
     pub(super) fn new(bytes: Vec<u8>, dtype: DType, shape: [usize; 2]) -> Self {
-        let stored = stored_as(dtype)
-            .unwrap_or_else(|| panic!("a matrix in host memory is f32, f16 or bf16, not {dtype:?}"));
+        let stored = match dtype {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            _ => panic!("a matrix in host memory is f32, f16 or bf16, not {dtype:?}"),
+        };
         assert_eq!(bytes.len(), shape[0] * shape[1] * dtype.size(), "bytes of a matrix of {shape:?}");
         let range = 0..bytes.len();
         Self(StoredTensor { bytes: Arc::new(bytes), range, dtype: stored, shape: shape.to_vec() })
     }
 
-    /// Gathers rows, `[ids] -> [ids, columns]`: in `dtype` where the file stores that, otherwise in `f32`, so that no value changes.
+    /// Gathers rows, `[ids] -> [ids, columns]`: in `dtype` where that is of 16 bits and the file stores it, otherwise in `f32`, so that
+    /// no value changes.
     ///
     /// # Panics
     /// If an id is not a row.
     pub fn gather(&self, ids: &[u32], dtype: DType) -> TensorData {
-        let n_columns = self.0.shape[1];
-        let rows =
-            ids.iter().map(|&id| self.0.stored(id as usize * n_columns..(id as usize + 1) * n_columns));
-        let shape = [ids.len(), n_columns];
-        if stored_as(dtype) == Some(self.0.dtype) && cfg!(target_endian = "little") {
-            let mut bytes = Vec::with_capacity(ids.len() * n_columns * self.0.width());
-            rows.for_each(|row| bytes.extend_from_slice(row));
-            return TensorData::from_bytes_vec(bytes, shape, dtype);
+        let shape = [ids.len(), self.0.shape[1]];
+        match (dtype, self.0.dtype) {
+            (DType::F16, Dtype::F16) => TensorData::new(self.rows(ids, f16::from_le_bytes), shape),
+            (DType::BF16, Dtype::BF16) => TensorData::new(self.rows(ids, bf16::from_le_bytes), shape),
+            (_, Dtype::F16) => TensorData::new(self.rows(ids, |b| f16::from_le_bytes(b).to_f32()), shape),
+            (_, Dtype::BF16) => TensorData::new(self.rows(ids, |b| bf16::from_le_bytes(b).to_f32()), shape),
+            _ => TensorData::new(self.rows(ids, f32::from_le_bytes), shape),
         }
-        let mut values = vec![0.0; ids.len() * n_columns];
-        values
-            .chunks_exact_mut(n_columns)
-            .zip(rows)
-            .for_each(|(values, row)| widen(row, self.0.dtype, values));
-        TensorData::new(values, shape)
+    }
+
+    fn rows<F: Copy + Default, const WIDTH: usize>(
+        &self,
+        ids: &[u32],
+        value: impl Fn([u8; WIDTH]) -> F,
+    ) -> Vec<F> {
+        let n_columns = self.0.shape[1];
+        let mut rows = vec![F::default(); ids.len() * n_columns];
+        for (row, &id) in rows.chunks_exact_mut(n_columns).zip(ids) {
+            let first = id as usize * n_columns;
+            let (stored, _) = self.0.stored(first..first + n_columns).as_chunks();
+            row.iter_mut().zip(stored).for_each(|(entry, &bytes)| *entry = value(bytes));
+        }
+        rows
     }
 }
 
