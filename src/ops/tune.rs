@@ -356,12 +356,14 @@ fn time<E: Tunable>(
     best_times(choices.len(), run, is_over)
 }
 
-/// The best time of each of so many ways, of a function that gives the time of a launch of one, the mean of so many, in ms. They take
-/// turns, so that none is timed by a slower clock than the others; a turn has as many launches as take long beside a wait for the device.
-/// Once it `is_over`, they take none beyond [`LEAST_SPAN`].
+/// The best time of each way in ms, where `run(way, launches)` gives the mean of so many launches. The ways take turns, so that none is
+/// timed by a slower clock than the others; a turn has as many launches as take long beside a wait for the device. Each is launched twice
+/// at least; once it `is_over`, they take no turn beyond [`LEAST_SPAN`].
 fn best_times(n_ways: usize, run: impl Fn(usize, u32) -> f64, is_over: impl Fn() -> bool) -> Vec<f64> {
     // The first launch compiles: what a way was tried with may have been another kernel.
-    (0..n_ways).for_each(|i| drop(run(i, 1)));
+    for way in 0..n_ways {
+        run(way, 1);
+    }
     let mut times: Vec<_> = (0..n_ways).map(|i| run(i, 1)).collect();
     let far = FAR_SLOWER * times.iter().copied().fold(f64::INFINITY, f64::min);
     let close: Vec<_> = (0..n_ways).filter(|&i| times[i].is_finite() && times[i] <= far).collect();

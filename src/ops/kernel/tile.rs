@@ -216,7 +216,7 @@ pub struct MatrixTile {
     pub patch_m: u32,
     /// Columns of the output that a subgroup computes.
     pub patch_n: u32,
-    /// Lanes of a subgroup, as far as is known: any number is right of which a workgroup is whole subgroups, and the true one is fastest.
+    /// Lanes of a subgroup, as far as is known: any number is right for which a workgroup is whole subgroups, the true one is fastest.
     pub lanes: u32,
 }
 
