@@ -13,7 +13,9 @@ use burn::tensor::quantization::{QuantLevel, QuantScheme};
 use burn::tensor::{DType, Distribution, FloatDType, Tensor};
 use burn_autodiff::Autodiff;
 use burn_wgpu::{Wgpu, WgpuDevice};
-use orpo_wgpu::ops::adamw::{AdamWStep, adamw, adamw_reference, grad_norm, grad_norm_reference};
+use orpo_wgpu::ops::adamw::{
+    AdamWStep, adamw, adamw_reference, add_grads, add_grads_reference, grad_norm, grad_norm_reference,
+};
 use orpo_wgpu::ops::lora_linear::{
     InputGrad, Lora, LoraGrads, LoraOutputGrad, lora_backward_a, lora_backward_b, lora_linear,
     lora_linear_backward, lora_rank_r,
@@ -318,6 +320,15 @@ fn bench_adamw(device: &WgpuDevice) {
             &format!("adamw grad_norm {n_tensors} of {shape:?}"),
             || grad_norm(&grads),
             || grad_norm_reference(&grads),
+        );
+        // Both sides own what they add to, as training does.
+        let sums = || Some(parameters.iter().map(|p| p.clone() + 0.0).collect::<Vec<_>>());
+        let (mut ours, mut burn) = (sums(), sums());
+        compare(
+            device,
+            &format!("adamw add_grads {n_tensors} of {shape:?}"),
+            || ours = ours.take().map(|sums| add_grads(sums, grads.clone())),
+            || burn = burn.take().map(|sums| add_grads_reference(sums, grads.clone())),
         );
         let norm = grad_norm(&grads);
         let step = AdamWStep {

@@ -210,6 +210,11 @@ pub trait Kernels: Backend {
         adamw::grad_norm_reference(grads)
     }
 
+    /// See [`add_grads`](adamw::add_grads).
+    fn add_grads(sums: Vec<Tensor<Self, 2>>, grads: Vec<Tensor<Self, 2>>) -> Vec<Tensor<Self, 2>> {
+        adamw::add_grads_reference(sums, grads)
+    }
+
     /// See [`adamw`](adamw::adamw).
     fn adamw(
         parameters: Vec<Tensor<Self, 2>>,

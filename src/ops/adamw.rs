@@ -6,7 +6,8 @@
 //! p ← p (1 − lr · decay) − lr · (m / (1 − β1ᵗ)) / (sqrt(v / (1 − β2ᵗ)) + ε)                          torch.optim.AdamW
 //! ```
 //!
-//! Gradients of a loss that was scaled are divided by its scale first, and so is their norm.
+//! Gradients of a loss that was scaled are divided by its scale first, and so is their norm. Those of a step's micro-batches are added
+//! up before.
 //!
 //! The norm stays on the device, so that a step waits for it only once, at its end. A norm that is not finite leaves everything as
 //! it is.
@@ -75,6 +76,18 @@ pub fn adamw<B: Kernels>(
     B::adamw(parameters, grads, moments, norm, step)
 }
 
+/// Adds gradients to those of the same tensors.
+///
+/// # Panics
+/// If numbers of tensors differ, or shapes.
+pub fn add_grads<B: Kernels>(sums: Vec<Tensor<B, 2>>, grads: Vec<Tensor<B, 2>>) -> Vec<Tensor<B, 2>> {
+    assert_eq!(grads.len(), sums.len(), "add_grads: number of tensors against the sums'");
+    for (grad, sum) in grads.iter().zip(&sums) {
+        assert_eq!(grad.dims(), sum.dims(), "add_grads: shape against the sum's");
+    }
+    B::add_grads(sums, grads)
+}
+
 /// [`grad_norm`] in plain burn tensors.
 pub fn grad_norm_reference<B: Backend>(grads: &[Tensor<B, 2>]) -> Tensor<B, 1> {
     Tensor::cat(grads.iter().map(|g| (g.clone() * g.clone()).sum()).collect(), 0).sum().sqrt()
@@ -93,6 +106,14 @@ pub fn adamw_reference<B: Backend>(
     let (parameters, moments): (_, Vec<_>) = updated.map(|[parameter, m, v]| (parameter, (m, v))).unzip();
     let (m, v) = moments.into_iter().unzip();
     (parameters, [m, v])
+}
+
+/// [`add_grads`] in plain burn tensors.
+pub fn add_grads_reference<B: Backend>(
+    sums: Vec<Tensor<B, 2>>,
+    grads: Vec<Tensor<B, 2>>,
+) -> Vec<Tensor<B, 2>> {
+    sums.into_iter().zip(grads).map(|(sum, grad)| sum + grad).collect()
 }
 
 fn updated<B: Backend>(
@@ -198,6 +219,26 @@ fn norm_kernel(sums: &Array<f32>, norm: &mut Array<f32>, n_sums: usize) {
 
 /// The cubes of a row share a tensor.
 #[cube(launch_unchecked)]
+fn add_kernel<N: Size>(
+    grads: &Sequence<Array<Vector<f32, N>>>,
+    sums: &mut Sequence<Array<Vector<f32, N>>>,
+    lengths: &Sequence<usize>,
+) {
+    #[unroll]
+    for i in 0..grads.len() {
+        if CUBE_POS_Y as usize == i {
+            let (grad, sum) = (grads.index(i), sums.index_mut(i));
+            let mut at = (CUBE_POS_X * THREADS + UNIT_POS) as usize;
+            while at < lengths[i] {
+                sum[at] += grad[at];
+                at += (CUBE_COUNT_X * THREADS) as usize;
+            }
+        }
+    }
+}
+
+/// The cubes of a row share a tensor.
+#[cube(launch_unchecked)]
 fn update_kernel<N: Size>(
     grads: &Sequence<Array<Vector<f32, N>>>,
     norm: &Array<f32>,
@@ -291,6 +332,37 @@ pub(super) fn launch_norm<R: CubeRuntime>(grads: Vec<CubeTensor<R>>) -> CubeTens
         }
     });
     norm
+}
+
+/// Launches the sums of gradients, a few at a time, in place: a sum that others hold too is copied first.
+pub(super) fn launch_add<R: CubeRuntime>(
+    sums: Vec<CubeTensor<R>>,
+    grads: &[CubeTensor<R>],
+) -> Vec<CubeTensor<R>> {
+    let sums: Vec<_> = sums.into_iter().map(owned).collect();
+    let Some(CubeTensor { client, .. }) = sums.first() else { return sums };
+    let n_tensors = tensors_of_launch(client, 2);
+    for (sums, grads) in sums.chunks(n_tensors).zip(grads.chunks(n_tensors)) {
+        let width = shared_width(grads);
+        let cubes = longest(grads).div_ceil(width as u32 * THREADS).min(MAX_CUBES);
+        let read = bytes(&grads.iter().collect::<Vec<_>>());
+        profile::kernel("add_grads", read / size_of::<f32>(), 3 * read, client, || {
+            #[expect(unsafe_code, reason = "a checked launch costs a comparison for every access")]
+            // SAFETY: an index is held against the number of vectors, which a gradient and its sum both have.
+            unsafe {
+                add_kernel::launch_unchecked::<R>(
+                    client,
+                    CubeCount::new_2d(cubes, grads.len() as u32),
+                    CubeDim::new_1d(THREADS),
+                    width,
+                    arrays(grads),
+                    arrays(sums),
+                    lengths(grads, width),
+                );
+            }
+        });
+    }
+    sums
 }
 
 /// Launches the updates of tensors, a few at a time, in place: a tensor that others hold too is copied first.

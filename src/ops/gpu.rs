@@ -142,6 +142,11 @@ impl<R: Engine, F: FloatElement, I: IntElement, BT: BoolElement> Kernels for Cub
         tensor(adamw::launch_norm(grads.iter().map(|grad| input(grad.clone())).collect()))
     }
 
+    fn add_grads(sums: Vec<Tensor<Self, 2>>, grads: Vec<Tensor<Self, 2>>) -> Vec<Tensor<Self, 2>> {
+        let inputs = |tensors: Vec<Tensor<Self, 2>>| tensors.into_iter().map(input).collect::<Vec<_>>();
+        adamw::launch_add(inputs(sums), &inputs(grads)).into_iter().map(tensor).collect()
+    }
+
     fn adamw(
         parameters: Vec<Tensor<Self, 2>>,
         grads: Vec<Tensor<Self, 2>>,

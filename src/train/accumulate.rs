@@ -14,6 +14,7 @@ use crate::data::tokenize::TokenizedPair;
 use crate::error::Result;
 use crate::model::Llama;
 use crate::ops::Kernels;
+use crate::ops::adamw::add_grads;
 use crate::ops::read::read;
 
 /// Forward and backward of a step's micro-batches, of which the first may be prefetched: their mean gradient, times the loss scale, and
@@ -38,7 +39,7 @@ pub(super) fn accumulate<B: Kernels>(
         stats.push(grads.stats);
         window.peak_bytes = window.peak_bytes.max(grads.peak_bytes);
         total = Some(match total {
-            Some(total) => total.into_iter().zip(grads.lora).map(|(a, b)| a + b).collect(),
+            Some(total) => add_grads(total, grads.lora),
             None => grads.lora,
         });
     }

@@ -1,9 +1,9 @@
-//! `adamw` and `grad_norm` on wgpu against loops in `f64`, which follow torch.optim.AdamW and clip_grad_norm_.
+//! `adamw`, `grad_norm` and `add_grads` against loops in `f64`, which follow torch.optim.AdamW and clip_grad_norm_.
 
 use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
 use orpo_wgpu::ops::Kernels;
-use orpo_wgpu::ops::adamw::{AdamWStep, adamw, grad_norm};
+use orpo_wgpu::ops::adamw::{AdamWStep, adamw, add_grads, grad_norm};
 
 use super::on::{Gpu, GpuDevice, adapter};
 use super::tensors::{bits, random, stored, values};
@@ -223,6 +223,34 @@ fn norms() {
             let [rows, columns] = tensor.dims();
             broken[i] = tensor.clone().slice_assign([rows - 1..rows, columns - 1..columns], hole);
             assert!(values(grad_norm(&broken))[0].is_nan(), "{shapes:?}: NaN at the end of tensor {i}");
+        }
+    }
+}
+
+#[test]
+fn sums_of_gradients() {
+    let Some(device) = adapter() else { return };
+    // More than a launch takes, in vectors and, beside tensors of odd lengths, one by one.
+    for shapes in [vec![[8, 64]; 35], SHAPES.repeat(5), vec![[257, 65_537]], vec![]] {
+        let mut numbers = Numbers::new(31);
+        let mut each = || shapes.iter().map(|s| numbers.vec(s[0] * s[1], 1.0)).collect::<Vec<_>>();
+        let (first, second) = (each(), each());
+        let tensors = |values: &[Vec<f32>]| -> Vec<Tensor<Gpu, 2>> {
+            let stored =
+                |(values, &shape): (&Vec<f32>, _)| stored(values.clone(), shape, DType::F32, &device);
+            values.iter().zip(&shapes).map(stored).collect()
+        };
+        let held = tensors(&first);
+        for sums in [held.clone(), tensors(&first)] {
+            let sums = add_grads(sums, tensors(&second));
+            assert_eq!(sums.len(), shapes.len());
+            for (i, sum) in sums.into_iter().enumerate() {
+                let want: Vec<_> = first[i].iter().zip(&second[i]).map(|(a, b)| a + b).collect();
+                assert_eq!(values(sum), want, "tensor {i} of {shapes:?}");
+            }
+        }
+        for (held, first) in held.into_iter().zip(first) {
+            assert_eq!(values(held), first, "a held tensor was written over");
         }
     }
 }
