@@ -90,6 +90,14 @@ pub(super) fn parse(value: Value, renames: &BTreeMap<String, String>, location: 
     };
     rename(&mut object, renames);
     let Pair { context, response, rejected_response, read } = pair(&object)?;
+    if let Some([first, second]) = two_rows(&object) {
+        let without = advice::columns_flag(renames, &second.map(|column| (column, "")));
+        return Err(format!(
+            "the row is one by {} and another by {}; {without} reads the first",
+            quoted(&first),
+            quoted(&second)
+        ));
+    }
     if let Some(column) = MATTERS.iter().find(|column| !read.contains(column) && is_filled(&object, column)) {
         let place = if *column == INPUT { ", but beside `instruction`" } else { "" };
         let without = advice::columns_flag(renames, &[(column, "")]);
@@ -132,6 +140,17 @@ pub(super) fn is_filled(object: &Object, column: &str) -> bool {
         Some(Value::Bool(is_set)) => *is_set,
         Some(Value::Number(_)) => true,
     }
+}
+
+/// The columns of two text forms, of which each is a row of its own: another query or another answer. (Alpaca's shares its answers with
+/// TRL's, and its query [`MATTERS`].)
+fn two_rows(object: &Object) -> Option<[[&'static str; 3]; 2]> {
+    let forms =
+        [SWIFT, TRL, SHAREAI].map(|columns| [columns.query, columns.response, columns.rejected_response]);
+    let mut whole = forms.into_iter().filter(|form| form.iter().all(|column| is_filled(object, column)));
+    let first = whole.next()?;
+    let differ = |form: &[&str; 3]| first.iter().zip(form).any(|(a, b)| object[*a] != object[*b]);
+    whole.find(differ).map(|second| [first, second])
 }
 
 /// Finds the form by the columns present.
@@ -248,8 +267,11 @@ pub(super) fn optional_text<'a>(object: &'a Object, column: &str) -> Parsed<Opti
     }
 }
 
+fn quoted(columns: &[&str]) -> String {
+    columns.iter().map(|column| format!("`{column}`")).collect::<Vec<_>>().join(", ")
+}
+
 fn unknown_form(object: &Object) -> String {
-    let quoted = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     let forms = FORMS.map(|columns| [columns.query, columns.response, columns.rejected_response]);
     for names in forms.into_iter().chain([[CONVERSATIONS, TRL.response, TRL.rejected_response]]) {
         let (found, missing): (Vec<_>, Vec<_>) =
@@ -284,6 +306,29 @@ mod tests {
         let history: Vec<_> =
             row.history.iter().map(|(question, answer)| format!("{question}>{answer}")).collect();
         format!("{system}|{}|{}|{}|{}", history.join(","), row.query, row.response, row.rejected_response)
+    }
+
+    #[test]
+    fn a_row_that_is_two_is_refused() {
+        let row = |prompt: &str, chosen: &str| {
+            json!({"query": "q", "response": "c", "rejected_response": "r",
+                   "prompt": prompt, "chosen": chosen, "rejected": "r"})
+        };
+        for two in [row("p", "c"), row("q", "d")] {
+            let reason = parsed(two, &[]).unwrap_err();
+            assert!(
+                reason.contains("`query`, `response`, `rejected_response` and another by `prompt`, `chosen`"),
+                "{reason}"
+            );
+            assert!(
+                reason.ends_with(r#"--columns '{"chosen":"","prompt":"","rejected":""}' reads the first"#),
+                "{reason}"
+            );
+        }
+        let left_out = [("prompt", ""), ("chosen", ""), ("rejected", "")];
+        assert_eq!(flat(&parsed(row("p", "d"), &left_out).unwrap()), "-||q|c|r");
+        assert_eq!(flat(&parsed(row("q", "c"), &[]).unwrap()), "-||q|c|r", "twice the same");
+        assert_eq!(flat(&parsed(row("", "d"), &[]).unwrap()), "-||q|c|r", "one that is not filled in");
     }
 
     #[test]
