@@ -13,7 +13,7 @@ use half::f16;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
-use super::stored::{Bytes, HostMatrix, Lost, StoredTensor};
+use super::stored::{Bytes, HostMatrix, StoredTensor};
 use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::ops::quantize::{Storage, Weight};
@@ -221,9 +221,8 @@ impl Checkpoint {
         // Converted here: the transfer is half of what it would be, and so is the memory on the device.
         let (data, lost) = match dtype {
             DType::F32 => {
-                let values = stored.values(elements);
-                let not_finite = values.iter().filter(|v| !v.is_finite()).count();
-                (TensorData::new(values, shape), Lost { not_finite, ..Lost::default() })
+                let (floats, lost) = stored.floats(elements);
+                (TensorData::new(floats, shape), lost)
             }
             DType::F16 => {
                 let (halves, lost) = stored.halves(elements);

@@ -1,11 +1,12 @@
 //! Values as a file stores them, and their conversion to what a model computes in.
 
 use std::fmt;
-use std::ops::{AddAssign, Range};
+use std::ops::{Add, Range};
 use std::sync::Arc;
 
 use burn::tensor::{DType, TensorData};
 use half::{bf16, f16, slice::HalfFloatSliceExt, vec::HalfBitsVecExt};
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 /// The bytes of a file: mapped, or part of the executable.
@@ -13,6 +14,8 @@ pub(super) type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
 /// Values that are converted at a time: few enough that their `f32` stay in the first cache.
 const BLOCK: usize = 4096;
+/// Blocks that a processor takes at least: long beside what it takes to hand them over.
+const BLOCKS_OF_A_TASK: usize = 32;
 
 /// Where a tensor's values are.
 #[derive(Clone)]
@@ -34,11 +37,15 @@ pub(super) struct Lost {
     pub(super) flushed: usize,
 }
 
-impl AddAssign for Lost {
-    fn add_assign(&mut self, other: Self) {
-        self.not_finite += other.not_finite;
-        self.overflowed += other.overflowed;
-        self.flushed += other.flushed;
+impl Add for Lost {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            not_finite: self.not_finite + other.not_finite,
+            overflowed: self.overflowed + other.overflowed,
+            flushed: self.flushed + other.flushed,
+        }
     }
 }
 
@@ -48,21 +55,20 @@ impl StoredTensor {
         self.dtype.bitsize() / 8
     }
 
-    /// Values as `f32`.
-    pub(super) fn values(&self, elements: Range<usize>) -> Vec<f32> {
-        let mut values = vec![0.0; elements.len()];
-        widen(self.stored(elements), self.dtype, &mut values);
-        values
+    /// Values as `f32`, and how many are no numbers.
+    pub(super) fn floats(&self, elements: Range<usize>) -> (Vec<f32>, Lost) {
+        let mut floats = vec![0.0; elements.len()];
+        let lost = self.convert(elements, &mut floats, |stored, dtype, floats| {
+            widen(stored, dtype, floats);
+            Lost { not_finite: floats.iter().filter(|float| !float.is_finite()).count(), ..Lost::default() }
+        });
+        (floats, lost)
     }
 
     /// Values as `f16`, and how many of them are no longer what they were.
     pub(super) fn halves(&self, elements: Range<usize>) -> (Vec<f16>, Lost) {
         let mut halves: Vec<f16> = vec![0u16; elements.len()].reinterpret_into();
-        let mut lost = Lost::default();
-        let stored = self.stored(elements).chunks(BLOCK * self.width());
-        for (halves, stored) in halves.chunks_mut(BLOCK).zip(stored) {
-            lost += narrow(stored, self.dtype, halves);
-        }
+        let lost = self.convert(elements, &mut halves, narrow);
         (halves, lost)
     }
 
@@ -70,20 +76,31 @@ impl StoredTensor {
     /// that all but nothing is lost.
     pub(super) fn brain_floats(&self, elements: Range<usize>) -> (Vec<bf16>, Lost) {
         let mut floats: Vec<bf16> = vec![0u16; elements.len()].reinterpret_into();
-        let stored = self.stored(elements).chunks(BLOCK * self.width());
-        let (mut block, mut not_finite) = ([0.0; BLOCK], 0);
-        for (floats, stored) in floats.chunks_mut(BLOCK).zip(stored) {
-            if self.dtype == Dtype::BF16 {
+        let lost = self.convert(elements, &mut floats, |stored, dtype, floats| {
+            if dtype == Dtype::BF16 {
                 let pairs = stored.chunks_exact(2).map(|b| [b[0], b[1]]);
                 floats.iter_mut().zip(pairs).for_each(|(float, b)| *float = bf16::from_le_bytes(b));
             } else {
+                let mut block = [0.0; BLOCK];
                 let values = &mut block[..floats.len()];
-                widen(stored, self.dtype, values);
+                widen(stored, dtype, values);
                 floats.convert_from_f32_slice(values);
             }
-            not_finite += floats.iter().filter(|float| !float.is_finite()).count();
-        }
-        (floats, Lost { not_finite, ..Lost::default() })
+            Lost { not_finite: floats.iter().filter(|float| !float.is_finite()).count(), ..Lost::default() }
+        });
+        (floats, lost)
+    }
+
+    /// Converts values, at most [`BLOCK`] at a time, on all processors.
+    fn convert<F: Send>(
+        &self,
+        elements: Range<usize>,
+        values: &mut [F],
+        convert: impl Fn(&[u8], Dtype, &mut [F]) -> Lost + Sync,
+    ) -> Lost {
+        let stored = self.stored(elements).par_chunks(BLOCK * self.width());
+        let blocks = values.par_chunks_mut(BLOCK).zip(stored).with_min_len(BLOCKS_OF_A_TASK);
+        blocks.map(|(values, stored)| convert(stored, self.dtype, values)).reduce(Lost::default, Lost::add)
     }
 
     fn stored(&self, elements: Range<usize>) -> &[u8] {
