@@ -93,7 +93,7 @@ pub(super) fn parse(value: Value, renames: &BTreeMap<String, String>, location: 
     if let Some([first, second]) = two_rows(&object) {
         let without = advice::columns_flag(renames, &second.map(|column| (column, "")));
         return Err(format!(
-            "the row is one by {} and another by {}; {without} reads the first",
+            "the row is one by {} and another by {}: it has to be one of them; where all rows are both, {without} reads the first",
             quoted(&first),
             quoted(&second)
         ));
