@@ -255,7 +255,7 @@ fn run_on<B: Kernels>(
             say!("\n{}", profile_table::table(&entries, step, Some(limits)));
         }
     }
-    if profile_table::exceed(&entries, limits) {
+    if flops / step_s > limits.product.flops || profile_table::exceed(&entries, limits) {
         say!("{}", profile_table::WHY_EXCEEDED);
     }
     Ok(())
