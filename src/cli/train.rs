@@ -77,6 +77,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
 /// A run stays as it is, unless this one goes on from it or is told to write over it.
 fn check_output(args: &TrainArgs) -> Result<()> {
     let folder = &args.output_dir;
+    if args.add_output_dir_suffix && args.overwrite_output_dir {
+        let why = "each run has a folder of its own in --output_dir; with --add_output_dir_suffix false it writes over the run there";
+        tell("output", &format!("--overwrite_output_dir true does nothing: {why}"));
+    }
     let may_write = args.add_output_dir_suffix || args.overwrite_output_dir || goes_on_in(args, folder);
     if may_write || !holds_run(folder) {
         return Ok(());
