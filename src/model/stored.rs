@@ -222,6 +222,24 @@ mod tests {
     }
 
     #[test]
+    fn what_processors_find_is_added_up() {
+        let n = 3 * BLOCKS_OF_A_TASK * BLOCK + 5;
+        let mut values = vec![1.5f32; n];
+        for at in [0, BLOCKS_OF_A_TASK * BLOCK, n - 1] {
+            values[at] = f32::NAN;
+        }
+        (values[1], values[n - 2]) = (1e6, 1e-9);
+        let tensor = stored(values.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::F32);
+        let (floats, lost) = tensor.floats(0..n);
+        assert!(floats.iter().zip(&values).all(|(got, want)| got.to_bits() == want.to_bits()));
+        assert_eq!(lost.not_finite, 3);
+        assert_eq!(tensor.brain_floats(0..n).1.not_finite, 3);
+        let (halves, lost) = tensor.halves(0..n);
+        assert_eq!((lost.not_finite, lost.overflowed, lost.flushed), (3, 1, 1));
+        assert_eq!(halves.iter().filter(|half| half.to_f32() == 1.5).count(), n - 5);
+    }
+
+    #[test]
     fn other_types_are_rounded_to_brain_floats() {
         let values: Vec<f32> = (0..2 * BLOCK + 3).map(|i| 1.0 + i as f32 / 1000.0).collect();
         let tensor = stored(values.iter().flat_map(|v| v.to_le_bytes()).collect(), Dtype::F32);

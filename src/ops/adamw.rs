@@ -76,7 +76,7 @@ pub fn adamw<B: Kernels>(
     B::adamw(parameters, grads, moments, norm, step)
 }
 
-/// Adds gradients to those of the same tensors.
+/// Adds gradients, in `f32` and of any shapes, to the sums of those of the same tensors.
 ///
 /// # Panics
 /// If numbers of tensors differ, or shapes.

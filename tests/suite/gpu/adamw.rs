@@ -1,4 +1,4 @@
-//! `adamw`, `grad_norm` and `add_grads` against loops in `f64`, which follow torch.optim.AdamW and clip_grad_norm_.
+//! `adamw` and `grad_norm` against loops in `f64`, which follow torch.optim.AdamW and clip_grad_norm_; `add_grads` to the bit.
 
 use burn::tensor::{DType, Tensor};
 use burn_flex::Flex;
