@@ -157,6 +157,13 @@ fn a_run_is_not_written_over_without_a_word() {
     assert_eq!(steps(), 2);
     let args = fs::read_to_string(workplace.path("out/args.json")).unwrap();
     assert!(args.contains("\"overwrite_output_dir\": false"), "the record writes over nothing: {args}");
+    let beside = workplace.train(&["--add_output_dir_suffix", "true"]);
+    let message = stderr(&beside);
+    assert!(
+        message.contains("--overwrite_output_dir true does nothing: each run has a folder of its own"),
+        "{message}"
+    );
+    assert!(!stderr(&workplace.train(&again)).contains("does nothing"));
 }
 
 #[test]
