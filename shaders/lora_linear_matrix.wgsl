@@ -25,8 +25,7 @@ const TURN = {{ turn }}u;
 const BAND = {{ band }}u;
 const WORKGROUP_SIZE = {{ workgroup_size }}u;
 const FRAGMENT = SIZE * SIZE;
-// In quads. Two more than needed keep lines 16 bytes aligned and out of each other's banks.
-const LHS_PITCH = BLOCK_K / 4u + 2u;
+const LHS_QUADS = BLOCK_K / 4u;
 #if rhs_rows
 const RHS_QUADS = BLOCK_K / 4u;
 const RHS_LINES = BLOCK_N;
@@ -34,7 +33,16 @@ const RHS_LINES = BLOCK_N;
 const RHS_QUADS = BLOCK_N / 4u;
 const RHS_LINES = BLOCK_K;
 #endif
+// In quads. Two more than needed keep lines 16 bytes aligned and out of each other's banks.
+const LHS_PITCH = LHS_QUADS + 2u;
 const RHS_PITCH = RHS_QUADS + 2u;
+// Threads along a line, the largest power of two that divides its quads; lines that the workgroup takes at once, and how often it goes
+// along them. So the places of a thread's quads differ by constants.
+const LHS_ACROSS = LHS_QUADS;
+const LHS_AT_ONCE = WORKGROUP_SIZE / LHS_ACROSS;
+const RHS_ACROSS = RHS_QUADS & (~RHS_QUADS + 1u);
+const RHS_AT_ONCE = WORKGROUP_SIZE / RHS_ACROSS;
+const RHS_TIMES = RHS_QUADS / RHS_ACROSS;
 
 alias Lhs = coop_mat{{ size }}x{{ size }}<f16, A>;
 alias Rhs = coop_mat{{ size }}x{{ size }}<f16, B>;
@@ -45,46 +53,38 @@ var<workgroup> rhs_tile: array<vec4<f16>, RHS_LINES * RHS_PITCH>;
 var<workgroup> fragments: array<f32, PATCHES * FRAGMENT>;
 
 #for matrix in {{ matrices }}
-// Four entries of a line of {{ matrix }} in f16, times `factor` where they are f32. Past the last line they are the last line's, and
-// past a line's end its last: without a branch, all loads of a step are under way at once. Of a matrix without entries, whose buffer
-// stands in, it is the first, and not used.
-fn {{ matrix }}_near(line: u32, entry: u32, lines: u32, length: u32, factor: f32) -> vec4<f16> {
-    let begin = min(line, max(lines, 1u) - 1u) * length;
-    let last = select(0u, max(length, 1u) - 1u, lines > 0u);
-#if {{ matrix }}_vec4
-    let quad = {{ matrix }}[(begin + min(entry, last)) / 4u];
+#if {{ matrix }}_f16
+alias {{ matrix }}_quad = vec4<f16>;
 #else
-    let quad = vec4({{ matrix }}[begin + min(entry, last)], {{ matrix }}[begin + min(entry + 1u, last)],
-        {{ matrix }}[begin + min(entry + 2u, last)], {{ matrix }}[begin + min(entry + 3u, last)]);
+alias {{ matrix }}_quad = vec4f;
 #endif
+
+// Where entry n of a line of {{ matrix }} lies: words are quads where lines are whole ones.
+fn {{ matrix }}_word(n: u32) -> u32 {
+#if {{ matrix }}_vec4
+    return n / 4u;
+#else
+    return n;
+#endif
+}
+
+// Four entries of a line, from a word of it on; past its last word they are that. Without a branch, all loads of a step are under way
+// at once.
+fn {{ matrix }}_near(line: u32, word: u32, last: u32) -> {{ matrix }}_quad {
+#if {{ matrix }}_vec4
+    return {{ matrix }}[line + min(word, last)];
+#else
+    return vec4({{ matrix }}[line + min(word, last)], {{ matrix }}[line + min(word + 1u, last)],
+        {{ matrix }}[line + min(word + 2u, last)], {{ matrix }}[line + min(word + 3u, last)]);
+#endif
+}
+
+// A quad as it is multiplied, times `factor` where it is f32.
+fn {{ matrix }}_half(quad: {{ matrix }}_quad, factor: f32) -> vec4<f16> {
 #if {{ matrix }}_f16
     return quad;
 #else
     return vec4<f16>(factor * quad);
-#endif
-}
-
-#endfor
-#for part in main prologue
-// A thread's quad of a step of the {{ part }} product's left operand, and of its right one. What is past the depth counts for nothing
-// once one of them is zero there; what is past the last row or column is not stored.
-fn {{ part }}_lhs_item(item: u32, first_m: u32, first_k: u32, depth: u32, factor: f32) -> vec4<f16> {
-    let entry = first_k + item % (BLOCK_K / 4u) * 4u;
-    let quad = {{ part }}_lhs_near(first_m + item / (BLOCK_K / 4u), entry, params.m, depth, factor);
-#if {{ part }}_lhs_vec4
-    return select(vec4<f16>(), quad, entry < depth);
-#else
-    return select(vec4<f16>(), quad, vec4(entry) + vec4(0u, 1u, 2u, 3u) < vec4(depth));
-#endif
-}
-
-fn {{ part }}_rhs_item(item: u32, first_n: u32, first_k: u32, depth: u32) -> vec4<f16> {
-    let entry = item % RHS_QUADS * 4u;
-    let line = item / RHS_QUADS;
-#if rhs_rows
-    return {{ part }}_rhs_near(first_n + line, first_k + entry, params.n, depth, 1.0);
-#else
-    return {{ part }}_rhs_near(first_k + line, first_n + entry, depth, params.n, 1.0);
 #endif
 }
 
@@ -118,6 +118,16 @@ fn main(
     let prologue_depth = params.rank;
     let main_scale = 1.0;
     let prologue_scale = params.prologue_scale;
+    let lhs_at = thread / LHS_ACROSS * LHS_PITCH + thread % LHS_ACROSS;
+    let lhs_entry = thread % LHS_ACROSS * 4u;
+#for i in {{ lhs_items }}
+    let lhs_line_{{ i }} = thread / LHS_ACROSS + {{ i }}u * LHS_AT_ONCE;
+#endfor
+    let rhs_at = thread / RHS_ACROSS * RHS_PITCH + thread % RHS_ACROSS;
+#for i in {{ rhs_items }}
+    let rhs_line_{{ i }} = thread / RHS_ACROSS + {{ i }}u / RHS_TIMES * RHS_AT_ONCE;
+    let rhs_entry_{{ i }} = (thread % RHS_ACROSS + {{ i }}u % RHS_TIMES * RHS_ACROSS) * 4u;
+#endfor
     for (var first_patch = 0u; first_patch < PATCHES; first_patch += subgroups) {
         // Without a patch of its own a subgroup makes the last one as well, so that all take every step.
         let owned = min(first_patch + subgroup, PATCHES - 1u);
@@ -134,32 +144,68 @@ fn main(
 #endfor
 #endfor
 #for part in prologue main
+        // Of a matrix without entries, whose buffer stands in, all quads are the first, and not used.
+        let {{ part }}_last = max({{ part }}_depth, 1u) - 1u;
+        let {{ part }}_lhs_last = {{ part }}_lhs_word({{ part }}_last);
 #for i in {{ lhs_items }}
+        let {{ part }}_lhs_line_{{ i }} = min(first_m + lhs_line_{{ i }}, params.m - 1u) * {{ part }}_lhs_word({{ part }}_depth);
         var {{ part }}_lhs_{{ i }} =
-            {{ part }}_lhs_item(thread + {{ i }}u * WORKGROUP_SIZE, first_m, first_{{ part }}, {{ part }}_depth, {{ part }}_scale);
+            {{ part }}_lhs_near({{ part }}_lhs_line_{{ i }}, {{ part }}_lhs_word(first_{{ part }} + lhs_entry), {{ part }}_lhs_last);
 #endfor
+#if rhs_rows
+        let {{ part }}_rhs_last = {{ part }}_rhs_word({{ part }}_last);
 #for i in {{ rhs_items }}
-        var {{ part }}_rhs_{{ i }} =
-            {{ part }}_rhs_item(thread + {{ i }}u * WORKGROUP_SIZE, first_n, first_{{ part }}, {{ part }}_depth);
+        let {{ part }}_rhs_line_{{ i }} = min(first_n + rhs_line_{{ i }}, params.n - 1u) * {{ part }}_rhs_word({{ part }}_depth);
+        var {{ part }}_rhs_{{ i }} = {{ part }}_rhs_near(
+            {{ part }}_rhs_line_{{ i }}, {{ part }}_rhs_word(first_{{ part }} + rhs_entry_{{ i }}), {{ part }}_rhs_last);
 #endfor
+#else
+        let {{ part }}_rhs_last = select(0u, {{ part }}_rhs_word(params.n - 1u), {{ part }}_depth > 0u);
+        let {{ part }}_rhs_pitch = {{ part }}_rhs_word(params.n);
+#for i in {{ rhs_items }}
+        let {{ part }}_rhs_word_{{ i }} = {{ part }}_rhs_word(first_n + rhs_entry_{{ i }});
+        var {{ part }}_rhs_{{ i }} = {{ part }}_rhs_near(
+            min(first_{{ part }} + rhs_line_{{ i }}, {{ part }}_last) * {{ part }}_rhs_pitch,
+            {{ part }}_rhs_word_{{ i }},
+            {{ part }}_rhs_last,
+        );
+#endfor
+#endif
         for (var k = first_{{ part }}; k < last_{{ part }}; k += BLOCK_K) {
             workgroupBarrier();
+            // Only here is anything done to a quad, so that nothing waits for it while the step before is multiplied. What is past the
+            // depth counts for nothing once one operand is zero there; what is past the last row or column is not stored.
+            let rest = {{ part }}_depth - k;
+            if (rest >= BLOCK_K) {
 #for i in {{ lhs_items }}
-            let lhs_at_{{ i }} = thread + {{ i }}u * WORKGROUP_SIZE;
-            lhs_tile[lhs_at_{{ i }} / (BLOCK_K / 4u) * LHS_PITCH + lhs_at_{{ i }} % (BLOCK_K / 4u)] = {{ part }}_lhs_{{ i }};
+                lhs_tile[lhs_at + {{ i }}u * (LHS_AT_ONCE * LHS_PITCH)] = {{ part }}_lhs_half({{ part }}_lhs_{{ i }}, {{ part }}_scale);
 #endfor
+            } else {
+                let is_there = vec4(lhs_entry) + vec4(0u, 1u, 2u, 3u) < vec4(rest);
+#for i in {{ lhs_items }}
+                lhs_tile[lhs_at + {{ i }}u * (LHS_AT_ONCE * LHS_PITCH)] =
+                    select(vec4<f16>(), {{ part }}_lhs_half({{ part }}_lhs_{{ i }}, {{ part }}_scale), is_there);
+#endfor
+            }
 #for i in {{ rhs_items }}
-            let rhs_at_{{ i }} = thread + {{ i }}u * WORKGROUP_SIZE;
-            rhs_tile[rhs_at_{{ i }} / RHS_QUADS * RHS_PITCH + rhs_at_{{ i }} % RHS_QUADS] = {{ part }}_rhs_{{ i }};
+            rhs_tile[rhs_at + {{ i }}u / RHS_TIMES * (RHS_AT_ONCE * RHS_PITCH) + {{ i }}u % RHS_TIMES * RHS_ACROSS] =
+                {{ part }}_rhs_half({{ part }}_rhs_{{ i }}, 1.0);
 #endfor
             workgroupBarrier();
             // The next step's are on their way while this one's are multiplied; those after the last are not used.
             let next = k + BLOCK_K;
 #for i in {{ lhs_items }}
-            {{ part }}_lhs_{{ i }} = {{ part }}_lhs_item(lhs_at_{{ i }}, first_m, next, {{ part }}_depth, {{ part }}_scale);
+            {{ part }}_lhs_{{ i }} =
+                {{ part }}_lhs_near({{ part }}_lhs_line_{{ i }}, {{ part }}_lhs_word(next + lhs_entry), {{ part }}_lhs_last);
 #endfor
 #for i in {{ rhs_items }}
-            {{ part }}_rhs_{{ i }} = {{ part }}_rhs_item(rhs_at_{{ i }}, first_n, next, {{ part }}_depth);
+#if rhs_rows
+            {{ part }}_rhs_{{ i }} = {{ part }}_rhs_near(
+                {{ part }}_rhs_line_{{ i }}, {{ part }}_rhs_word(next + rhs_entry_{{ i }}), {{ part }}_rhs_last);
+#else
+            {{ part }}_rhs_{{ i }} = {{ part }}_rhs_near(
+                min(next + rhs_line_{{ i }}, {{ part }}_last) * {{ part }}_rhs_pitch, {{ part }}_rhs_word_{{ i }}, {{ part }}_rhs_last);
+#endif
 #endfor
             for (var first = 0u; first < BLOCK_K; first += TURN) {
 #for step in {{ steps }}

@@ -312,3 +312,29 @@ impl Cut {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the shader of matrices takes for granted where it stages an operand, in rows and in columns.
+    #[test]
+    fn the_threads_of_a_tile_share_its_lines_out() {
+        let kinds =
+            MatrixTile::SIZES.into_iter().flat_map(|size| MatrixTile::LANES.map(|lanes| (size, lanes)));
+        for tile in kinds.flat_map(|(size, lanes)| MatrixTile::all(size, lanes)) {
+            let MatrixTile { block_m, block_n, block_k, .. } = tile;
+            let [lhs, rhs] = tile.items();
+            for (lines, length, items) in
+                [(block_m, block_k, lhs), (block_n, block_k, rhs), (block_k, block_n, rhs)]
+            {
+                let quads = length / 4;
+                let across = 1 << quads.trailing_zeros();
+                assert_eq!(tile.threads() % across, 0, "{tile:?}: {across} threads along a line");
+                let at_once = tile.threads() / across;
+                assert_eq!(lines % at_once, 0, "{tile:?}: {at_once} of {lines} lines at once");
+                assert_eq!(items, lines / at_once * (quads / across), "{tile:?}: quads of a thread");
+            }
+        }
+    }
+}
