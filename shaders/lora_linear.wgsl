@@ -15,9 +15,10 @@
 //     addend: [m, n], which may be `out` itself: a thread reads an entry before it writes it, and no other touches it
 //
 // One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands
-// in workgroup memory as [BLOCK_K][lines], so that a thread reads four lines at once. A thread keeps blocks of 4 x 4
-// accumulators, TILE_M (TILE_N) of them apart, so that neighbours read neighbouring words. Workgroups are numbered in
-// bands of BAND blocks down m, so that those running together share operands in the cache. All sums are f32.
+// in workgroup memory as [BLOCK_K][lines], so that a thread reads four lines at once, and reads the next step's meanwhile.
+// A thread keeps blocks of 4 x 4 accumulators, TILE_M (TILE_N) of them apart, so that neighbours read neighbouring words.
+// Workgroups are numbered in bands of BAND blocks down m, so that those running together share operands in the cache. All
+// sums are f32.
 
 #if f16
 enable f16;
@@ -30,12 +31,21 @@ const TILE_M = {{ tile_m }}u;
 const TILE_N = {{ tile_n }}u;
 const BAND = {{ band }}u;
 const WORKGROUP_SIZE = TILE_M * TILE_N;
-// One quad more than needed keeps the transposing stores of a step out of each other's banks.
-const LHS_PITCH = BLOCK_M / 4u + {{ padding }}u;
-const RHS_PITCH = BLOCK_N / 4u + {{ padding }}u;
 
-var<workgroup> lhs_tile: array<vec4f, BLOCK_K * LHS_PITCH>;
-var<workgroup> rhs_tile: array<vec4f, BLOCK_K * RHS_PITCH>;
+#for side in lhs rhs
+// What a thread stages at once of an operand: of its rows four quads below each other, which it turns, else a quad.
+const {{ side }}_quads = {{ {{ side }}_lines }}u / 4u;
+#if {{ side }}_rows
+const {{ side }}_items = {{ side }}_quads * (BLOCK_K / 4u);
+#else
+const {{ side }}_items = {{ side }}_quads * BLOCK_K;
+#endif
+// One quad more than needed keeps the transposing stores of a step out of each other's banks.
+const {{ side }}_pitch = {{ side }}_quads + {{ padding }}u;
+
+var<workgroup> {{ side }}_tile: array<vec4f, BLOCK_K * {{ side }}_pitch>;
+
+#endfor
 
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}
@@ -43,64 +53,14 @@ var<private> acc_{{ i }}_{{ j }}: mat4x4f;
 #endfor
 #endfor
 
-#for part in main prologue
-// Stages one step of both operands of the {{ part }} product.
-fn stage_{{ part }}(thread: u32, first_m: u32, first_n: u32, first_k: u32, depth: u32) {
-#if lhs_rows
-    for (var block = thread; block < BLOCK_M * BLOCK_K / 16u; block += WORKGROUP_SIZE) {
-        let k = block % (BLOCK_K / 4u) * 4u;
-        let quad = block / (BLOCK_K / 4u);
-        let line = first_m + quad * 4u;
-        let turned = transpose(mat4x4f(
-            {{ part }}_lhs_quad(line, first_k + k, params.m, depth),
-            {{ part }}_lhs_quad(line + 1u, first_k + k, params.m, depth),
-            {{ part }}_lhs_quad(line + 2u, first_k + k, params.m, depth),
-            {{ part }}_lhs_quad(line + 3u, first_k + k, params.m, depth),
-        ));
-#for c in 0 1 2 3
-        lhs_tile[(k + {{ c }}u) * LHS_PITCH + quad] = turned[{{ c }}];
-#endfor
-    }
-#else
-    for (var item = thread; item < BLOCK_M * BLOCK_K / 4u; item += WORKGROUP_SIZE) {
-        let quad = item % (BLOCK_M / 4u);
-        let k = item / (BLOCK_M / 4u);
-        lhs_tile[k * LHS_PITCH + quad] = {{ part }}_lhs_quad(first_k + k, first_m + quad * 4u, depth, params.m);
-    }
-#endif
-#if rhs_rows
-    for (var block = thread; block < BLOCK_N * BLOCK_K / 16u; block += WORKGROUP_SIZE) {
-        let k = block % (BLOCK_K / 4u) * 4u;
-        let quad = block / (BLOCK_K / 4u);
-        let line = first_n + quad * 4u;
-        let turned = transpose(mat4x4f(
-            {{ part }}_rhs_quad(line, first_k + k, params.n, depth),
-            {{ part }}_rhs_quad(line + 1u, first_k + k, params.n, depth),
-            {{ part }}_rhs_quad(line + 2u, first_k + k, params.n, depth),
-            {{ part }}_rhs_quad(line + 3u, first_k + k, params.n, depth),
-        ));
-#for c in 0 1 2 3
-        rhs_tile[(k + {{ c }}u) * RHS_PITCH + quad] = turned[{{ c }}];
-#endfor
-    }
-#else
-    for (var item = thread; item < BLOCK_N * BLOCK_K / 4u; item += WORKGROUP_SIZE) {
-        let quad = item % (BLOCK_N / 4u);
-        let k = item / (BLOCK_N / 4u);
-        rhs_tile[k * RHS_PITCH + quad] = {{ part }}_rhs_quad(first_k + k, first_n + quad * 4u, depth, params.n);
-    }
-#endif
-}
-
-#endfor
 // Adds the staged step to the accumulators.
 fn multiply(tile_m: u32, tile_n: u32) {
     for (var k = 0u; k < BLOCK_K; k++) {
 #for j in {{ quads_n }}
-        let b_{{ j }} = rhs_tile[k * RHS_PITCH + {{ j }}u * TILE_N + tile_n];
+        let b_{{ j }} = rhs_tile[k * rhs_pitch + {{ j }}u * TILE_N + tile_n];
 #endfor
 #for i in {{ quads_m }}
-        let a_{{ i }} = lhs_tile[k * LHS_PITCH + {{ i }}u * TILE_M + tile_m];
+        let a_{{ i }} = lhs_tile[k * lhs_pitch + {{ i }}u * TILE_M + tile_m];
 #for j in {{ quads_n }}
         acc_{{ i }}_{{ j }} += mat4x4f(
             a_{{ i }}.x * b_{{ j }},
@@ -122,32 +82,103 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
     if (first_m >= params.m) {
         return;
     }
-    for (var k = group.z * params.rank; k < params.rank; k += BLOCK_K) {
-        stage_prologue(thread, first_m, first_n, k, params.rank);
+    let first_main = group.z * params.span;
+    let last_main = min(params.depth, first_main + params.span);
+    let first_prologue = group.z * params.rank;
+    let last_prologue = params.rank;
+    let main_depth = params.depth;
+    let prologue_depth = params.rank;
+    let main_scale = params.scale;
+    let prologue_scale = params.prologue_scale;
+    let first_lhs = first_m;
+    let first_rhs = first_n;
+    let all_lhs = params.m;
+    let all_rhs = params.n;
+#for side in lhs rhs
+#for i in {{ {{ side }}_times }}
+    // Threads past the last item read it as well, and do not stage it.
+    let {{ side }}_is_item_{{ i }} = thread + {{ i }}u * WORKGROUP_SIZE < {{ side }}_items;
+    let {{ side }}_item_{{ i }} = min(thread + {{ i }}u * WORKGROUP_SIZE, {{ side }}_items - 1u);
+#if {{ side }}_rows
+    let {{ side }}_k_{{ i }} = {{ side }}_item_{{ i }} % (BLOCK_K / 4u) * 4u;
+    let {{ side }}_quad_{{ i }} = {{ side }}_item_{{ i }} / (BLOCK_K / 4u);
+#else
+    let {{ side }}_k_{{ i }} = {{ side }}_item_{{ i }} / {{ side }}_quads;
+    let {{ side }}_quad_{{ i }} = {{ side }}_item_{{ i }} % {{ side }}_quads;
+#endif
+    let {{ side }}_line_{{ i }} = first_{{ side }} + {{ side }}_quad_{{ i }} * 4u;
+#endfor
+#endfor
+#for part in prologue main
+#for side in lhs rhs
+#for i in {{ {{ side }}_times }}
+#if {{ side }}_rows
+#for c in 0 1 2 3
+    var {{ part }}_{{ side }}_{{ i }}_{{ c }} = {{ part }}_{{ side }}_near(
+        {{ side }}_line_{{ i }} + {{ c }}u, first_{{ part }} + {{ side }}_k_{{ i }}, all_{{ side }}, {{ part }}_depth);
+#endfor
+#else
+    var {{ part }}_{{ side }}_{{ i }} = {{ part }}_{{ side }}_near(
+        first_{{ part }} + {{ side }}_k_{{ i }}, {{ side }}_line_{{ i }}, {{ part }}_depth, all_{{ side }});
+#endif
+#endfor
+#endfor
+    for (var k = first_{{ part }}; k < last_{{ part }}; k += BLOCK_K) {
         workgroupBarrier();
+        // Only here is anything done to a quad, so that nothing waits for it while the step before is multiplied. Past the depth there
+        // are zeros; what is past the last row or column is not stored.
+        let rest = {{ part }}_depth - k;
+#for side in lhs rhs
+#for i in {{ {{ side }}_times }}
+        if ({{ side }}_is_item_{{ i }}) {
+#if {{ side }}_rows
+            let turned = transpose(mat4x4f(
+#for c in 0 1 2 3
+                vec4f({{ part }}_{{ side }}_{{ i }}_{{ c }}),
+#endfor
+            ));
+#for c in 0 1 2 3
+            {{ side }}_tile[({{ side }}_k_{{ i }} + {{ c }}u) * {{ side }}_pitch + {{ side }}_quad_{{ i }}] =
+                select(vec4f(), turned[{{ c }}], {{ side }}_k_{{ i }} + {{ c }}u < rest);
+#endfor
+#else
+            {{ side }}_tile[{{ side }}_k_{{ i }} * {{ side }}_pitch + {{ side }}_quad_{{ i }}] =
+                select(vec4f(), vec4f({{ part }}_{{ side }}_{{ i }}), {{ side }}_k_{{ i }} < rest);
+#endif
+        }
+#endfor
+#endfor
+        workgroupBarrier();
+        // The next step's are on their way while this one's are multiplied; those after the last are not used.
+        let next = k + BLOCK_K;
+#for side in lhs rhs
+#for i in {{ {{ side }}_times }}
+#if {{ side }}_rows
+#for c in 0 1 2 3
+        {{ part }}_{{ side }}_{{ i }}_{{ c }} = {{ part }}_{{ side }}_near(
+            {{ side }}_line_{{ i }} + {{ c }}u, next + {{ side }}_k_{{ i }}, all_{{ side }}, {{ part }}_depth);
+#endfor
+#else
+        {{ part }}_{{ side }}_{{ i }} = {{ part }}_{{ side }}_near(
+            next + {{ side }}_k_{{ i }}, {{ side }}_line_{{ i }}, {{ part }}_depth, all_{{ side }});
+#endif
+#endfor
+#endfor
         multiply(tile_m, tile_n);
-        workgroupBarrier();
     }
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}
-    acc_{{ i }}_{{ j }} *= params.prologue_scale;
+    acc_{{ i }}_{{ j }} *= {{ part }}_scale;
 #endfor
 #endfor
-    let last_k = min(params.depth, (group.z + 1u) * params.span);
-    for (var k = group.z * params.span; k < last_k; k += BLOCK_K) {
-        stage_main(thread, first_m, first_n, k, params.depth);
-        workgroupBarrier();
-        multiply(tile_m, tile_n);
-        workgroupBarrier();
-    }
+#endfor
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}
 #for c in 0 1 2 3
     {
         let line = first_m + ({{ i }}u * TILE_M + tile_m) * 4u + {{ c }}u;
         let entry = first_n + ({{ j }}u * TILE_N + tile_n) * 4u;
-        let sums = acc_{{ i }}_{{ j }}[{{ c }}] * params.scale;
-        store(line, entry, group.z, sums + addend_quad(line, entry, group.z));
+        store(line, entry, group.z, acc_{{ i }}_{{ j }}[{{ c }}] + addend_quad(line, entry, group.z));
     }
 #endfor
 #endfor

@@ -53,32 +53,6 @@ var<workgroup> rhs_tile: array<vec4<f16>, RHS_LINES * RHS_PITCH>;
 var<workgroup> fragments: array<f32, PATCHES * FRAGMENT>;
 
 #for matrix in {{ matrices }}
-#if {{ matrix }}_f16
-alias {{ matrix }}_quad = vec4<f16>;
-#else
-alias {{ matrix }}_quad = vec4f;
-#endif
-
-// Where entry n of a line of {{ matrix }} lies: words are quads where lines are whole ones.
-fn {{ matrix }}_word(n: u32) -> u32 {
-#if {{ matrix }}_vec4
-    return n / 4u;
-#else
-    return n;
-#endif
-}
-
-// Four entries of a line, from a word of it on; past its last word they are that. Without a branch, all loads of a step are under way
-// at once.
-fn {{ matrix }}_near(line: u32, word: u32, last: u32) -> {{ matrix }}_quad {
-#if {{ matrix }}_vec4
-    return {{ matrix }}[line + min(word, last)];
-#else
-    return vec4({{ matrix }}[line + min(word, last)], {{ matrix }}[line + min(word + 1u, last)],
-        {{ matrix }}[line + min(word + 2u, last)], {{ matrix }}[line + min(word + 3u, last)]);
-#endif
-}
-
 // A quad as it is multiplied, times `factor` where it is f32.
 fn {{ matrix }}_half(quad: {{ matrix }}_quad, factor: f32) -> vec4<f16> {
 #if {{ matrix }}_f16
@@ -144,33 +118,19 @@ fn main(
 #endfor
 #endfor
 #for part in prologue main
-        // Of a matrix without entries, whose buffer stands in, all quads are the first, and not used.
-        let {{ part }}_last = max({{ part }}_depth, 1u) - 1u;
-        let {{ part }}_lhs_last = {{ part }}_lhs_word({{ part }}_last);
 #for i in {{ lhs_items }}
-        let {{ part }}_lhs_line_{{ i }} = min(first_m + lhs_line_{{ i }}, params.m - 1u) * {{ part }}_lhs_word({{ part }}_depth);
         var {{ part }}_lhs_{{ i }} =
-            {{ part }}_lhs_near({{ part }}_lhs_line_{{ i }}, {{ part }}_lhs_word(first_{{ part }} + lhs_entry), {{ part }}_lhs_last);
+            {{ part }}_lhs_near(first_m + lhs_line_{{ i }}, first_{{ part }} + lhs_entry, params.m, {{ part }}_depth);
 #endfor
+#for i in {{ rhs_items }}
 #if rhs_rows
-        let {{ part }}_rhs_last = {{ part }}_rhs_word({{ part }}_last);
-#for i in {{ rhs_items }}
-        let {{ part }}_rhs_line_{{ i }} = min(first_n + rhs_line_{{ i }}, params.n - 1u) * {{ part }}_rhs_word({{ part }}_depth);
-        var {{ part }}_rhs_{{ i }} = {{ part }}_rhs_near(
-            {{ part }}_rhs_line_{{ i }}, {{ part }}_rhs_word(first_{{ part }} + rhs_entry_{{ i }}), {{ part }}_rhs_last);
-#endfor
+        var {{ part }}_rhs_{{ i }} =
+            {{ part }}_rhs_near(first_n + rhs_line_{{ i }}, first_{{ part }} + rhs_entry_{{ i }}, params.n, {{ part }}_depth);
 #else
-        let {{ part }}_rhs_last = select(0u, {{ part }}_rhs_word(params.n - 1u), {{ part }}_depth > 0u);
-        let {{ part }}_rhs_pitch = {{ part }}_rhs_word(params.n);
-#for i in {{ rhs_items }}
-        let {{ part }}_rhs_word_{{ i }} = {{ part }}_rhs_word(first_n + rhs_entry_{{ i }});
-        var {{ part }}_rhs_{{ i }} = {{ part }}_rhs_near(
-            min(first_{{ part }} + rhs_line_{{ i }}, {{ part }}_last) * {{ part }}_rhs_pitch,
-            {{ part }}_rhs_word_{{ i }},
-            {{ part }}_rhs_last,
-        );
-#endfor
+        var {{ part }}_rhs_{{ i }} =
+            {{ part }}_rhs_near(first_{{ part }} + rhs_line_{{ i }}, first_n + rhs_entry_{{ i }}, {{ part }}_depth, params.n);
 #endif
+#endfor
         for (var k = first_{{ part }}; k < last_{{ part }}; k += BLOCK_K) {
             workgroupBarrier();
             // Only here is anything done to a quad, so that nothing waits for it while the step before is multiplied. What is past the
@@ -196,15 +156,15 @@ fn main(
             let next = k + BLOCK_K;
 #for i in {{ lhs_items }}
             {{ part }}_lhs_{{ i }} =
-                {{ part }}_lhs_near({{ part }}_lhs_line_{{ i }}, {{ part }}_lhs_word(next + lhs_entry), {{ part }}_lhs_last);
+                {{ part }}_lhs_near(first_m + lhs_line_{{ i }}, next + lhs_entry, params.m, {{ part }}_depth);
 #endfor
 #for i in {{ rhs_items }}
 #if rhs_rows
-            {{ part }}_rhs_{{ i }} = {{ part }}_rhs_near(
-                {{ part }}_rhs_line_{{ i }}, {{ part }}_rhs_word(next + rhs_entry_{{ i }}), {{ part }}_rhs_last);
+            {{ part }}_rhs_{{ i }} =
+                {{ part }}_rhs_near(first_n + rhs_line_{{ i }}, next + rhs_entry_{{ i }}, params.n, {{ part }}_depth);
 #else
-            {{ part }}_rhs_{{ i }} = {{ part }}_rhs_near(
-                min(next + rhs_line_{{ i }}, {{ part }}_last) * {{ part }}_rhs_pitch, {{ part }}_rhs_word_{{ i }}, {{ part }}_rhs_last);
+            {{ part }}_rhs_{{ i }} =
+                {{ part }}_rhs_near(next + rhs_line_{{ i }}, first_n + rhs_entry_{{ i }}, {{ part }}_depth, params.n);
 #endif
 #endfor
             for (var first = 0u; first < BLOCK_K; first += TURN) {

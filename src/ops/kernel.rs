@@ -82,7 +82,7 @@ const PRODUCTS: [&str; 6] = [
     include_str!("../../shaders/lora_linear_matrix.wgsl"),
     include_str!("../../shaders/lora_linear_sum.wgsl"),
     include_str!("../../shaders/shared/product.wgsl"),
-    include_str!("../../shaders/shared/quads.wgsl"),
+    include_str!("../../shaders/shared/staging.wgsl"),
 ];
 
 /// Threads of a workgroup where a shader does not say otherwise.
@@ -178,11 +178,15 @@ impl Shader {
                             ("quads_m", list(tile.quads_m)),
                             ("quads_n", list(tile.quads_n)),
                             ("padding", padding.to_string()),
+                            ("lhs_lines", block_m.to_string()),
+                            ("rhs_lines", block_n.to_string()),
+                            ("lhs_times", list(tile.times(block_m, layout != Layout::ColumnsColumns))),
+                            ("rhs_times", list(tile.times(block_n, layout == Layout::RowsRows))),
                         ]);
                         concat!(
                             include_str!("../../shaders/lora_linear.wgsl"),
                             include_str!("../../shaders/shared/product.wgsl"),
-                            include_str!("../../shaders/shared/quads.wgsl")
+                            include_str!("../../shaders/shared/staging.wgsl")
                         )
                     }
                     Cut::Direct(tile) => {
@@ -212,7 +216,8 @@ impl Shader {
                         ]);
                         concat!(
                             include_str!("../../shaders/lora_linear_matrix.wgsl"),
-                            include_str!("../../shaders/shared/product.wgsl")
+                            include_str!("../../shaders/shared/product.wgsl"),
+                            include_str!("../../shaders/shared/staging.wgsl")
                         )
                     }
                 }

@@ -26,8 +26,9 @@ pub(super) fn render(source: &str, values: &[(&str, String)], flags: &[&str]) ->
                     let start = lines.clone();
                     for item in items {
                         *lines = start.clone();
+                        // First, so that a placeholder's name may have it in it.
                         let mut values = values.to_vec();
-                        values.push((name, (*item).to_owned()));
+                        values.insert(0, (name, (*item).to_owned()));
                         block(lines, &values, flags, out);
                     }
                 }

@@ -164,6 +164,12 @@ impl Tile {
     pub(super) fn tile_n(self) -> u32 {
         self.block_n / (4 * self.quads_n)
     }
+
+    /// How often a thread stages in a step, at most, of an operand of so many lines: four quads where they are its rows, else one.
+    pub(super) fn times(self, lines: u32, is_rows: bool) -> u32 {
+        let items = lines * self.block_k / if is_rows { 16 } else { 4 };
+        items.div_ceil(self.tile_m() * self.tile_n())
+    }
 }
 
 /// How a product is cut on software adapters: the threads of a workgroup, and what each computes.
