@@ -1,5 +1,6 @@
 //! The rows of a run, from the flags to token ids.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -54,7 +55,7 @@ impl Data {
                 millions(open.config.n_weights())
             );
         }
-        if let Some(note) = formatted(&rows) {
+        for note in [formatted(&rows), unasked(&rows), repeated(&rows)].into_iter().flatten() {
             note!("{note}");
         }
         let shuffle = shuffle(args);
@@ -173,6 +174,29 @@ fn formatted(rows: &[Row]) -> Option<String> {
     ))
 }
 
+/// Says that the user asks nothing in some rows, which a column of another name may be the reason of.
+fn unasked(rows: &[Row]) -> Option<String> {
+    let is_empty = |row: &&Row| row.query.trim().is_empty();
+    let first = rows.iter().find(is_empty)?;
+    Some(format!(
+        "note: the query is empty in {}, the first at {}: they are trained on all the same",
+        counted(rows.iter().filter(is_empty).count(), "row"),
+        first.location
+    ))
+}
+
+/// Says that rows are taken more than once, as more were asked for than a data set has.
+fn repeated(rows: &[Row]) -> Option<String> {
+    let places: HashSet<_> = rows.iter().map(|row| &row.location).collect();
+    (places.len() < rows.len()).then(|| {
+        format!(
+            "note: the {} are {} different ones, as `#` asks for more than a data set has",
+            counted(rows.len(), "row"),
+            thousands(places.len())
+        )
+    })
+}
+
 /// Says that a share of so many rows is less than one, unless none was asked for.
 fn none_held_out(test_ratio: f64, n_rows: usize) -> Option<String> {
     // In hundredths, the least share that holds a row out.
@@ -284,6 +308,17 @@ mod tests {
     use super::*;
     use crate::data::dataset::Location;
 
+    fn row(line: usize, query: &str, response: &str) -> Row {
+        Row {
+            query: query.to_owned(),
+            response: response.to_owned(),
+            rejected_response: "r".to_owned(),
+            system: None,
+            history: Vec::new(),
+            location: Location::new(Path::new("pairs.jsonl"), line),
+        }
+    }
+
     #[test]
     fn the_demo_s_data_go_by_their_name_and_are_sampled() {
         let sample = |specs: &[&str]| demo_sample(&specs.iter().map(ToString::to_string).collect::<Vec<_>>());
@@ -300,14 +335,6 @@ mod tests {
 
     #[test]
     fn rows_in_a_chat_format_already_are_told_of() {
-        let row = |line: usize, query: &str, response: &str| Row {
-            query: query.to_owned(),
-            response: response.to_owned(),
-            rejected_response: "r".to_owned(),
-            system: None,
-            history: Vec::new(),
-            location: Location::new(Path::new("pairs.jsonl"), line),
-        };
         let plain = row(1, "What does <|eot|> do?", "c");
         assert_eq!(formatted(std::slice::from_ref(&plain)), None);
         let note = formatted(&[plain, row(2, "q", "c<|eot_id|>"), row(3, "<|im_start|>user", "c")]).unwrap();
@@ -317,6 +344,20 @@ mod tests {
             ),
             "{note}"
         );
+    }
+
+    #[test]
+    fn rows_without_a_query_and_rows_that_are_repeated_are_told_of() {
+        let rows = [row(1, "q", "c"), row(2, " \n", "c"), row(3, "", "c")];
+        assert_eq!(unasked(&rows[..1]), None);
+        let note = unasked(&rows).unwrap();
+        assert!(
+            note.starts_with("note: the query is empty in 2 rows, the first at pairs.jsonl:2:"),
+            "{note}"
+        );
+        assert_eq!(repeated(&rows), None, "rows of other lines");
+        let note = repeated(&[row(1, "q", "c"), row(2, "q", "c"), row(1, "q", "c")]).unwrap();
+        assert!(note.starts_with("note: the 3 rows are 2 different ones"), "{note}");
     }
 
     #[test]
