@@ -15,7 +15,7 @@
 //     addend: [m, n], which may be `out` itself: a thread reads an entry before it writes it, and no other touches it
 //
 // One workgroup a BLOCK_M x BLOCK_N block of `out`, walking the depth in steps of BLOCK_K. A step stages both operands
-// in workgroup memory as [BLOCK_K][lines], so that a thread reads four lines at once, and reads the next step's meanwhile.
+// in workgroup memory as [BLOCK_K][lines], so that a thread reads four lines at once.
 // A thread keeps blocks of 4 x 4 accumulators, TILE_M (TILE_N) of them apart, so that neighbours read neighbouring words.
 // Workgroups are numbered in bands of BAND blocks down m, so that those running together share operands in the cache. All
 // sums are f32.
@@ -33,12 +33,12 @@ const BAND = {{ band }}u;
 const WORKGROUP_SIZE = TILE_M * TILE_N;
 
 #for side in lhs rhs
-// What a thread stages at once of an operand: of its rows four quads below each other, which it turns, else a quad.
 const {{ side }}_quads = {{ {{ side }}_lines }}u / 4u;
+// An item is what a thread stages at once: four quads below each other of an operand's rows, which it turns, else a quad.
 #if {{ side }}_rows
-const {{ side }}_items = {{ side }}_quads * (BLOCK_K / 4u);
+const n_{{ side }}_items = {{ side }}_quads * (BLOCK_K / 4u);
 #else
-const {{ side }}_items = {{ side }}_quads * BLOCK_K;
+const n_{{ side }}_items = {{ side }}_quads * BLOCK_K;
 #endif
 // One quad more than needed keeps the transposing stores of a step out of each other's banks.
 const {{ side }}_pitch = {{ side }}_quads + {{ padding }}u;
@@ -52,6 +52,15 @@ var<workgroup> {{ side }}_tile: array<vec4f, BLOCK_K * {{ side }}_pitch>;
 var<private> acc_{{ i }}_{{ j }}: mat4x4f;
 #endfor
 #endfor
+
+// What is past the depth counts for nothing once one operand is zero there; what is past the last row or column is not stored.
+fn lhs_within(quad: vec4f, is_within: bool) -> vec4f {
+    return select(vec4f(), quad, is_within);
+}
+
+fn rhs_within(quad: vec4f, is_within: bool) -> vec4f {
+    return quad;
+}
 
 // Adds the staged step to the accumulators.
 fn multiply(tile_m: u32, tile_n: u32) {
@@ -94,11 +103,11 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
     let first_rhs = first_n;
     let all_lhs = params.m;
     let all_rhs = params.n;
-#for side in lhs rhs
-#for i in {{ {{ side }}_times }}
     // Threads past the last item read it as well, and do not stage it.
-    let {{ side }}_is_item_{{ i }} = thread + {{ i }}u * WORKGROUP_SIZE < {{ side }}_items;
-    let {{ side }}_item_{{ i }} = min(thread + {{ i }}u * WORKGROUP_SIZE, {{ side }}_items - 1u);
+#for side in lhs rhs
+#for i in {{ {{ side }}_items }}
+    let {{ side }}_is_item_{{ i }} = thread + {{ i }}u * WORKGROUP_SIZE < n_{{ side }}_items;
+    let {{ side }}_item_{{ i }} = min(thread + {{ i }}u * WORKGROUP_SIZE, n_{{ side }}_items - 1u);
 #if {{ side }}_rows
     let {{ side }}_k_{{ i }} = {{ side }}_item_{{ i }} % (BLOCK_K / 4u) * 4u;
     let {{ side }}_quad_{{ i }} = {{ side }}_item_{{ i }} / (BLOCK_K / 4u);
@@ -111,7 +120,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
 #endfor
 #for part in prologue main
 #for side in lhs rhs
-#for i in {{ {{ side }}_times }}
+#for i in {{ {{ side }}_items }}
 #if {{ side }}_rows
 #for c in 0 1 2 3
     var {{ part }}_{{ side }}_{{ i }}_{{ c }} = {{ part }}_{{ side }}_near(
@@ -125,11 +134,9 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
 #endfor
     for (var k = first_{{ part }}; k < last_{{ part }}; k += BLOCK_K) {
         workgroupBarrier();
-        // Only here is anything done to a quad, so that nothing waits for it while the step before is multiplied. Past the depth there
-        // are zeros; what is past the last row or column is not stored.
         let rest = {{ part }}_depth - k;
 #for side in lhs rhs
-#for i in {{ {{ side }}_times }}
+#for i in {{ {{ side }}_items }}
         if ({{ side }}_is_item_{{ i }}) {
 #if {{ side }}_rows
             let turned = transpose(mat4x4f(
@@ -139,20 +146,20 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
             ));
 #for c in 0 1 2 3
             {{ side }}_tile[({{ side }}_k_{{ i }} + {{ c }}u) * {{ side }}_pitch + {{ side }}_quad_{{ i }}] =
-                select(vec4f(), turned[{{ c }}], {{ side }}_k_{{ i }} + {{ c }}u < rest);
+                {{ side }}_within(turned[{{ c }}], {{ side }}_k_{{ i }} + {{ c }}u < rest);
 #endfor
 #else
             {{ side }}_tile[{{ side }}_k_{{ i }} * {{ side }}_pitch + {{ side }}_quad_{{ i }}] =
-                select(vec4f(), vec4f({{ part }}_{{ side }}_{{ i }}), {{ side }}_k_{{ i }} < rest);
+                {{ side }}_within(vec4f({{ part }}_{{ side }}_{{ i }}), {{ side }}_k_{{ i }} < rest);
 #endif
         }
 #endfor
 #endfor
         workgroupBarrier();
-        // The next step's are on their way while this one's are multiplied; those after the last are not used.
-        let next = k + BLOCK_K;
+        // After the last step once more, where it is in the cache.
+        let next = select(k, k + BLOCK_K, k + BLOCK_K < last_{{ part }});
 #for side in lhs rhs
-#for i in {{ {{ side }}_times }}
+#for i in {{ {{ side }}_items }}
 #if {{ side }}_rows
 #for c in 0 1 2 3
         {{ part }}_{{ side }}_{{ i }}_{{ c }} = {{ part }}_{{ side }}_near(

@@ -36,13 +36,13 @@ const RHS_LINES = BLOCK_K;
 // In quads. Two more than needed keep lines 16 bytes aligned and out of each other's banks.
 const LHS_PITCH = LHS_QUADS + 2u;
 const RHS_PITCH = RHS_QUADS + 2u;
-// Threads along a line, the largest power of two that divides its quads; lines that the workgroup takes at once, and how often it goes
+// Threads along a line, the largest power of two that divides its quads; lines that the workgroup stages at once, and in how many passes
 // along them. So the places of a thread's quads differ by constants.
 const LHS_ACROSS = LHS_QUADS;
 const LHS_AT_ONCE = WORKGROUP_SIZE / LHS_ACROSS;
 const RHS_ACROSS = RHS_QUADS & (~RHS_QUADS + 1u);
 const RHS_AT_ONCE = WORKGROUP_SIZE / RHS_ACROSS;
-const RHS_TIMES = RHS_QUADS / RHS_ACROSS;
+const RHS_PASSES = RHS_QUADS / RHS_ACROSS;
 
 alias Lhs = coop_mat{{ size }}x{{ size }}<f16, A>;
 alias Rhs = coop_mat{{ size }}x{{ size }}<f16, B>;
@@ -54,7 +54,7 @@ var<workgroup> fragments: array<f32, PATCHES * FRAGMENT>;
 
 #for matrix in {{ matrices }}
 // A quad as it is multiplied, times `factor` where it is f32.
-fn {{ matrix }}_half(quad: {{ matrix }}_quad, factor: f32) -> vec4<f16> {
+fn {{ matrix }}_half(quad: {{ matrix }}_stored, factor: f32) -> vec4<f16> {
 #if {{ matrix }}_f16
     return quad;
 #else
@@ -99,8 +99,8 @@ fn main(
 #endfor
     let rhs_at = thread / RHS_ACROSS * RHS_PITCH + thread % RHS_ACROSS;
 #for i in {{ rhs_items }}
-    let rhs_line_{{ i }} = thread / RHS_ACROSS + {{ i }}u / RHS_TIMES * RHS_AT_ONCE;
-    let rhs_entry_{{ i }} = (thread % RHS_ACROSS + {{ i }}u % RHS_TIMES * RHS_ACROSS) * 4u;
+    let rhs_line_{{ i }} = thread / RHS_ACROSS + {{ i }}u / RHS_PASSES * RHS_AT_ONCE;
+    let rhs_entry_{{ i }} = (thread % RHS_ACROSS + {{ i }}u % RHS_PASSES * RHS_ACROSS) * 4u;
 #endfor
     for (var first_patch = 0u; first_patch < PATCHES; first_patch += subgroups) {
         // Without a patch of its own a subgroup makes the last one as well, so that all take every step.
@@ -133,8 +133,8 @@ fn main(
 #endfor
         for (var k = first_{{ part }}; k < last_{{ part }}; k += BLOCK_K) {
             workgroupBarrier();
-            // Only here is anything done to a quad, so that nothing waits for it while the step before is multiplied. What is past the
-            // depth counts for nothing once one operand is zero there; what is past the last row or column is not stored.
+            // What is past the depth counts for nothing once one operand is zero there; what is past the last row or column is not
+            // stored.
             let rest = {{ part }}_depth - k;
             if (rest >= BLOCK_K) {
 #for i in {{ lhs_items }}
@@ -148,12 +148,12 @@ fn main(
 #endfor
             }
 #for i in {{ rhs_items }}
-            rhs_tile[rhs_at + {{ i }}u / RHS_TIMES * (RHS_AT_ONCE * RHS_PITCH) + {{ i }}u % RHS_TIMES * RHS_ACROSS] =
+            rhs_tile[rhs_at + {{ i }}u / RHS_PASSES * (RHS_AT_ONCE * RHS_PITCH) + {{ i }}u % RHS_PASSES * RHS_ACROSS] =
                 {{ part }}_rhs_half({{ part }}_rhs_{{ i }}, 1.0);
 #endfor
             workgroupBarrier();
-            // The next step's are on their way while this one's are multiplied; those after the last are not used.
-            let next = k + BLOCK_K;
+            // After the last step once more, where it is in the cache.
+            let next = select(k, k + BLOCK_K, k + BLOCK_K < last_{{ part }});
 #for i in {{ lhs_items }}
             {{ part }}_lhs_{{ i }} =
                 {{ part }}_lhs_near(first_m + lhs_line_{{ i }}, next + lhs_entry, params.m, {{ part }}_depth);

@@ -3,15 +3,18 @@
 
 #for matrix in {{ matrices }}
 #if {{ matrix }}_f16
-alias {{ matrix }}_quad = vec4<f16>;
+alias {{ matrix }}_stored = vec4<f16>;
 #else
-alias {{ matrix }}_quad = vec4f;
+alias {{ matrix }}_stored = vec4f;
 #endif
 
 // Four entries of a line of {{ matrix }}, as they are stored. Past the last line they are the last line's, and past a line's end its
-// last: without a branch, all loads of a step are under way at once, and what follows from a thread's place alone is known before the
-// first step. Of a matrix without entries, whose buffer stands in, it is the first, and not used.
-fn {{ matrix }}_near(line: u32, entry: u32, lines: u32, length: u32) -> {{ matrix }}_quad {
+// last entry or quad, so that no branch keeps the loads of a step from being under way together. Of a matrix without entries, in whose
+// place another buffer stands, they are the first there, and not used.
+//
+// A thread reads its quads of a step while the one before is multiplied, and does nothing to them until they are staged: what would have
+// to wait for a load stands behind the products.
+fn {{ matrix }}_near(line: u32, entry: u32, lines: u32, length: u32) -> {{ matrix }}_stored {
     let nearest = min(line, max(lines, 1u) - 1u);
     let last = select(0u, max(length, 1u) - 1u, lines > 0u);
 #if {{ matrix }}_vec4

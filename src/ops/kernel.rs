@@ -4,7 +4,7 @@
 //! A source is text with directives, each on a line of its own, and placeholders:
 //!
 //! ```text
-//! {{ name }}             the variant's value of that name
+//! {{ name }}             the variant's value of that name, which may have a value of a #for in it: {{ {{ i }}_items }}
 //! #if name … #else …     a part that is there when the variant has that flag, ended by #endif
 //! #for i in a b … #endfor  a part repeated with {{ i }} = a, b, …; the list may come from a placeholder
 //! ```
@@ -158,8 +158,9 @@ impl Shader {
                 ]);
                 let is_f16 = [elements.lhs, elements.rhs, elements.out].contains(&Element::F16);
                 flags.extend(is_f16.then_some("f16"));
-                flags.extend((layout != Layout::ColumnsColumns).then_some("lhs_rows"));
-                flags.extend((layout == Layout::RowsRows).then_some("rhs_rows"));
+                let [lhs_rows, rhs_rows] = layout.are_rows();
+                flags.extend(lhs_rows.then_some("lhs_rows"));
+                flags.extend(rhs_rows.then_some("rhs_rows"));
                 flags.extend(quads.main_lhs.then_some("main_lhs_vec4"));
                 flags.extend(quads.main_rhs.then_some("main_rhs_vec4"));
                 flags.extend(quads.prologue_lhs.then_some("prologue_lhs_vec4"));
@@ -180,8 +181,8 @@ impl Shader {
                             ("padding", padding.to_string()),
                             ("lhs_lines", block_m.to_string()),
                             ("rhs_lines", block_n.to_string()),
-                            ("lhs_times", list(tile.times(block_m, layout != Layout::ColumnsColumns))),
-                            ("rhs_times", list(tile.times(block_n, layout == Layout::RowsRows))),
+                            ("lhs_items", list(tile.items(block_m, lhs_rows))),
+                            ("rhs_items", list(tile.items(block_n, rhs_rows))),
                         ]);
                         concat!(
                             include_str!("../../shaders/lora_linear.wgsl"),
@@ -234,10 +235,7 @@ impl Shader {
                 flags.extend(is_dy_vec4.then_some("dy_vec4"));
                 flags.extend(is_rank_vec4.then_some("b_vec4"));
                 flags.extend(is_rank_vec4.then_some("s_vec4"));
-                concat!(
-                    include_str!("../../shaders/lora_linear_backward.wgsl"),
-                    include_str!("../../shaders/shared/quads.wgsl")
-                )
+                include_str!("../../shaders/lora_linear_backward.wgsl")
             }
             Self::Sum { out } => {
                 values.push(("out", out.wgsl(false)));

@@ -215,8 +215,8 @@ impl<'a> Product<'a> {
     }
 
     fn launch(&self, cut: Cut, [m, n, depth]: [u32; 3], [splits, span]: [u32; 2], out: &Floats) {
-        // Of what is not there at most the first entries are read, and not used; some buffer has to stand in its place.
-        let (prologue_lhs, prologue_rhs, prologue_scale) = self.prologue.unwrap_or((out, out, 0.0));
+        // Of a prologue that is not there the first entries are read, and not used. What stands in its place is nowhere written.
+        let (prologue_lhs, prologue_rhs, prologue_scale) = self.prologue.unwrap_or((self.rhs, self.rhs, 0.0));
         let rank = if self.prologue.is_some() { dims(prologue_lhs)[1] } else { 0 };
         let addend = self.addend.as_ref().unwrap_or(out);
         let quads = Quads::new(self.layout, [m, n, depth, rank]);
@@ -320,7 +320,7 @@ impl Scratch {
         let shape = |lines: u32, depth: u32, is_rows: bool| {
             if is_rows { [lines, depth] } else { [depth, lines] }.map(|n| n as usize)
         };
-        let (lhs_rows, rhs_rows) = (layout != Layout::ColumnsColumns, layout == Layout::RowsRows);
+        let [lhs_rows, rhs_rows] = layout.are_rows();
         let operand = |lines, depth, is_rows, first: u32, pattern, dtype| {
             tune::operand(
                 client,

@@ -23,10 +23,11 @@ pub(super) fn render(source: &str, values: &[(&str, String)], flags: &[&str]) ->
                     out.push_str(if flags.contains(flag) { &then } else { &otherwise });
                 }
                 ["#for", name, "in", items @ ..] => {
+                    assert!(!items.is_empty(), "a shader repeats something for each {name} of nothing");
                     let start = lines.clone();
                     for item in items {
                         *lines = start.clone();
-                        // First, so that a placeholder's name may have it in it.
+                        // Before the others, as it may be part of their names.
                         let mut values = values.to_vec();
                         values.insert(0, (name, (*item).to_owned()));
                         block(lines, &values, flags, out);

@@ -17,6 +17,11 @@ pub enum Layout {
 impl Layout {
     /// Every layout.
     pub const ALL: [Self; 3] = [Self::RowsRows, Self::RowsColumns, Self::ColumnsColumns];
+
+    /// Whether what the left and the right operand give to a row and to a column of the product are rows of theirs.
+    pub fn are_rows(self) -> [bool; 2] {
+        [self != Self::ColumnsColumns, self == Self::RowsRows]
+    }
 }
 
 /// Which buffers of a product have lines of whole quads, and are read and written four entries at a time.
@@ -35,8 +40,8 @@ pub struct Quads {
 }
 
 impl Quads {
-    /// Those of a product of these extents. Without a prologue, a rank of 0, its operands go by the output, which stands in their
-    /// place: products with and without one then share a variant.
+    /// Those of a product of these extents. Without a prologue, a rank of 0, its operands go by the output: products with and without one
+    /// then share a variant.
     pub fn new(layout: Layout, [m, n, depth, rank]: [u32; 4]) -> Self {
         let [m, n, depth, r] = [m, n, depth, rank].map(|length| length % 4 == 0);
         let lengths = |depth: bool| match layout {
@@ -165,8 +170,8 @@ impl Tile {
         self.block_n / (4 * self.quads_n)
     }
 
-    /// How often a thread stages in a step, at most, of an operand of so many lines: four quads where they are its rows, else one.
-    pub(super) fn times(self, lines: u32, is_rows: bool) -> u32 {
+    /// Items that a thread stages in a step, at most, of an operand with so many lines: four quads each where these are its rows, else one.
+    pub(super) fn items(self, lines: u32, is_rows: bool) -> u32 {
         let items = lines * self.block_k / if is_rows { 16 } else { 4 };
         items.div_ceil(self.tile_m() * self.tile_n())
     }
@@ -330,6 +335,7 @@ mod tests {
             MatrixTile::SIZES.into_iter().flat_map(|size| MatrixTile::LANES.map(|lanes| (size, lanes)));
         for tile in kinds.flat_map(|(size, lanes)| MatrixTile::all(size, lanes)) {
             let MatrixTile { block_m, block_n, block_k, .. } = tile;
+            assert!((block_k / 4).is_power_of_two(), "{tile:?}: threads along the left operand's lines");
             let [lhs, rhs] = tile.items();
             for (lines, length, items) in
                 [(block_m, block_k, lhs), (block_n, block_k, rhs), (block_k, block_n, rhs)]

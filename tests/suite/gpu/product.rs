@@ -43,11 +43,14 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
         let TensorPrimitive::Float(primitive) = tensor.into_primitive() else { unreachable!() };
         (primitive, at)
     };
-    let (lhs_rows, rhs_rows) = (layout != Layout::ColumnsColumns, layout == Layout::RowsRows);
+    let [lhs_rows, rhs_rows] = layout.are_rows();
     let (lhs, lhs_at) = operand(m, depth, lhs_rows, elements.lhs);
     let (rhs, rhs_at) = operand(n, depth, rhs_rows, elements.rhs);
-    let (prologue_lhs, prologue_lhs_at) = operand(m, rank.max(4), lhs_rows, Element::F32);
-    let (prologue_rhs, prologue_rhs_at) = operand(n, rank.max(4), rhs_rows, Element::F32);
+    let (prologue_lhs, prologue_lhs_at) = operand(m, rank.max(1), lhs_rows, Element::F32);
+    let (prologue_rhs, prologue_rhs_at) = operand(n, rank.max(1), rhs_rows, Element::F32);
+    // As in the program, the right operand stands in the place of a prologue that is not there.
+    let [prologue_lhs, prologue_rhs] =
+        if rank > 0 { [prologue_lhs, prologue_rhs] } else { [rhs.clone(), rhs.clone()] };
     let (prologue_scale, scale) = (1.5f32, -0.75f32);
     // Parts of a product are f32, whatever their sum goes out as.
     let splits = if elements.out == Element::F16 { 1 } else { 2 };
@@ -93,6 +96,14 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
     (got, (0..m * n).map(entry).collect())
 }
 
+/// `[m, n, depth, rank]` of products about as large as a block, without a prologue and with one: of whole quads, and of others, by turns
+/// in every buffer and in those along the columns. A step has 16 or 32 entries of the depth and of the rank.
+fn extents(cut: Cut, turn: usize) -> [[[usize; 4]; 2]; 2] {
+    let [m, n, _] = cut.block().map(|n| n as usize);
+    let [more_m, depth] = [[3, 37], [4, 44]][turn % 2];
+    [[[m + 4, n + 4, 44, 0], [m + 4, n + 4, 64, 40]], [0, 5].map(|rank| [m + more_m, n - 3, depth, rank])]
+}
+
 /// A launch takes the variants that suit its device, so that a software adapter would never see those meant for GPUs.
 #[test]
 fn every_variant_multiplies() {
@@ -103,13 +114,11 @@ fn every_variant_multiplies() {
     let cuts: Vec<_> = Cut::all().into_iter().filter(|cut| !matches!(cut, Cut::Matrices(_))).collect();
     assert_ne!(2 * cuts.len() % mixes.len(), 0, "every layout pairs mixes and cuts alike");
     let mut mixes = mixes.into_iter().cycle();
-    for layout in Layout::ALL {
-        for &cut in &cuts {
-            let [m, n, _] = cut.block().map(|n| n as usize);
-            let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
-            for [m, n, depth, rank] in [aligned, ragged] {
+    for (i, layout) in Layout::ALL.into_iter().enumerate() {
+        for (j, &cut) in cuts.iter().enumerate() {
+            for pair in extents(cut, i + j) {
                 let elements = mixes.next().expect("it goes round");
-                for rank in [0, rank] {
+                for [m, n, depth, rank] in pair {
                     let quads = Quads::new(layout, [m, n, depth, rank].map(|n| n as u32));
                     let is_f16 = elements.out == Element::F16;
                     let (atol, rtol) = if is_f16 { (ATOL_F16, RTOL_F16) } else { (ATOL, RTOL) };
@@ -197,23 +206,22 @@ fn every_matrix_variant_multiplies() {
             let Some(&first) = tiles.first() else { continue };
             n_tried += tiles.len();
             // Sums in `f16` would be off by a hundred times as much.
-            let extents = [first.block_m as usize, first.block_n as usize, 2048, 0];
+            let deep = [first.block_m as usize, first.block_n as usize, 2048, 0];
             let elements = Elements { lhs: Element::F16, rhs: Element::F16, out: Element::F32 };
-            let quads = Quads::new(layout, extents.map(|n| n as u32));
+            let quads = Quads::new(layout, deep.map(|n| n as u32));
             let shader = Shader::Product { layout, cut: Cut::Matrices(first), elements, quads };
-            let (got, want) = product(shader, extents, &device);
+            let (got, want) = product(shader, deep, &device);
             assert_close(&got, &want, ATOL, RTOL, &format!("{shader:?}, deep"));
-            for tile in tiles {
-                let (m, n) = (tile.block_m as usize, tile.block_n as usize);
-                let (aligned, ragged) = ([m + 4, n + 4, 44, 8], [m + 3, n - 3, 37, 5]);
+            for (turn, tile) in tiles.into_iter().enumerate() {
+                let [aligned, ragged] = extents(Cut::Matrices(tile), turn);
                 // The gradient of what joins the stream is `f32`, in rows of whole quads.
                 let [whole, rest] = match layout {
                     Layout::RowsColumns => [Element::F32, Element::F16],
                     _ => [Element::F16, Element::F32],
                 };
-                for (lhs, out, [m, n, depth, rank]) in [(whole, rest, aligned), (rest, whole, ragged)] {
+                for (lhs, out, pair) in [(whole, rest, aligned), (rest, whole, ragged)] {
                     let elements = Elements { lhs, rhs: Element::F16, out };
-                    for rank in [0, rank] {
+                    for [m, n, depth, rank] in pair {
                         let quads = Quads::new(layout, [m, n, depth, rank].map(|n| n as u32));
                         let shader = Shader::Product { layout, cut: Cut::Matrices(tile), elements, quads };
                         let (got, want) = product(shader, [m, n, depth, rank], &device);
