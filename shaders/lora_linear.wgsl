@@ -40,10 +40,19 @@ const n_{{ side }}_items = {{ side }}_quads * (BLOCK_K / 4u);
 #else
 const n_{{ side }}_items = {{ side }}_quads * BLOCK_K;
 #endif
-// One quad more than needed keeps the transposing stores of a step out of each other's banks.
-const {{ side }}_pitch = {{ side }}_quads + {{ padding }}u;
 
-var<workgroup> {{ side }}_tile: array<vec4f, BLOCK_K * {{ side }}_pitch>;
+var<workgroup> {{ side }}_tile: array<vec4f, BLOCK_K * {{ side }}_quads>;
+
+// Where a quad of lines lies at entry k.
+fn {{ side }}_place(k: u32, quad: u32) -> u32 {
+#if {{ side }}_rows
+    // Threads that store what they turned side by side have different k, and would meet in the banks: quads change places within the
+    // eight of all banks, or within those that a thread's lie apart where these are fewer.
+    return k * {{ side }}_quads + (quad ^ (k / 4u * 2u % {{ {{ side }}_banks }}u));
+#else
+    return k * {{ side }}_quads + quad;
+#endif
+}
 
 #endfor
 
@@ -66,10 +75,10 @@ fn rhs_within(quad: vec4f, is_within: bool) -> vec4f {
 fn multiply(tile_m: u32, tile_n: u32) {
     for (var k = 0u; k < BLOCK_K; k++) {
 #for j in {{ quads_n }}
-        let b_{{ j }} = rhs_tile[k * rhs_pitch + {{ j }}u * TILE_N + tile_n];
+        let b_{{ j }} = rhs_tile[rhs_place(k, tile_n) + {{ j }}u * TILE_N];
 #endfor
 #for i in {{ quads_m }}
-        let a_{{ i }} = lhs_tile[k * lhs_pitch + {{ i }}u * TILE_M + tile_m];
+        let a_{{ i }} = lhs_tile[lhs_place(k, tile_m) + {{ i }}u * TILE_M];
 #for j in {{ quads_n }}
         acc_{{ i }}_{{ j }} += mat4x4f(
             a_{{ i }}.x * b_{{ j }},
@@ -145,11 +154,11 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
 #endfor
             ));
 #for c in 0 1 2 3
-            {{ side }}_tile[({{ side }}_k_{{ i }} + {{ c }}u) * {{ side }}_pitch + {{ side }}_quad_{{ i }}] =
+            {{ side }}_tile[{{ side }}_place({{ side }}_k_{{ i }} + {{ c }}u, {{ side }}_quad_{{ i }})] =
                 {{ side }}_within(turned[{{ c }}], {{ side }}_k_{{ i }} + {{ c }}u < rest);
 #endfor
 #else
-            {{ side }}_tile[{{ side }}_k_{{ i }} * {{ side }}_pitch + {{ side }}_quad_{{ i }}] =
+            {{ side }}_tile[{{ side }}_place({{ side }}_k_{{ i }}, {{ side }}_quad_{{ i }})] =
                 {{ side }}_within(vec4f({{ part }}_{{ side }}_{{ i }}), {{ side }}_k_{{ i }} < rest);
 #endif
         }

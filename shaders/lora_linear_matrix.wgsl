@@ -43,6 +43,10 @@ const LHS_AT_ONCE = WORKGROUP_SIZE / LHS_ACROSS;
 const RHS_ACROSS = RHS_QUADS & (~RHS_QUADS + 1u);
 const RHS_AT_ONCE = WORKGROUP_SIZE / RHS_ACROSS;
 const RHS_PASSES = RHS_QUADS / RHS_ACROSS;
+// Where lines are short, sixteen threads store quads of several at once: of each eight lines those whose pitches put them into banks of
+// their own.
+const LHS_TOGETHER = {{ lhs_together }}u;
+const RHS_TOGETHER = {{ rhs_together }}u;
 
 alias Lhs = coop_mat{{ size }}x{{ size }}<f16, A>;
 alias Rhs = coop_mat{{ size }}x{{ size }}<f16, B>;
@@ -63,6 +67,11 @@ fn {{ matrix }}_half(quad: {{ matrix }}_stored, factor: f32) -> vec4<f16> {
 }
 
 #endfor
+// A line of each eight for a group of threads, of which so many are stored together.
+fn apart(group: u32, together: u32) -> u32 {
+    return group / 8u * 8u + group % together * (8u / together) + group % 8u / together;
+}
+
 // Where a quad lies of the fragments that the subgroups leave, one a patch: a line of the block and an entry of it, as of the first
 // fragment of every patch.
 fn place(first_patch: u32, quad: u32) -> vec2u {
@@ -92,14 +101,16 @@ fn main(
     let prologue_depth = params.rank;
     let main_scale = 1.0;
     let prologue_scale = params.prologue_scale;
-    let lhs_at = thread / LHS_ACROSS * LHS_PITCH + thread % LHS_ACROSS;
+    let lhs_line = apart(thread / LHS_ACROSS, LHS_TOGETHER);
+    let lhs_at = lhs_line * LHS_PITCH + thread % LHS_ACROSS;
     let lhs_entry = thread % LHS_ACROSS * 4u;
 #for i in {{ lhs_items }}
-    let lhs_line_{{ i }} = thread / LHS_ACROSS + {{ i }}u * LHS_AT_ONCE;
+    let lhs_line_{{ i }} = lhs_line + {{ i }}u * LHS_AT_ONCE;
 #endfor
-    let rhs_at = thread / RHS_ACROSS * RHS_PITCH + thread % RHS_ACROSS;
+    let rhs_line = apart(thread / RHS_ACROSS, RHS_TOGETHER);
+    let rhs_at = rhs_line * RHS_PITCH + thread % RHS_ACROSS;
 #for i in {{ rhs_items }}
-    let rhs_line_{{ i }} = thread / RHS_ACROSS + {{ i }}u / RHS_PASSES * RHS_AT_ONCE;
+    let rhs_line_{{ i }} = rhs_line + {{ i }}u / RHS_PASSES * RHS_AT_ONCE;
     let rhs_entry_{{ i }} = (thread % RHS_ACROSS + {{ i }}u % RHS_PASSES * RHS_ACROSS) * 4u;
 #endfor
     for (var first_patch = 0u; first_patch < PATCHES; first_patch += subgroups) {

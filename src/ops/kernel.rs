@@ -170,15 +170,13 @@ impl Shader {
                 flags.extend((elements.rhs == Element::F16).then_some("main_rhs_f16"));
                 match cut {
                     Cut::Registers(tile) => {
-                        // The largest tiles fill the 16 KiB that every device has, and go without.
-                        let staged = block_k * (block_m + block_n) / 4;
-                        let padding = u32::from((staged + 2 * block_k) * 16 <= 16_384);
                         values.extend([
                             ("tile_m", tile.tile_m().to_string()),
                             ("tile_n", tile.tile_n().to_string()),
                             ("quads_m", list(tile.quads_m)),
                             ("quads_n", list(tile.quads_n)),
-                            ("padding", padding.to_string()),
+                            ("lhs_banks", tile.tile_m().min(8).to_string()),
+                            ("rhs_banks", tile.tile_n().min(8).to_string()),
                             ("lhs_lines", block_m.to_string()),
                             ("rhs_lines", block_n.to_string()),
                             ("lhs_items", list(tile.items(block_m, lhs_rows))),
@@ -211,6 +209,11 @@ impl Shader {
                             ("steps", list(tile.turn() / tile.size)),
                             ("lhs_items", list(tile.items()[0])),
                             ("rhs_items", list(tile.items()[1])),
+                            ("lhs_together", tile.together(block_k).to_string()),
+                            (
+                                "rhs_together",
+                                tile.together(if rhs_rows { block_k } else { block_n }).to_string(),
+                            ),
                             ("store_items", list(tile.store_items())),
                             ("fragments_m", list(tile.patch_m / tile.size)),
                             ("fragments_n", list(tile.patch_n / tile.size)),

@@ -267,6 +267,13 @@ impl MatrixTile {
         [self.block_m, self.block_n].map(|lines| lines * self.block_k / 4 / self.threads())
     }
 
+    /// Lines of so many entries of which sixteen threads stage quads at once, so that they are to be in banks of their own: a power of two
+    /// that divides eight. One where the workgroup does not stage eight lines at once, or a whole line takes sixteen threads.
+    pub(super) fn together(self, length: u32) -> u32 {
+        let across = 1 << (length / 4).trailing_zeros();
+        if (self.threads() / across).is_multiple_of(8) { (16 / across).max(1) } else { 1 }
+    }
+
     /// Quads that a thread stores, at most, of a matrix of sums a patch.
     pub(super) fn store_items(self) -> u32 {
         (self.size * self.size / 4).div_ceil(self.lanes)
@@ -326,7 +333,25 @@ impl Cut {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
+
+    /// Sixteen threads store quads of 8 bytes at once where none of them is in the same of 32 banks as another one.
+    fn banks(tile: MatrixTile, across: u32, together: u32, pitch: u32) {
+        let line = |group: u32| group / 8 * 8 + group % together * (8 / together) + group % 8 / together;
+        let places = (0..16.min(tile.threads()))
+            .map(|thread| (line(thread / across) * pitch + thread % across) % 16)
+            .collect::<HashSet<_>>();
+        // Of fewer than eight lines at once there is no choice.
+        if (tile.threads() / across).is_multiple_of(8) {
+            assert_eq!(
+                places.len(),
+                16,
+                "{tile:?}: {across} threads along a line, {together} lines together"
+            );
+        }
+    }
 
     /// What the shader of matrices takes for granted where it stages an operand, in rows and in columns.
     #[test]
@@ -345,6 +370,13 @@ mod tests {
                 assert_eq!(tile.threads() % across, 0, "{tile:?}: {across} threads along a line");
                 let at_once = tile.threads() / across;
                 assert_eq!(lines % at_once, 0, "{tile:?}: {at_once} of {lines} lines at once");
+                let together = tile.together(length);
+                assert_eq!(8 % together, 0, "{tile:?}: of each eight lines {together} together");
+                assert!(
+                    together == 1 || at_once % 8 == 0,
+                    "{tile:?}: of {at_once} lines {together} together"
+                );
+                banks(tile, across, together, quads + 2);
                 assert_eq!(items, lines / at_once * (quads / across), "{tile:?}: quads of a thread");
             }
         }
