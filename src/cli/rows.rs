@@ -10,6 +10,7 @@ use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
 use crate::data::dataset::{self, Dataset, Row, Shuffle, Skipped, Strictness};
 use crate::data::renames::{self, UnusedRenames};
+use crate::data::source::{self, Folder};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
 use crate::error::{Error, Result};
@@ -55,7 +56,8 @@ impl Data {
                 millions(open.config.n_weights())
             );
         }
-        for note in [formatted(&rows), unasked(&rows), repeated(&rows)].into_iter().flatten() {
+        let notes = [formatted(&rows), unasked(&rows), repeated(&rows), unused_system(args, &rows)];
+        for note in folders(&args.dataset).into_iter().chain(notes.into_iter().flatten()) {
             note!("{note}");
         }
         let shuffle = shuffle(args);
@@ -69,8 +71,12 @@ impl Data {
             let val = load(args, &args.val_dataset, demo::held_out)?;
             renames::check_used(&[&unused, &val.unused])?;
             skipped.extend(val.skipped);
+            folders(&args.val_dataset).iter().for_each(|note| note!("{note}"));
             (rows, val.rows)
         };
+        if let Some(note) = learned_from(&train, &val) {
+            note!("{note}");
+        }
         let unheld = val.is_empty().then(|| none_held_out(args.dataset_test_ratio, n_rows)).flatten();
         let (n_train, n_malformed) = (train.len(), skipped.len());
         let mut tokenize = |rows: &[Row]| -> Result<Vec<TokenizedPair>> {
@@ -183,6 +189,43 @@ fn unasked(rows: &[Row]) -> Option<String> {
         counted(rows.iter().filter(is_empty).count(), "row"),
         first.location
     ))
+}
+
+/// Says that the run's system prompt is used nowhere, where every row has its own.
+fn unused_system(args: &TrainArgs, rows: &[Row]) -> Option<String> {
+    let is_unused = args.system.is_some() && rows.iter().all(|row| row.system.is_some());
+    is_unused.then(|| "note: --system goes before no row, as each has a system prompt of its own".to_owned())
+}
+
+/// Says which files of the folders among these data sets are read, where more lies there than one file.
+fn folders(specs: &[String]) -> Vec<String> {
+    let told = |spec: &String| {
+        let Folder { path, files, has_folders } = source::folder(spec)?;
+        let names = files.iter().filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned()));
+        let names: Vec<_> = names.collect();
+        let inner = if has_folders { ", and nothing of the folders in it" } else { "" };
+        (names.len() > 1 || has_folders)
+            .then(|| format!("note: rows of {} come from {}{inner}", path.display(), names.join(", ")))
+    };
+    specs.iter().filter_map(told).collect()
+}
+
+/// Says that rows to evaluate on are learned from as well, wherever either stands.
+fn learned_from(train: &[Row], val: &[Row]) -> Option<String> {
+    let says = |row: &Row| {
+        let Row { query, response, rejected_response, system, history, location: _ } = row.clone();
+        (query, response, rejected_response, system, history)
+    };
+    let learned: HashSet<_> = train.iter().map(says).collect();
+    let n_both = val.iter().filter(|row| learned.contains(&says(row))).count();
+    (n_both > 0).then(|| {
+        let are = if n_both == 1 { "is" } else { "are" };
+        format!(
+            "note: of {} to evaluate on {} {are} trained on as well",
+            counted(val.len(), "row"),
+            thousands(n_both)
+        )
+    })
 }
 
 /// Says that rows are taken more than once, as more were asked for than a data set has.
@@ -358,6 +401,23 @@ mod tests {
         assert_eq!(repeated(&rows), None, "rows of other lines");
         let note = repeated(&[row(1, "q", "c"), row(2, "q", "c"), row(1, "q", "c")]).unwrap();
         assert!(note.starts_with("note: the 3 rows are 2 different ones"), "{note}");
+    }
+
+    #[test]
+    fn what_is_evaluated_and_trained_on_is_told_of() {
+        let (train, other) = ([row(1, "q", "c"), row(2, "q", "d")], row(7, "q", "e"));
+        assert_eq!(learned_from(&train, std::slice::from_ref(&other)), None);
+        let note = learned_from(&train, &[other, row(8, "q", "d")]).unwrap();
+        assert_eq!(note, "note: of 2 rows to evaluate on 1 is trained on as well");
+    }
+
+    #[test]
+    fn a_system_prompt_that_goes_before_no_row_is_told_of() {
+        let args = TrainArgs { system: Some("s".to_owned()), ..TrainArgs::default() };
+        let own = Row { system: Some("t".to_owned()), ..row(1, "q", "c") };
+        assert_eq!(unused_system(&args, &[own.clone(), row(2, "q", "c")]), None);
+        assert_eq!(unused_system(&TrainArgs::default(), std::slice::from_ref(&own)), None);
+        assert!(unused_system(&args, &[own]).is_some());
     }
 
     #[test]

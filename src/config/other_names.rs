@@ -99,7 +99,7 @@ pub const NOT_HERE: &[(&str, &[&str])] = &[
         &["hub_model_id", "hub_token", "push_to_hub", "trust_remote_code", "use_hf"],
     ),
     (
-        "it needs none, so leave it out",
+        "this program needs no such setting, so leave it out",
         &[
             "bnb_4bit_compute_dtype",
             "bnb_4bit_quant_type",
@@ -110,7 +110,6 @@ pub const NOT_HERE: &[(&str, &[&str])] = &[
             "do_train",
             "disable_dropout",
             "infer_backend",
-            "load_best_model_at_end",
             "logging_dir",
             "logging_first_step",
             "num_proc",
@@ -123,6 +122,10 @@ pub const NOT_HERE: &[(&str, &[&str])] = &[
             "stream",
             "streaming",
         ],
+    ),
+    (
+        "a run ends with its last step; a large --save_total_limit keeps all checkpoints, to choose one by eval_loss in logging.jsonl",
+        &["early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"],
     ),
     ("a checkpoint is a PEFT adapter, which PEFT merges (see the README)", &["merge_adapter", "merge_lora"]),
 ];

@@ -207,12 +207,19 @@ fn collect(
         unused.see(&value);
         match row::parse(value, columns, location.clone()) {
             Ok(row) => dataset.rows.push(row),
-            Err(reason) => strict.reject(&mut dataset.skipped, location.clone(), reason).map_err(
-                |error| match advice(&[&location], columns) {
-                    Some(advice) => error.with_hint(advice),
-                    None => error,
-                },
-            )?,
+            Err(reason) => {
+                strict.reject(&mut dataset.skipped, location.clone(), reason).map_err(|error| {
+                    // Where others can be used it is no matter of the columns.
+                    if !dataset.rows.is_empty() {
+                        return error
+                            .with_hint("without --strict true such rows are left out, and all are listed");
+                    }
+                    match advice(&[&location], columns) {
+                        Some(advice) => error.with_hint(advice),
+                        None => error,
+                    }
+                })?;
+            }
         }
         Ok(())
     })
@@ -394,11 +401,19 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.jsonl");
         let row = r#"{"question": "q", "chosen": "c", "rejected": "r"}"#;
-        std::fs::write(&path, format!("{GOOD}\n{row}\nnot JSON\n")).unwrap();
-        let error = load(&[path.display().to_string()], &none(), Strictness::Strict, 1).unwrap_err();
+        let load = |text: String| {
+            std::fs::write(&path, text).unwrap();
+            load(&[path.display().to_string()], &none(), Strictness::Strict, 1).unwrap_err()
+        };
+        let error = load(format!("{row}\nnot JSON\n"));
+        assert!(matches!(error, Error::Row { line: 1, .. }), "{error:?}");
+        assert_eq!(error.hint().unwrap(), r#"--columns '{"question":"prompt"}' reads these rows"#);
+        let error = load(format!("{GOOD}\n{row}\nnot JSON\n"));
         assert!(matches!(error, Error::Row { line: 2, .. }), "{error:?}");
-        let hint = error.hint().unwrap();
-        assert_eq!(hint, r#"--columns '{"question":"prompt"}' reads these rows"#);
+        assert!(
+            error.hint().unwrap().starts_with("without --strict true"),
+            "its columns are not those of all"
+        );
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What a data set may be named, and the files that it then is.
 
+use std::fs::DirEntry;
 use std::path::{Path, PathBuf};
 
 use super::spelling::meant;
@@ -108,6 +109,26 @@ fn resolve_one(spec: &str, base: &Path) -> Result<std::result::Result<Source, Mi
     Ok(Ok(Source { path, files, sample }))
 }
 
+/// A folder that is a data set.
+pub(crate) struct Folder {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// Its data files, sorted by name.
+    pub(crate) files: Vec<PathBuf>,
+    /// Whether there are folders in it, which are not looked into.
+    pub(crate) has_folders: bool,
+}
+
+/// The folder that a spec names, if it is one that can be read.
+pub(crate) fn folder(spec: &str) -> Option<Folder> {
+    let Source { path, files, .. } = resolve_one(spec, Path::new("")).ok()?.ok()?;
+    let inside = path.read_dir().ok()?.flatten();
+    let is_folder =
+        |entry: &DirEntry| entry.path().is_dir() && !entry.file_name().to_string_lossy().starts_with('.');
+    let has_folders = inside.into_iter().any(|entry| is_folder(&entry));
+    Some(Folder { path, files, has_folders })
+}
+
 /// The spec with the path of what it is on disk in full.
 pub(crate) fn in_full(spec: &str) -> String {
     let full = |name: &str| {
@@ -169,12 +190,9 @@ fn not_found(name: &str, base: &Path) -> (String, String) {
         })
         .chain(REGISTRY.iter().map(|known| known.name.to_owned()))
         .collect();
-    let names: Vec<_> = REGISTRY.iter().map(|known| known.name).collect();
     let hint = match meant(name, nearby.iter().map(String::as_str)) {
         Some(other) => format!("did you mean `{other}`?"),
-        None => {
-            format!("pass a .jsonl or .json file, a folder of them, or a known name: {}", names.join(", "))
-        }
+        None => "pass a .jsonl or .json file, a folder of them, or `demo` for the demo's rows".to_owned(),
     };
     match name.split('/').collect::<Vec<_>>()[..] {
         [owner, repository] if !here.is_dir() && !owner.is_empty() && !repository.contains('.') => (
@@ -239,6 +257,14 @@ mod tests {
         write(base.join("odd#3"), "").unwrap();
         assert_eq!(files(base, "one.jsonl"), ["one.jsonl"]);
         assert_eq!(files(base, "folder"), ["folder/a.json", "folder/b.jsonl"]);
+        let told = |spec: &str| folder(base.join(spec).to_str().unwrap());
+        assert!(!told("folder").unwrap().has_folders);
+        create_dir(base.join("folder/.git")).unwrap();
+        assert!(!told("folder#3").unwrap().has_folders, "a hidden one is none of the user's");
+        create_dir(base.join("folder/more")).unwrap();
+        let Folder { files: read, has_folders, .. } = told("folder").unwrap();
+        assert!(has_folders && read == [base.join("folder/a.json"), base.join("folder/b.jsonl")]);
+        assert!(told("one.jsonl").is_none());
         assert_eq!(files(base, "odd#3"), ["odd#3"], "a file of that very name is no sample");
         let sampled = resolve(&specs(&["one.jsonl#20", "folder/#5", "one.jsonl"]), base).unwrap();
         assert_eq!(sampled.iter().map(|source| source.sample).collect::<Vec<_>>(), [Some(20), Some(5), None]);
@@ -265,11 +291,7 @@ mod tests {
             ("pears.jsonl", "no such file, folder or known name", "did you mean `pairs.jsonl`?"),
             ("pears.jsonl#9", "no such file, folder or known name", "did you mean `pairs.jsonl`?"),
             ("shareai-llama3-dpo-zh-emoji", "no such file", "did you mean `shareai-llama3-dpo-zh-en-emoji`?"),
-            (
-                "zzz",
-                "no such file",
-                "pass a .jsonl or .json file, a folder of them, or a known name: shareai-",
-            ),
+            ("zzz", "no such file", "pass a .jsonl or .json file, a folder of them, or `demo`"),
             ("", "no such file", "pass a .jsonl"),
             (
                 REGISTRY[0].name,

@@ -394,7 +394,10 @@ impl<B: Backend> TrainerState<B> {
         let differing: Vec<String> = expected
             .iter()
             .filter(|(name, value)| state[*name] != *value)
-            .map(|(name, value)| format!("{name} was {} and is {value}", state[*name]))
+            .map(|(name, value)| {
+                let name = if *name == "n_rows" { "the number of rows" } else { name };
+                format!("{name} was {} and is {value}", state[name])
+            })
             .collect();
         // Checkpoints from before there was one have none.
         let are_others = state["rows"].as_str().is_some_and(|there| there != format!("{rows:016x}"));
