@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     quiet_mesa();
+    keep_freed_memory();
     orpo_wgpu::cli::main(std::env::args_os())
 }
 
@@ -18,5 +19,17 @@ fn quiet_mesa() {
         unsafe {
             std::env::set_var(LAYER_OFF, "1");
         }
+    }
+}
+
+/// Lets glibc use the memory of a tensor again that was freed. It would give each of more than 32 MiB pages of its own, of which the kernel
+/// clears every one when it is first touched.
+fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[expect(unsafe_code, reason = "the C library's allocator is told through a function of it")]
+    // SAFETY: these are settings, of which those that it does not take change nothing.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 28);
     }
 }
