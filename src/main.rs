@@ -23,13 +23,15 @@ fn quiet_mesa() {
 }
 
 /// Lets glibc use the memory of a tensor again that was freed. It would give each of more than 32 MiB pages of its own, of which the kernel
-/// clears every one when it is first touched.
+/// clears every one when it is first touched. Before 2.35 it takes no threshold above these 32 MiB, and stays as it is.
 fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     #[expect(unsafe_code, reason = "the C library's allocator is told through a function of it")]
-    // SAFETY: these are settings, of which those that it does not take change nothing.
+    // SAFETY: these are settings, and one that is not taken changes nothing.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 28);
+        // The second alone would hold the first where it starts, at 128 KiB.
+        if libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 20) == 1 {
+            libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 20);
+        }
     }
 }
