@@ -395,8 +395,8 @@ impl<B: Backend> TrainerState<B> {
             .iter()
             .filter(|(name, value)| state[*name] != *value)
             .map(|(name, value)| {
-                let name = if *name == "n_rows" { "the number of rows" } else { name };
-                format!("{name} was {} and is {value}", state[name])
+                let called = if *name == "n_rows" { "the number of rows" } else { name };
+                format!("{called} was {} and is {value}", state[*name])
             })
             .collect();
         // Checkpoints from before there was one have none.

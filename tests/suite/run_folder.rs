@@ -252,6 +252,12 @@ fn a_run_goes_on_with_its_own_rows_alone() {
     let output = resume("out/checkpoint-1");
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains("belongs to another run: its rows were others"), "{}", stderr(&output));
+    let n_rows = lines.len();
+    fs::write(workplace.path("pairs.jsonl"), lines[1..].join("\n")).unwrap();
+    let message = stderr(&resume("out/checkpoint-1"));
+    let differs = format!("the number of rows was {n_rows} and is {}", n_rows - 1);
+    assert!(message.contains(&differs), "{message}");
+    fs::write(workplace.path("pairs.jsonl"), lines.join("\n")).unwrap();
     // What an earlier version wrote says nothing of its rows.
     let state = workplace.path("out/checkpoint-1/trainer_state.json");
     let mut older: Value = serde_json::from_str(&fs::read_to_string(&state).unwrap()).unwrap();
