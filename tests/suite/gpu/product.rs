@@ -101,7 +101,7 @@ fn product(shader: Shader, [m, n, depth, rank]: [usize; 4], device: &WgpuDevice)
 fn extents(cut: Cut, turn: usize) -> [[[usize; 4]; 2]; 2] {
     let [m, n, _] = cut.block().map(|n| n as usize);
     let [more_m, depth] = [[3, 37], [4, 44]][turn % 2];
-    [[[m + 4, n + 4, 44, 0], [m + 4, n + 4, 64, 40]], [0, 5].map(|rank| [m + more_m, n - 3, depth, rank])]
+    [[[m + 4, n + 4, 44, 0], [m + 4, n + 4, 64, 40]], [0, 37].map(|rank| [m + more_m, n - 3, depth, rank])]
 }
 
 /// A launch takes the variants that suit its device, so that a software adapter would never see those meant for GPUs.
