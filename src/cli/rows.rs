@@ -20,6 +20,8 @@ use crate::words::{counted, first_of, thousands};
 
 /// How many of the rows that are left out standard error names.
 const SHOWN_ROWS: usize = 5;
+/// How many of a folder's files it names.
+const SHOWN_FILES: usize = 10;
 /// The file in a run's folder that lists all of them.
 const LEFT_OUT_FILE: &str = "left_out.txt";
 
@@ -56,10 +58,7 @@ impl Data {
                 millions(open.config.n_weights())
             );
         }
-        let notes = [formatted(&rows), unasked(&rows), repeated(&rows), unused_system(args, &rows)];
-        for note in folders(&args.dataset).into_iter().chain(notes.into_iter().flatten()) {
-            note!("{note}");
-        }
+        tell(&args.dataset, &rows);
         let shuffle = shuffle(args);
         let (n_rows, mut n_copies) = (rows.len(), 0);
         let (train, val) = if args.val_dataset.is_empty() {
@@ -71,10 +70,13 @@ impl Data {
             let val = load(args, &args.val_dataset, demo::held_out)?;
             renames::check_used(&[&unused, &val.unused])?;
             skipped.extend(val.skipped);
-            folders(&args.val_dataset).iter().for_each(|note| note!("{note}"));
+            tell(&args.val_dataset, &val.rows);
+            if let Some(note) = learned_from(&rows, &val.rows) {
+                note!("{note}");
+            }
             (rows, val.rows)
         };
-        if let Some(note) = learned_from(&train, &val) {
+        if let Some(note) = unused_system(args, train.iter().chain(&val)) {
             note!("{note}");
         }
         let unheld = val.is_empty().then(|| none_held_out(args.dataset_test_ratio, n_rows)).flatten();
@@ -185,39 +187,49 @@ fn unasked(rows: &[Row]) -> Option<String> {
     let is_empty = |row: &&Row| row.query.trim().is_empty();
     let first = rows.iter().find(is_empty)?;
     Some(format!(
-        "note: the query is empty in {}, the first at {}: they are trained on all the same",
+        "note: the query is empty in {}, the first at {}",
         counted(rows.iter().filter(is_empty).count(), "row"),
         first.location
     ))
 }
 
+/// Says on standard error what is odd about the rows of some data sets.
+fn tell(specs: &[String], rows: &[Row]) {
+    let notes = [formatted(rows), unasked(rows), repeated(rows)];
+    folders(specs).into_iter().chain(notes.into_iter().flatten()).for_each(|note| note!("{note}"));
+}
+
 /// Says that the run's system prompt is used nowhere, where every row has its own.
-fn unused_system(args: &TrainArgs, rows: &[Row]) -> Option<String> {
-    let is_unused = args.system.is_some() && rows.iter().all(|row| row.system.is_some());
+fn unused_system<'a>(args: &TrainArgs, mut rows: impl Iterator<Item = &'a Row>) -> Option<String> {
+    let is_unused = args.system.is_some() && rows.all(|row| row.system.is_some());
     is_unused.then(|| "note: --system goes before no row, as each has a system prompt of its own".to_owned())
 }
 
-/// Says which files of the folders among these data sets are read, where more lies there than one file.
+/// Says which files of the folders among these data sets are read, where these are several or there are folders beside them.
 fn folders(specs: &[String]) -> Vec<String> {
+    if is_demo_set(specs) {
+        return Vec::new();
+    }
     let told = |spec: &String| {
         let Folder { path, files, has_folders } = source::folder(spec)?;
         let names = files.iter().filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned()));
         let names: Vec<_> = names.collect();
         let inner = if has_folders { ", and nothing of the folders in it" } else { "" };
-        (names.len() > 1 || has_folders)
-            .then(|| format!("note: rows of {} come from {}{inner}", path.display(), names.join(", ")))
+        (names.len() > 1 || has_folders).then(|| {
+            format!(
+                "note: of {} these are read: {}{inner}",
+                path.display(),
+                first_of(&names, SHOWN_FILES).join(", ")
+            )
+        })
     };
     specs.iter().filter_map(told).collect()
 }
 
 /// Says that rows to evaluate on are learned from as well, wherever either stands.
 fn learned_from(train: &[Row], val: &[Row]) -> Option<String> {
-    let says = |row: &Row| {
-        let Row { query, response, rejected_response, system, history, location: _ } = row.clone();
-        (query, response, rejected_response, system, history)
-    };
-    let learned: HashSet<_> = train.iter().map(says).collect();
-    let n_both = val.iter().filter(|row| learned.contains(&says(row))).count();
+    let learned: HashSet<_> = train.iter().map(Row::content).collect();
+    let n_both = val.iter().filter(|row| learned.contains(&row.content())).count();
     (n_both > 0).then(|| {
         let are = if n_both == 1 { "is" } else { "are" };
         format!(
@@ -228,12 +240,12 @@ fn learned_from(train: &[Row], val: &[Row]) -> Option<String> {
     })
 }
 
-/// Says that rows are taken more than once, as more were asked for than a data set has.
+/// Says that rows are taken more than once: a sample has more than its data set, or two data sets have a file in common.
 fn repeated(rows: &[Row]) -> Option<String> {
     let places: HashSet<_> = rows.iter().map(|row| &row.location).collect();
     (places.len() < rows.len()).then(|| {
         format!(
-            "note: the {} are {} different ones, as `#` asks for more than a data set has",
+            "note: the {} are {} different ones: a data set has fewer than `#` asks for, or is named twice",
             counted(rows.len(), "row"),
             thousands(places.len())
         )
@@ -394,10 +406,7 @@ mod tests {
         let rows = [row(1, "q", "c"), row(2, " \n", "c"), row(3, "", "c")];
         assert_eq!(unasked(&rows[..1]), None);
         let note = unasked(&rows).unwrap();
-        assert!(
-            note.starts_with("note: the query is empty in 2 rows, the first at pairs.jsonl:2:"),
-            "{note}"
-        );
+        assert_eq!(note, "note: the query is empty in 2 rows, the first at pairs.jsonl:2");
         assert_eq!(repeated(&rows), None, "rows of other lines");
         let note = repeated(&[row(1, "q", "c"), row(2, "q", "c"), row(1, "q", "c")]).unwrap();
         assert!(note.starts_with("note: the 3 rows are 2 different ones"), "{note}");
@@ -415,9 +424,9 @@ mod tests {
     fn a_system_prompt_that_goes_before_no_row_is_told_of() {
         let args = TrainArgs { system: Some("s".to_owned()), ..TrainArgs::default() };
         let own = Row { system: Some("t".to_owned()), ..row(1, "q", "c") };
-        assert_eq!(unused_system(&args, &[own.clone(), row(2, "q", "c")]), None);
-        assert_eq!(unused_system(&TrainArgs::default(), std::slice::from_ref(&own)), None);
-        assert!(unused_system(&args, &[own]).is_some());
+        assert_eq!(unused_system(&args, [&own, &row(2, "q", "c")].into_iter()), None);
+        assert_eq!(unused_system(&TrainArgs::default(), std::iter::once(&own)), None);
+        assert!(unused_system(&args, std::iter::once(&own)).is_some());
     }
 
     #[test]

@@ -73,6 +73,17 @@ pub struct Row {
     pub location: Location,
 }
 
+/// Query, both answers, system prompt and earlier turns of a row.
+pub type Content<'a> = (&'a str, [&'a str; 2], Option<&'a str>, &'a [(String, String)]);
+
+impl Row {
+    /// What it says, wherever it stands.
+    pub fn content(&self) -> Content<'_> {
+        let Self { query, response, rejected_response, system, history, location: _ } = self;
+        (query, [response, rejected_response], system.as_deref(), history)
+    }
+}
+
 /// A row that was left out, shown as `file.jsonl:7: reason`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skipped {
@@ -203,14 +214,15 @@ fn collect(
     dataset: &mut Dataset,
     unused: &mut UnusedRenames,
 ) -> Result<()> {
+    let n_before = dataset.rows.len();
     json::each_value(text, path, |location, value| {
         unused.see(&value);
         match row::parse(value, columns, location.clone()) {
             Ok(row) => dataset.rows.push(row),
             Err(reason) => {
                 strict.reject(&mut dataset.skipped, location.clone(), reason).map_err(|error| {
-                    // Where others can be used it is no matter of the columns.
-                    if !dataset.rows.is_empty() {
+                    // Where others of the file can be used it is no matter of the columns.
+                    if dataset.rows.len() > n_before {
                         return error
                             .with_hint("without --strict true such rows are left out, and all are listed");
                     }
@@ -286,7 +298,7 @@ pub fn summarize(skipped: &[Skipped]) -> String {
 /// Splits rows into those to train on and those to validate with: `(train, validation)`.
 ///
 /// `floor(rows · test_ratio)` rows validate: a seeded draw, or the last rows when shuffling is off. Both parts keep
-/// the order of `rows`. A row that stands in `rows` more than once is never in both parts: copies of a validation row
+/// the order of `rows`. A row that stands in `rows` more than once, by what it says, is never in both parts: copies of a validation row
 /// are taken out of the training part.
 ///
 /// # Panics
@@ -307,8 +319,8 @@ pub fn split(rows: Vec<Row>, test_ratio: f64, shuffle: Shuffle) -> (Vec<Row>, Ve
     for (i, row) in rows.into_iter().enumerate() {
         if val_idx.contains(&i) { val.push(row) } else { train.push(row) }
     }
-    let held_out: HashSet<&Location> = val.iter().map(|row| &row.location).collect();
-    train.retain(|row| !held_out.contains(&row.location));
+    let held_out: HashSet<_> = val.iter().map(Row::content).collect();
+    train.retain(|row| !held_out.contains(&row.content()));
     (train, val)
 }
 
@@ -546,11 +558,15 @@ mod tests {
         assert!(!train.is_empty(), "something must be left to train on");
         let (train, val) = (queries(&train), queries(&val));
         assert!(train.iter().all(|query| !val.contains(query)), "{train:?} {val:?}");
+        let elsewhere = Row { location: Location::new(Path::new("other.jsonl"), 1), ..rows(2).remove(1) };
+        let (train, val) = split([rows(2), vec![elsewhere]].concat(), 0.4, Shuffle::Off);
+        assert_eq!((queries(&train), queries(&val)), (vec![0], vec![1]), "of another file");
     }
 
     #[test]
     fn rows_of_one_line_are_rows_of_their_own() {
-        let text = format!("[{}]", [GOOD; 10].join(", "));
+        let row = |i: u32| GOOD.replace("\"q\"", &format!("\"{i}\""));
+        let text = format!("[{}]", (0..10).map(row).collect::<Vec<_>>().join(", "));
         let rows = parse(&text, Strictness::Strict).unwrap().rows;
         assert_eq!(rows[1].location.to_string(), format!("rows.jsonl:1:{}", GOOD.len() + 4));
         let (train, val) = split(rows, 0.2, Shuffle::Seeded(1));
