@@ -20,7 +20,7 @@ use crate::device::{self, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::infer::chat::{self, Chat, Manner};
 use crate::infer::generate::GenerationConfig;
-use crate::infer::prompts::{answer_prompts, answerable, check_result_file};
+use crate::infer::prompts::{answer_prompts, answerable, check_result_file, unanswered};
 use crate::infer::sample::SamplingConfig;
 use crate::infer::talk::{self, Piped, Prompted};
 use crate::lora;
@@ -28,6 +28,7 @@ use crate::ops::Kernels;
 use crate::shell::quoted;
 use crate::train::checkpoints::newest_checkpoint;
 use crate::train::run_folder::ARGS_FILE;
+use crate::words::counted;
 
 /// What `orpo-wgpu infer` is told.
 #[derive(Debug, clap::Args)]
@@ -46,6 +47,9 @@ pub struct InferArgs {
     /// Write the answers to --prompts here, as JSONL, into a new file
     #[arg(long, requires = "prompts", conflicts_with = "prompt")]
     result_file: Option<PathBuf>,
+    /// Go on with a --result_file that has some of the answers, by the same model and settings
+    #[arg(long, requires = "result_file")]
+    resume: bool,
     /// System prompt
     #[arg(long)]
     system: Option<String>,
@@ -136,10 +140,23 @@ pub fn run(args: &InferArgs) -> Result<()> {
     if args.prompt.as_ref().is_some_and(|prompt| prompt.trim().is_empty()) {
         return Err(Error::config("the prompt is empty").with_hint("without one, infer starts a chat"));
     }
+    let mut prompts = args.prompts.as_deref().map(read_prompts).transpose()?.unwrap_or_default();
     if let Some(path) = &args.result_file {
-        check_result_file(path)?;
+        if !args.resume {
+            check_result_file(path)?;
+        }
+        let n_prompts = prompts.len();
+        prompts = unanswered(path, prompts)?;
+        let n_answers = n_prompts - prompts.len();
+        if n_answers > 0 {
+            let has = format!(
+                "{} has {}, to which the others are added",
+                path.display(),
+                counted(n_answers, "answer")
+            );
+            note!("{}", noted("resume", &has));
+        }
     }
-    let prompts = args.prompts.as_deref().map(read_prompts).transpose()?.unwrap_or_default();
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {

@@ -1,6 +1,6 @@
 //! A file of prompts, answered one by one.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 
@@ -8,28 +8,64 @@ use serde_json::Value;
 
 use super::chat::{Chat, Manner, OUTPUT, ask_on_line, figures, note, unless_closed};
 use super::generate::StopReason;
+use crate::data::dataset::Location;
 use crate::data::prompts::Prompt;
 use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::words::counted;
 
-/// Checks that nothing is lost where results go.
+/// Whether a file is there that answers would be added to.
+fn holds_something(path: &Path) -> bool {
+    path.metadata().is_ok_and(|data| data.is_file() && data.len() > 0)
+}
+
+/// Checks that nothing is lost where results go, which is to be a new file.
 ///
 /// # Errors
 /// [`Error::File`] if there is a file of that name that holds something, as that of the prompts does.
 pub fn check_result_file(path: &Path) -> Result<()> {
-    match path.metadata() {
-        Ok(data) if data.is_file() && data.len() > 0 => {
-            let problem = "is there already, and what it holds would be lost";
-            Err(Error::file(path, problem).with_hint("name another --result_file"))
-        }
-        _ => Ok(()),
+    match holds_something(path) {
+        true => Err(Error::file(path, "is there already").with_hint(
+            "--resume goes on with the answers that an interrupted run left; else name another --result_file",
+        )),
+        false => Ok(()),
     }
 }
 
-fn create(path: &Path) -> Result<File> {
-    check_result_file(path)?;
-    File::create(path).map_err(Error::io("create", path))
+/// The prompts that a result file has no answer to, in their order, for it to be gone on with; of one that is missing, all.
+///
+/// # Errors
+/// [`Error::Row`] of its first line that is no answer to a prompt behind those before, so that nothing else is written into;
+/// [`Error::File`] if it has all answers, [`Error::Io`] if it cannot be read.
+pub fn unanswered(path: &Path, prompts: Vec<Result<Prompt>>) -> Result<Vec<Result<Prompt>>> {
+    if !holds_something(path) {
+        return Ok(prompts);
+    }
+    let answers = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let mut prompts = prompts.into_iter().peekable();
+    let mut unanswered = Vec::new();
+    for (i, line) in answers.lines().enumerate() {
+        let is_its = |prompt: &Result<Prompt>| prompt.as_ref().is_ok_and(|prompt| is_answer(line, prompt));
+        unanswered.extend(std::iter::from_fn(|| prompts.next_if(|prompt| !is_its(prompt))));
+        if prompts.next().is_none() {
+            let problem = "is no answer to the prompts given, in their order";
+            return Err(Location::new(path, i + 1).error(problem).with_hint(
+                "--resume goes on with the answers to the same prompts; a last line that was cut off has to be taken away",
+            ));
+        }
+    }
+    unanswered.extend(prompts);
+    match unanswered.iter().any(Result::is_ok) {
+        true => Ok(unanswered),
+        false => Err(Error::file(path, "has all answers already").with_hint("name another --result_file")),
+    }
+}
+
+/// Whether a line of a result file is what [`answer_prompts`] writes of this prompt.
+fn is_answer(line: &str, prompt: &Prompt) -> bool {
+    let written = serde_json::from_str::<Value>(line).ok();
+    let response = written.as_ref().and_then(|row| row["response"].as_str());
+    response.is_some_and(|response| result(prompt, response).to_string() == line)
 }
 
 /// Of the prompts those that the model can answer, in order. The others are told of, as are rows that are none.
@@ -77,14 +113,24 @@ fn begin<B: Kernels>(chat: &mut Chat<'_, B>, prompt: &Prompt, system: Option<&st
     chat.begin(prompt.system.clone().or_else(|| system.map(str::to_owned)), prompt.history.clone());
 }
 
+/// A file to add lines to.
+fn end_of(path: &Path) -> std::io::Result<File> {
+    let text = if holds_something(path) { std::fs::read(path)? } else { Vec::new() };
+    let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+    if text.last().is_some_and(|last| *last != b'\n') {
+        file.write_all(b"\n")?;
+    }
+    Ok(file)
+}
+
 /// Answers [`answerable`] prompts, each in a conversation of its own with the same draws, so that an answer depends on its prompt alone.
 ///
-/// Without `result_file` every prompt and its answer are written to `output` as they come. With it they go into that file, one JSON
+/// Without `result_file` every prompt and its answer are written to `output` as they come. With it they are added to that file, one JSON
 /// object a line: the row's columns (or `query`) and `response`; a response that the row already had is kept as `labels`, as ms-swift
-/// does. A run that ends early leaves the answers up to then. Rows without a system prompt of their own have the chat's.
+/// does. A run that ends early leaves the answers up to then, for [`unanswered`] to go on from. Rows without a system prompt of their own have the chat's.
 ///
 /// # Errors
-/// As [`check_result_file`]; as [`Chat::ask`]; [`Error::Io`] if the file or the output cannot be written. That nobody reads the output
+/// As [`Chat::ask`]; [`Error::Io`] if the file or the output cannot be written. That nobody reads the output
 /// any more is no error.
 pub fn answer_prompts<B: Kernels>(
     chat: &mut Chat<'_, B>,
@@ -96,7 +142,7 @@ pub fn answer_prompts<B: Kernels>(
 ) -> Result<()> {
     let system = chat.system().map(str::to_owned);
     let mut file = match result_file {
-        Some(path) => Some((path, create(path)?)),
+        Some(path) => Some((path, end_of(path).map_err(Error::io("write", path))?)),
         None => None,
     };
     let (mut n_cut, mut n_full) = (0, 0);
@@ -114,7 +160,9 @@ pub fn answer_prompts<B: Kernels>(
                 n_full += usize::from(generation.stop_reason == StopReason::ContextEnd);
                 let response =
                     chat.history().last().map(|(_, response)| response.as_str()).unwrap_or_default();
-                writeln!(file, "{}", result(prompt, response)).map_err(Error::io("write", *path))?;
+                // In one piece, so that a program that is ended leaves whole lines.
+                let line = format!("{}\n", result(prompt, response));
+                file.write_all(line.as_bytes()).map_err(Error::io("write", *path))?;
                 if manner.is_terminal || manner.verbose {
                     note(notes, &format!("{}/{}: {}\n", i + 1, prompts.len(), figures(&generation)));
                 }
@@ -124,14 +172,13 @@ pub fn answer_prompts<B: Kernels>(
     };
     unless_closed(prompts.iter().enumerate().try_for_each(&mut answer))?;
     if let Some(path) = result_file {
-        let are = if prompts.len() == 1 { "is" } else { "are" };
         let mut cut = String::new();
         for (n, by) in [(n_cut, "--max_new_tokens"), (n_full, "the model's context")] {
             if n > 0 {
                 cut += &format!(", {n} of them cut by {by}");
             }
         }
-        note(notes, &format!("{} {are} in {}{cut}\n", counted(prompts.len(), "answer"), path.display()));
+        note(notes, &format!("{} written to {}{cut}\n", counted(prompts.len(), "answer"), path.display()));
     }
     Ok(())
 }
@@ -169,19 +216,43 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_that_name_is_left_as_it_is() {
+    fn what_has_answers_is_gone_on_with_and_nothing_else_is() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("answers.jsonl");
-        for _ in 0..2 {
-            create(&path).unwrap();
+        let (rows, answers) = (folder.path().join("rows.jsonl"), folder.path().join("answers.jsonl"));
+        let text = r#"{"query": "a", "p": 0.1} {} {"query": "b"} {"query": "c"}"#;
+        std::fs::write(&rows, text.replace("} {", "}\n{")).unwrap();
+        let rest = || unanswered(&answers, read_prompts(&rows).unwrap());
+        check_result_file(&answers).unwrap();
+        assert_eq!(rest().unwrap().len(), 4, "there is no file");
+        let line = |i: usize, response: &str| {
+            format!("{}\n", result(read_prompts(&rows).unwrap()[i].as_ref().unwrap(), response))
+        };
+        let queries = |rest: Vec<Result<Prompt>>| -> Vec<_> {
+            rest.into_iter()
+                .map(|prompt| prompt.map_or_else(|_| "-".to_owned(), |prompt| prompt.query))
+                .collect()
+        };
+        for (text, left) in [
+            (line(0, "1") + &line(2, "2\n"), vec!["-", "c"]),
+            (line(2, "2") + line(3, "3").trim_end(), vec!["a", "-"]),
+        ] {
+            std::fs::write(&answers, &text).unwrap();
+            assert_eq!(queries(rest().unwrap()), left);
+            assert!(check_result_file(&answers).is_err(), "nobody asked for it to be gone on with");
+            end_of(&answers).unwrap();
+            assert_eq!(std::fs::read_to_string(&answers).unwrap(), text.trim_end().to_owned() + "\n");
         }
-        std::fs::write(&path, "{}").unwrap();
-        for error in [check_result_file(&path).unwrap_err(), create(&path).unwrap_err()] {
-            assert!(
-                error.to_string().contains("answers.jsonl: is there already, and what it holds"),
-                "{error}"
-            );
+        let refused = [
+            (line(2, "2") + &line(0, "1"), "answers.jsonl:2: is no answer to the prompts"),
+            (line(0, "1") + "{\"que", "answers.jsonl:2: is no answer"),
+            ("my notes\n".to_owned(), "answers.jsonl:1: is no answer"),
+            (line(0, "1") + &line(2, "2") + &line(3, "3"), "answers.jsonl: has all answers already"),
+        ];
+        for (text, says) in refused {
+            std::fs::write(&answers, &text).unwrap();
+            let error = rest().unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+            assert_eq!(std::fs::read_to_string(&answers).unwrap(), text);
         }
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{}");
     }
 }

@@ -243,7 +243,7 @@ fn prompts_of_a_file_are_answered_each_on_its_own() {
     answer_prompts(&mut chat, &prompts, Some(&results), &mut output, &mut notes, PIPE).unwrap();
     assert!(output.is_empty(), "everything is in the file");
     let notes_of_file = String::from_utf8(std::mem::take(&mut notes)).unwrap();
-    assert_eq!(notes_of_file, format!("3 answers are in {}\n", results.display()));
+    assert_eq!(notes_of_file, format!("3 answers written to {}\n", results.display()));
     let rows: Vec<Value> = std::fs::read_to_string(&results)
         .unwrap()
         .lines()
