@@ -53,7 +53,7 @@ impl Data {
                 millions(open.config.n_weights())
             );
         }
-        notes::tell(&args.dataset, &rows);
+        notes::tell(args, &args.dataset, &rows, &unused.columns);
         let shuffle = shuffle(args);
         let (n_rows, mut n_copies) = (rows.len(), 0);
         let (train, val) = if args.val_dataset.is_empty() {
@@ -65,7 +65,7 @@ impl Data {
             let val = load(args, &args.val_dataset, demo::held_out)?;
             renames::check_used(&[&unused, &val.unused])?;
             skipped.extend(val.skipped);
-            notes::tell(&args.val_dataset, &val.rows);
+            notes::tell(args, &args.val_dataset, &val.rows, &val.unused.columns);
             if let Some(note) = notes::learned_from(&rows, &val.rows) {
                 note!("{note}");
             }

@@ -6,6 +6,7 @@ use super::is_demo_set;
 use crate::config::TrainArgs;
 use crate::data::dataset::Row;
 use crate::data::source::{self, Folder};
+use crate::data::spelling::meant;
 use crate::words::{counted, first_of, thousands};
 
 /// What begins messages and ends answers in chat formats, Llama-3's and ChatML.
@@ -13,10 +14,28 @@ const CONTROL: [&str; 4] = ["<|start_header_id|>", "<|eot_id|>", "<|im_start|>",
 
 /// How many of a folder's files it names.
 const SHOWN_FILES: usize = 10;
-/// Says on standard error what is odd about the rows of some data sets.
-pub(super) fn tell(specs: &[String], rows: &[Row]) {
-    let notes = [formatted(rows), unasked(rows), repeated(rows)];
+
+/// Columns that rows can do without, so that nothing else tells of a name that is nearly theirs.
+const OPTIONAL: [&str; 2] = ["system", "history"];
+
+/// Says on standard error what is odd about the rows of some data sets, the first of which has these columns.
+pub(super) fn tell(args: &TrainArgs, specs: &[String], rows: &[Row], columns: &[String]) {
+    let notes = [misspelt(args, columns), formatted(rows), unasked(rows), repeated(rows)];
     folders(specs).into_iter().chain(notes.into_iter().flatten()).for_each(|note| note!("{note}"));
+}
+
+/// Says that a column is not read whose name is nearly that of one that would be.
+fn misspelt(args: &TrainArgs, columns: &[String]) -> Option<String> {
+    let renames = args.columns.iter().flatten();
+    let is_renamed = |column: &&str| renames.clone().any(|(theirs, _)| theirs == column);
+    let has =
+        |ours: &str| columns.iter().chain(renames.clone().map(|(_, given)| given)).any(|name| name == ours);
+    let unread = || columns.iter().map(String::as_str).filter(|column| !is_renamed(column));
+    let missing = OPTIONAL.into_iter().filter(|ours| !has(ours));
+    let (ours, theirs) = missing.filter_map(|ours| Some((ours, meant(ours, unread())?))).next()?;
+    Some(format!(
+        "note: the column `{theirs}` is not read; as `{ours}`, which --columns can rename it to, it would be"
+    ))
 }
 
 /// Says that rows' texts are in a chat format already: what is written there as text is not read as its control tokens.
@@ -144,6 +163,22 @@ mod tests {
             ),
             "{note}"
         );
+    }
+
+    #[test]
+    fn a_column_that_is_nearly_ours_is_told_of() {
+        let note = |columns: &[&str], renames: &[(&str, &str)]| {
+            let renames = renames.iter().map(|(theirs, ours)| ((*theirs).to_owned(), (*ours).to_owned()));
+            let args = TrainArgs { columns: Some(renames.collect()), ..TrainArgs::default() };
+            misspelt(&args, &columns.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        let says = note(&["query", "sytem"], &[("q", "query")]).unwrap();
+        assert!(says.starts_with("note: the column `sytem` is not read; as `system`"), "{says}");
+        assert!(note(&["system", "histry"], &[]).unwrap().contains("`histry`"));
+        assert_eq!(note(&["query", "system", "systems", "source"], &[]), None);
+        for renames in [("sytem", "system"), ("sytem", ""), ("persona", "system")] {
+            assert_eq!(note(&["query", "sytem", "persona"], &[renames]), None);
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::super::source::Columns;
 use super::{ALPACA, CONVERSATIONS, FORMS, Object, SWIFT, TRL, is_filled, parse, rename};
 use crate::data::dataset::Location;
+use crate::data::spelling::meant;
 use crate::shell::{pasted, quoted, unused_beside};
 
 /// What data sets call the question, ours among them, the likeliest first.
@@ -151,6 +152,11 @@ fn first<'a>(object: &Object, columns: &[&'a str]) -> Option<&'a str> {
     columns.iter().copied().find(|column| object.contains_key(*column))
 }
 
+/// The column of the row that seems to be this one of ours, misspelt.
+fn misspelt<'a>(object: &'a Object, ours: &str) -> Option<&'a str> {
+    meant(ours, object.keys().map(String::as_str))
+}
+
 /// `--columns` with which the row can be read, where names alone are missing.
 fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> Option<String> {
     // What such a row lacks is no name: others would leave some of it out.
@@ -168,7 +174,7 @@ fn names(value: &Value, object: &Object, renames: &BTreeMap<String, String>) -> 
         let mut more = Vec::new();
         for (ours, theirs) in roles {
             if !object.contains_key(ours) {
-                more.push((first(object, theirs)?, ours));
+                more.push((first(object, theirs).or_else(|| misspelt(object, ours))?, ours));
             }
         }
         let has_new = !more.is_empty();
@@ -261,6 +267,7 @@ mod tests {
                 &[("q", "query"), ("sys", "system")],
                 r#"{"bad":"rejected_response","good":"response","q":"query","sys":"system"}"#,
             ),
+            (json!({"prompt": "q", "choosen": "c", "rejected": "r"}), &[], r#"{"choosen":"chosen"}"#),
             (
                 json!({"question": "q", "chosen": "c", "rejected": "r"}),
                 &[("questoin", "prompt")],
