@@ -16,6 +16,7 @@ ROWS = 32
 SHORTEST, LONGEST = 50, 300
 RANK, ALPHA = 8, 32
 LONGEST_WORD = 8
+INDEX = "model.safetensors.index.json"
 LLAMA3 = {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
 
 
@@ -50,7 +51,10 @@ def linears(shape: dict) -> dict[str, tuple[int, int]]:
 
 
 def make(folder: Path, shape_name: str, tokenizer: Path | None, max_length: int | None) -> None:
-    """Writes folder/model, folder/adapter to start from, folder/pairs.jsonl and how many tokens each pair has."""
+    """Writes folder/model, folder/adapter to start from, folder/pairs.jsonl and how many tokens each pair has.
+
+    A model of that shape that is there already stays: other lengths take other pairs alone.
+    """
     model_folder, shape = folder / "model", shape_of(shape_name)
     model_folder.mkdir(parents=True, exist_ok=True)
     if tokenizer:
@@ -59,12 +63,18 @@ def make(folder: Path, shape_name: str, tokenizer: Path | None, max_length: int 
     else:
         write_tokenizer(model_folder)
     loaded = load_tokenizer(model_folder)
-    write_json(model_folder / "config.json", shape | {
+    config = shape | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16",
         "tie_word_embeddings": False, "attention_bias": False, "bos_token_id": loaded.bos_token_id,
         "eos_token_id": loaded.eos_token_id,
-    })  # fmt: skip
-    write_weights(model_folder, shape)
+    }  # fmt: skip
+    path = model_folder / "config.json"
+    # The index is written when all weights are.
+    has_weights = (model_folder / INDEX).exists() and json.loads(path.read_text()) == config
+    if not has_weights:
+        (model_folder / INDEX).unlink(missing_ok=True)
+        write_json(path, config)
+        write_weights(model_folder, shape)
     write_adapter(folder / "adapter", shape)
 
     rows = make_rows(loaded, max_length)
@@ -93,7 +103,7 @@ def write_weights(folder: Path, shape: dict) -> None:
         weight_map |= dict.fromkeys(tensors, file)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / INDEX, index)
 
 
 def weight_shapes(shape: dict) -> Iterator[dict[str, tuple[int, ...]]]:
