@@ -122,14 +122,16 @@ fn only_the_launch_knows_how_shaders_are_launched() {
     }
 }
 
-/// Flags of other programs in the README: cargo's, `hf download`'s, uv's, vLLM's, llama.cpp's and those of `benches/peers.py`.
-const NOT_OURS: [&str; 17] = [
+/// Flags of other programs in the README: cargo's, `hf download`'s, TensorBoard's, uv's, vLLM's, llama.cpp's and those of `benches/peers.py`.
+const NOT_OURS: [&str; 19] = [
     "base",
     "bench",
     "enable-lora",
+    "exclude",
     "features",
     "help",
     "local-dir",
+    "logdir",
     "lora",
     "lora-modules",
     "make",
