@@ -47,9 +47,9 @@ pub struct InferArgs {
     /// Write the answers to --prompts here, as JSONL, into a new file
     #[arg(long, requires = "prompts", conflicts_with = "prompt")]
     result_file: Option<PathBuf>,
-    /// Go on with a --result_file that has some of the answers, by the same model and settings
+    /// Add what a --result_file still lacks, of which this model and these settings have answered some
     #[arg(long, requires = "result_file")]
-    resume: bool,
+    append: bool,
     /// System prompt
     #[arg(long)]
     system: Option<String>,
@@ -142,7 +142,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
     }
     let mut prompts = args.prompts.as_deref().map(read_prompts).transpose()?.unwrap_or_default();
     if let Some(path) = &args.result_file {
-        if !args.resume {
+        if !args.append {
             check_result_file(path)?;
         }
         let n_prompts = prompts.len();
@@ -154,7 +154,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
                 path.display(),
                 counted(n_answers, "answer")
             );
-            note!("{}", noted("resume", &has));
+            note!("{}", noted("prompts", &has));
         }
     }
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;

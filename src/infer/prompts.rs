@@ -25,9 +25,8 @@ fn holds_something(path: &Path) -> bool {
 /// [`Error::File`] if there is a file of that name that holds something, as that of the prompts does.
 pub fn check_result_file(path: &Path) -> Result<()> {
     match holds_something(path) {
-        true => Err(Error::file(path, "is there already").with_hint(
-            "--resume goes on with the answers that an interrupted run left; else name another --result_file",
-        )),
+        true => Err(Error::file(path, "is there already")
+            .with_hint("--append adds to what an interrupted run left; else name another --result_file")),
         false => Ok(()),
     }
 }
@@ -50,7 +49,7 @@ pub fn unanswered(path: &Path, prompts: Vec<Result<Prompt>>) -> Result<Vec<Resul
         if prompts.next().is_none() {
             let problem = "is no answer to the prompts given, in their order";
             return Err(Location::new(path, i + 1).error(problem).with_hint(
-                "--resume goes on with the answers to the same prompts; a last line that was cut off has to be taken away",
+                "--append adds to answers to the same prompts; a last line that was cut off has to be taken away",
             ));
         }
     }
