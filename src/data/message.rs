@@ -2,9 +2,14 @@
 
 use serde_json::{Map, Value};
 
+use super::row::is_filled;
+
 pub(super) type Object = Map<String, Value>;
 /// Every failure in here is the reason for which the row cannot be used.
 pub(super) type Parsed<T> = Result<T, String>;
+
+/// What an assistant asks of tools, beside or instead of what it says.
+const CALLS: [&str; 2] = ["tool_calls", "function_call"];
 
 /// What both answers follow.
 pub(super) struct Context {
@@ -35,6 +40,9 @@ pub(super) fn messages<'a>(object: &'a Object, column: &str) -> Parsed<Vec<Messa
 /// A message in either spelling; `place` is where it stands.
 pub(super) fn message<'a>(value: &'a Value, place: &str) -> Parsed<Message<'a>> {
     let object = value.as_object().ok_or_else(|| wrong_type(place, "a message", value))?;
+    if let Some(calls) = CALLS.iter().find(|field| is_filled(object, field)) {
+        return Err(format!("`{place}` has `{calls}`, without which the conversation is another"));
+    }
     let (role, content) = if object.contains_key("from") { ("from", "value") } else { ("role", "content") };
     let field = |name: &str| match object.get(name) {
         Some(Value::String(text)) => Ok(text.as_str()),

@@ -59,6 +59,8 @@ pub(super) struct Pair {
     pub(super) context: Context,
     response: String,
     rejected_response: String,
+    /// The columns that make its form.
+    form: Vec<&'static str>,
     /// The columns of [`MATTERS`] that are read, or that repeat what is.
     read: &'static [&'static str],
 }
@@ -68,7 +70,7 @@ pub(super) struct Pair {
 /// # Errors
 /// [`Error::Config`] with every entry that does not.
 pub(super) fn check_renames(columns: &BTreeMap<String, String>) -> Result<()> {
-    let known = || FORMS.iter().flat_map(|c| [c.query, c.response, c.rejected_response]).chain(OTHER_COLUMNS);
+    let known = || FORMS.into_iter().flat_map(Columns::names).chain(OTHER_COLUMNS);
     let problems: Vec<_> = columns
         .iter()
         .filter(|(_, ours)| !ours.is_empty() && known().all(|column| column != *ours))
@@ -88,16 +90,24 @@ pub(super) fn parse(value: Value, renames: &BTreeMap<String, String>, location: 
     let Value::Object(mut object) = value else {
         return Err(format!("expected a JSON object, found {}", kind(&value)));
     };
-    rename(&mut object, renames);
-    let Pair { context, response, rejected_response, read } = pair(&object)?;
-    if let Some([first, second]) = two_rows(&object) {
-        let without = advice::columns_flag(renames, &second.map(|column| (column, "")));
+    if let Some([first, second, ours]) = renamed_alike(&object, renames) {
         return Err(format!(
-            "the row is one by {} and another by {}: it has to be one of them; where all rows are both, {without} reads the first",
-            quoted(&first),
-            quoted(&second)
+            "--columns renames both `{first}` and `{second}`, which the row has, to `{ours}`"
         ));
     }
+    rename(&mut object, renames);
+    let pair = pair(&object)?;
+    if let Some(other) = other_pair(&object, &pair) {
+        let its_own: Vec<_> =
+            other.iter().filter(|column| !pair.form.contains(column)).map(|column| (*column, "")).collect();
+        return Err(format!(
+            "the row is one by {} and another by {}: it has to be one of them; where all rows are both, {} reads the first",
+            quoted(&pair.form),
+            quoted(&other),
+            advice::columns_flag(renames, &its_own)
+        ));
+    }
+    let Pair { context, response, rejected_response, form: _, read } = pair;
     if let Some(column) = MATTERS.iter().find(|column| !read.contains(column) && is_filled(&object, column)) {
         let place = if *column == INPUT { ", but beside `instruction`" } else { "" };
         let without = advice::columns_flag(renames, &[(column, "")]);
@@ -117,6 +127,15 @@ pub(super) fn parse(value: Value, renames: &BTreeMap<String, String>, location: 
         None => optional_text(&object, "system")?.map(str::to_owned),
     };
     Ok(Row { query: context.query, response, rejected_response, system, history: context.history, location })
+}
+
+/// Two columns of a row that would be one, and which.
+fn renamed_alike<'a>(object: &Object, renames: &'a BTreeMap<String, String>) -> Option<[&'a str; 3]> {
+    let mut seen = BTreeMap::new();
+    let present = renames.iter().filter(|(theirs, ours)| !ours.is_empty() && object.contains_key(*theirs));
+    present
+        .into_iter()
+        .find_map(|(theirs, ours)| Some([seen.insert(ours, theirs)?, theirs, ours].map(String::as_str)))
 }
 
 /// Renames all columns at once, so that two may change places; those that have no new name are gone.
@@ -142,15 +161,19 @@ pub(super) fn is_filled(object: &Object, column: &str) -> bool {
     }
 }
 
-/// The columns of two text forms, of which each is a row of its own: another query or another answer. (Alpaca's shares its answers with
-/// TRL's, and its query [`MATTERS`].)
-fn two_rows(object: &Object) -> Option<[[&'static str; 3]; 2]> {
-    let forms =
-        [SWIFT, TRL, SHAREAI].map(|columns| [columns.query, columns.response, columns.rejected_response]);
-    let mut whole = forms.into_iter().filter(|form| form.iter().all(|column| is_filled(object, column)));
-    let first = whole.next()?;
-    let differ = |form: &[&str; 3]| first.iter().zip(form).any(|(a, b)| object[*a] != object[*b]);
-    whole.find(differ).map(|second| [first, second])
+/// The columns of a text form that is a row of its own beside this one: another query or another answer. (Alpaca's shares its answers
+/// with TRL's, and its query [`MATTERS`].)
+fn other_pair(object: &Object, pair: &Pair) -> Option<[&'static str; 3]> {
+    let texts = [&pair.context.query, &pair.response, &pair.rejected_response];
+    let is_other = |form: &[&str; 3]| {
+        let theirs = || {
+            form.iter().zip(texts).map(|(column, text)| (object.get(*column).and_then(Value::as_str), text))
+        };
+        form.iter().all(|column| is_filled(object, column))
+            && theirs().all(|(theirs, _)| theirs.is_some())
+            && theirs().any(|(theirs, text)| theirs != Some(text))
+    };
+    [SWIFT, TRL, SHAREAI].map(Columns::names).into_iter().find(is_other)
 }
 
 /// Finds the form by the columns present.
@@ -166,12 +189,18 @@ pub(super) fn pair(object: &Object) -> Parsed<Pair> {
         }
         let chosen = messages(object, "messages")?;
         let (context, response) = last_answer(&chosen, "messages")?;
-        let rejected_response = match (has("rejected_response"), has("rejected_messages")) {
-            (true, _) => text(object, "rejected_response")?.to_owned(),
-            (_, true) => last_of_same(object, "rejected_messages", &chosen)?,
+        let (rejected, rejected_response) = match (has("rejected_response"), has("rejected_messages")) {
+            (true, _) => ("rejected_response", text(object, "rejected_response")?.to_owned()),
+            (_, true) => ("rejected_messages", last_of_same(object, "rejected_messages", &chosen)?),
             _ => return Err("`messages` needs a column `rejected_response` beside it".to_owned()),
         };
-        return Ok(Pair { context, response, rejected_response, read: &[] });
+        return Ok(Pair {
+            context,
+            response,
+            rejected_response,
+            form: vec!["messages", rejected],
+            read: &[],
+        });
     }
     if is_list(TRL.response) && has(TRL.rejected_response) {
         return whole_conversations(object);
@@ -192,7 +221,7 @@ pub(super) fn pair(object: &Object) -> Parsed<Pair> {
     };
     let response = text(object, columns.response)?.to_owned();
     let rejected_response = text(object, columns.rejected_response)?.to_owned();
-    Ok(Pair { context, response, rejected_response, read })
+    Ok(Pair { context, response, rejected_response, form: columns.names().into(), read })
 }
 
 /// A text after the turns of `history`.
@@ -208,7 +237,7 @@ pub(super) fn instruction(object: &Object) -> Parsed<String> {
 }
 
 /// LLaMA-Factory's sharegpt: a conversation in `column` that ends with the user, and an answer each in `chosen` and `rejected`.
-fn answers_to(object: &Object, column: &str) -> Parsed<Pair> {
+fn answers_to(object: &Object, column: &'static str) -> Parsed<Pair> {
     let answer = |column: &str| match message(&object[column], column)? {
         Message { role: Role::Assistant, content } => Ok(content.to_owned()),
         _ => Err(format!("`{column}` must be a message of the assistant (gpt)")),
@@ -217,6 +246,7 @@ fn answers_to(object: &Object, column: &str) -> Parsed<Pair> {
         context: context(&messages(object, column)?, column)?,
         response: answer(TRL.response)?,
         rejected_response: answer(TRL.rejected_response)?,
+        form: vec![column, TRL.response, TRL.rejected_response],
         read: &[],
     })
 }
@@ -225,6 +255,7 @@ fn answers_to(object: &Object, column: &str) -> Parsed<Pair> {
 /// conversations (a `prompt` beside those repeats their first message, and is not looked at).
 fn whole_conversations(object: &Object) -> Parsed<Pair> {
     let chosen = messages(object, TRL.response)?;
+    let form = vec![TRL.response, TRL.rejected_response];
     let rejected_response = |chosen: &[Message]| last_of_same(object, TRL.rejected_response, chosen);
     if let [Message { role: Role::Assistant, content }] = chosen[..] {
         let (context, read): (_, &[_]) = match object.get(TRL.query) {
@@ -235,11 +266,11 @@ fn whole_conversations(object: &Object) -> Parsed<Pair> {
             Some(_) => (single(object, text(object, TRL.query)?.to_owned())?, &["history"]),
         };
         let rejected_response = rejected_response(&chosen)?;
-        return Ok(Pair { context, response: content.to_owned(), rejected_response, read });
+        return Ok(Pair { context, response: content.to_owned(), rejected_response, form, read });
     }
     let (context, response) = last_answer(&chosen, TRL.response)?;
     let rejected_response = rejected_response(&chosen)?;
-    Ok(Pair { context, response, rejected_response, read: &[ALPACA.query, INPUT] })
+    Ok(Pair { context, response, rejected_response, form, read: &[ALPACA.query, INPUT] })
 }
 
 fn history(object: &Object) -> Parsed<Vec<(String, String)>> {
@@ -272,7 +303,7 @@ fn quoted(columns: &[&str]) -> String {
 }
 
 fn unknown_form(object: &Object) -> String {
-    let forms = FORMS.map(|columns| [columns.query, columns.response, columns.rejected_response]);
+    let forms = FORMS.map(Columns::names);
     for names in forms.into_iter().chain([[CONVERSATIONS, TRL.response, TRL.rejected_response]]) {
         let (found, missing): (Vec<_>, Vec<_>) =
             names.into_iter().partition(|name| object.contains_key(*name));
@@ -329,6 +360,31 @@ mod tests {
         assert_eq!(flat(&parsed(row("p", "d"), &left_out).unwrap()), "-||q|c|r");
         assert_eq!(flat(&parsed(row("q", "c"), &[]).unwrap()), "-||q|c|r", "twice the same");
         assert_eq!(flat(&parsed(row("", "d"), &[]).unwrap()), "-||q|c|r", "one that is not filled in");
+        let beside_messages = |response: &str| {
+            let messages = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "c"}]);
+            json!({"messages": messages, "query": "q", "response": response, "rejected_response": "r"})
+        };
+        let reason = parsed(beside_messages("d"), &[]).unwrap_err();
+        assert!(
+            reason.starts_with("the row is one by `messages`, `rejected_response` and another by `query`,"),
+            "{reason}"
+        );
+        assert!(reason.ends_with(r#"--columns '{"query":"","response":""}' reads the first"#), "{reason}");
+        assert_eq!(flat(&parsed(beside_messages("c"), &[]).unwrap()), "-||q|c|r", "twice the same");
+    }
+
+    #[test]
+    fn two_columns_of_a_row_are_not_renamed_to_one() {
+        let renames = [("ask", "query"), ("question", "query"), ("id", ""), ("n", "")];
+        let row = |ask: &str| json!({ask: "q", "response": "c", "rejected_response": "r", "id": 1, "n": 2});
+        assert_eq!(flat(&parsed(row("ask"), &renames).unwrap()), "-||q|c|r", "another file has the other");
+        let mut both = row("ask");
+        both["question"] = json!("p");
+        let reason = parsed(both, &renames).unwrap_err();
+        assert!(
+            reason.contains("renames both `ask` and `question`, which the row has, to `query`"),
+            "{reason}"
+        );
     }
 
     #[test]

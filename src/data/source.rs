@@ -17,6 +17,13 @@ pub struct Columns {
     pub rejected_response: &'static str,
 }
 
+impl Columns {
+    /// All three, in that order.
+    pub fn names(self) -> [&'static str; 3] {
+        [self.query, self.response, self.rejected_response]
+    }
+}
+
 /// A data set that is known by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Known {
