@@ -6,7 +6,7 @@ use super::advice::advice;
 use super::budget::{Budget, Case, Rows, Setting, USABLE, runs_again};
 use super::nearest::{Nearest, alternatives, nearest};
 use super::open::OpenModel;
-use super::rows::{Data, lengths, load, note_left_out, note_positions, shuffle};
+use super::rows::{Data, lengths, load, note_left_out, note_positions, nothing_to_train_on, shuffle};
 use super::start;
 use super::words::{entry, millions, new_table};
 use super::work::Work;
@@ -188,7 +188,7 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
         renames::check_used(&[&unused])?;
     }
     let rows = if is_split { dataset::split(rows, args.dataset_test_ratio, shuffle(args)).0 } else { rows };
-    Ok(Some(rows.len()))
+    if rows.is_empty() { Err(nothing_to_train_on(args, 0, &[])) } else { Ok(Some(rows.len())) }
 }
 
 fn print_device(args: &TrainArgs, case: &Case<'_>, is_elsewhere: bool) {

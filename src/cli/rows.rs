@@ -23,6 +23,9 @@ const SHOWN_ROWS: usize = 5;
 /// The file in a run's folder that lists all of them.
 const LEFT_OUT_FILE: &str = "left_out.txt";
 
+/// What helps rows that tokenizing leaves out.
+const TOO_LONG: &str = "rows that are too long: raise --max_length";
+
 /// The rows of a run as token ids.
 pub struct Data {
     /// Those to learn from, at least one.
@@ -97,7 +100,21 @@ impl Data {
             note_left_out(&skipped[..n_malformed]);
             return Err(nothing_to_train_on(args, n_train, &skipped[n_malformed..]));
         }
+        let n_val = val.len();
         let val = tokenize(&val)?;
+        let too_long = &skipped[n_malformed + n_train - train.len()..];
+        let unheld = match val.is_empty() && n_val > 0 {
+            true if !args.val_dataset.is_empty() => {
+                let why = dataset::summarize(too_long);
+                let problem = format!("none of its rows can be evaluated on: {why}");
+                return Err(Error::file(args.val_dataset.join(" "), problem).with_hint(TOO_LONG));
+            }
+            true => Some(format!(
+                "note: nothing is evaluated, as none of the {} held out can be used",
+                counted(n_val, "row")
+            )),
+            false => unheld,
+        };
         let end = open.template.renderer(&open.tokenizer)?.end_of_answer();
         let is_cut = |pair: &&TokenizedPair| {
             [&pair.chosen, &pair.rejected].iter().any(|answer| answer.last() != Some(&end))
@@ -144,14 +161,14 @@ impl Data {
 }
 
 /// Why there is no row to train on: `n_train` there were, of which tokenizing left some out, or none beside those that are held out.
-fn nothing_to_train_on(args: &TrainArgs, n_train: usize, left_out: &[Skipped]) -> Error {
+pub fn nothing_to_train_on(args: &TrainArgs, n_train: usize, left_out: &[Skipped]) -> Error {
     let name = if args.dataset.is_empty() { demo::NAME.to_owned() } else { args.dataset.join(" ") };
     if n_train == 0 {
         let problem = "none of its rows is left to train on: each equals one that is held out to evaluate on";
         Error::file(name, problem).with_hint("--dataset_test_ratio 0 holds none out")
     } else {
         let problem = format!("none of its rows can be trained on: {}", dataset::summarize(left_out));
-        Error::file(name, problem).with_hint("rows that are too long: raise --max_length")
+        Error::file(name, problem).with_hint(TOO_LONG)
     }
 }
 

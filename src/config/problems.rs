@@ -57,12 +57,8 @@ impl TrainArgs {
                 format!("--{name} is {value}, expected at least 0 and less than 1"),
             );
         }
-        let not_negative = [
-            ("beta", self.beta),
-            ("weight_decay", self.weight_decay),
-            ("max_grad_norm", self.max_grad_norm),
-            ("adam_epsilon", self.adam_epsilon),
-        ];
+        let not_negative =
+            [("beta", self.beta), ("weight_decay", self.weight_decay), ("max_grad_norm", self.max_grad_norm)];
         let scales = [
             ("fp16_init_scale", self.fp16_init_scale, MIN_SCALE..=MAX_SCALE),
             ("fp16_growth_factor", self.fp16_growth_factor, 1.0..=1024.0),
@@ -81,6 +77,11 @@ impl TrainArgs {
         for (name, value) in [("num_train_epochs", self.num_train_epochs), ("lora_alpha", self.lora_alpha)] {
             require(value > 0.0, format!("--{name} is {value}, expected more than 0"));
         }
+        require(
+            // Without it what has had no gradient, as A where B is 0, is 0 / 0.
+            self.adam_epsilon as f32 > 0.0,
+            format!("--adam_epsilon is {}, expected more than 0 in 32 bits", self.adam_epsilon),
+        );
         require(
             self.num_train_epochs <= MAX_EPOCHS,
             format!("--num_train_epochs is {}, expected at most {MAX_EPOCHS}", self.num_train_epochs),

@@ -462,3 +462,24 @@ fn what_fails_ahead_of_its_step_is_told_of_by_its_own_number_and_rows() {
         "{message}"
     );
 }
+
+#[test]
+fn rows_of_which_none_is_left_to_train_on_are_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let row = "{\"query\": \"q\", \"response\": \"c\", \"rejected_response\": \"r\"}\n";
+    std::fs::write(folder.path().join("twice.jsonl"), row.repeat(2)).unwrap();
+    let flags = [
+        "--model_type",
+        "small",
+        "--dataset",
+        "twice.jsonl",
+        "--dataset_test_ratio",
+        "0.5",
+        "--device",
+        "cpu",
+    ];
+    let output = orpo_wgpu(&[&["plan"], &flags[..]].concat()).current_dir(folder.path()).output().unwrap();
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("twice.jsonl: none of its rows is left to train on"), "{message}");
+}
