@@ -142,6 +142,7 @@ struct AdapterConfigFile {
     #[serde(default)]
     alpha_pattern: BTreeMap<String, f64>,
     init_lora_weights: Option<serde_json::Value>,
+    alora_invocation_tokens: Option<Vec<u32>>,
 }
 
 /// The rank of each linear of a layer, in the order of [`LINEAR_NAMES`], where these modules carry an adapter; 0 for none.
@@ -284,6 +285,8 @@ fn check_kind(config: &AdapterConfigFile) -> Result<(), String> {
         Err(format!("peft_type is `{kind}`, only LORA is computed"))
     } else if config.use_dora {
         Err("use_dora is true: DoRA is not computed".to_owned())
+    } else if config.alora_invocation_tokens.is_some() {
+        Err("alora_invocation_tokens is given: adapters that begin behind a text are not computed".to_owned())
     } else if bias != "none" {
         Err(format!("bias is `{bias}`: adapters with biases are not computed"))
     } else if !saved.is_empty() {

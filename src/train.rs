@@ -335,7 +335,10 @@ impl<B: Kernels> Training<'_, B> {
             if let Some(warning) = self.run.prune() {
                 self.observer.on_warning(&warning);
             }
-            self.run.plot(is_last)?;
+            if let Err(warning) = self.run.plot(is_last) {
+                // The run is saved, and its log has what the pictures show.
+                self.observer.on_warning(&warning);
+            }
         }
         self.window.paused_s += paused.elapsed().as_secs_f64();
         if is_interrupted {

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::progress::loading_bar;
+use super::words::noted;
 use crate::config;
 use crate::data::template::Template;
 use crate::data::tokenize::TextTokenizer;
@@ -102,7 +103,15 @@ impl OpenModel {
         Ok(if is_half { size_of::<u16>() } else { size_of::<f32>() })
     }
 
-    /// Checks by its configuration that an adapter is one that is computed, and that it is not another model's where none is named.
+    /// The name of the model, which is its folder's.
+    pub fn base_name(&self) -> String {
+        let folder = Path::new(&self.name);
+        let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+        folder.file_name().map_or(self.name.clone(), |name| name.to_string_lossy().into_owned())
+    }
+
+    /// Checks by its configuration that an adapter is one that is computed, and that it is not another model's where none is named. Says
+    /// on standard error where it names another: models of one shape take each other's.
     ///
     /// # Errors
     /// If it is none, or another model's.
@@ -116,6 +125,16 @@ impl OpenModel {
                 let model = if is_here { base } else { format!("DIR, where DIR is the folder of {base}") };
                 let config = folder.join(lora::ADAPTER_CONFIG_FILE);
                 Err(Error::file(config, what).with_hint(format!("pass --model_id_or_path {model}")))
+            }
+            Some(base) if Path::new(&base).file_name().is_some_and(|name| *name != *self.base_name()) => {
+                note!(
+                    "{}",
+                    noted(
+                        "adapter",
+                        &format!("it names `{base}` as its model, and is used with {}", self.name)
+                    )
+                );
+                Ok(())
             }
             _ => Ok(()),
         }

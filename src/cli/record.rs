@@ -1,5 +1,6 @@
 //! A run's folder, and what is written there of the run itself.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::backend::Backend;
@@ -9,7 +10,7 @@ use super::rows::is_demo_set;
 use super::start::goes_on_in;
 use crate::config::TrainArgs;
 use crate::data::source;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lora::LoraConfig;
 use crate::train::run_folder::{ARGS_FILE, CheckpointTexts, RunFolder, Tracker, TrainerState};
 
@@ -23,7 +24,7 @@ pub(super) fn create_folder<B: Backend>(
     lora_config: &LoraConfig,
     resume: Option<&TrainerState<B>>,
 ) -> Result<(PathBuf, RunFolder)> {
-    let folder = run_folder(args, open);
+    let folder = new_folder(args, open)?;
     let tracker = if args.report_to == "none" { Tracker::None } else { Tracker::TensorBoard };
     let texts = texts(&in_full(args, &folder), open, lora_config);
     let log_history = resume.map(|state| state.log_history.clone()).unwrap_or_default();
@@ -34,17 +35,28 @@ pub(super) fn create_folder<B: Backend>(
     Ok((folder, files))
 }
 
+/// Makes the run's folder, which with a suffix is no other's, whoever starts in the same second.
+fn new_folder(args: &TrainArgs, open: &OpenModel) -> Result<PathBuf> {
+    loop {
+        let folder = run_folder(args, open);
+        if !args.add_output_dir_suffix {
+            return Ok(folder);
+        }
+        let parent = folder.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        match std::fs::create_dir(&folder) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            made => return made.map(|()| folder.clone()).map_err(Error::io("create", &folder)),
+        }
+    }
+}
+
 /// The run's folder: `{output_dir}/{model_type}/v{N}-{time}`, or the output folder itself.
 pub(super) fn run_folder(args: &TrainArgs, open: &OpenModel) -> PathBuf {
     if !args.add_output_dir_suffix {
         return args.output_dir.clone();
     }
-    let base_name = || {
-        let folder = Path::new(&open.name);
-        let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
-        folder.file_name().map_or(open.name.clone(), |name| name.to_string_lossy().into_owned())
-    };
-    let folder = args.output_dir.join(args.model_type.clone().unwrap_or_else(base_name));
+    let folder = args.output_dir.join(args.model_type.clone().unwrap_or_else(|| open.base_name()));
     let version = |name: &str| name.strip_prefix('v')?.split('-').next()?.parse::<usize>().ok();
     let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
     let next = entries

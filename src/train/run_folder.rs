@@ -3,7 +3,7 @@
 //! A checkpoint folder is complete or absent: it is written beside its place, flushed to the disk, and then renamed.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -97,10 +97,25 @@ pub fn check_writable(folder: &Path) -> Result<()> {
     fs::remove_file(&probe).map_err(Error::io("remove", &probe))
 }
 
+/// Keeps other runs out of a folder for as long as this is open; none where folders are not opened or locked.
+fn lock(folder: &Path) -> Result<Option<File>> {
+    let Ok(opened) = File::open(folder) else { return Ok(None) };
+    match opened.try_lock() {
+        Ok(()) => Ok(Some(opened)),
+        Err(TryLockError::WouldBlock) => {
+            let hint = "wait for it to end, or name another --output_dir";
+            Err(Error::file(folder, "another run is writing there").with_hint(hint))
+        }
+        Err(TryLockError::Error(_)) => Ok(None),
+    }
+}
+
 /// An open run folder.
 #[derive(Debug)]
 pub struct RunFolder {
     folder: PathBuf,
+    /// The folder, locked as long as the run has it, on systems that open folders.
+    _lock: Option<File>,
     log: File,
     log_history: Vec<Value>,
     tensorboard: Option<TensorBoard>,
@@ -118,7 +133,7 @@ impl RunFolder {
     /// goes on from.
     ///
     /// # Errors
-    /// If something cannot be written.
+    /// If something cannot be written, or another run has the folder.
     pub fn create(
         folder: &Path,
         texts: CheckpointTexts,
@@ -127,6 +142,7 @@ impl RunFolder {
         tracker: Tracker,
     ) -> Result<Self> {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        let lock = lock(folder)?;
         let args = folder.join(ARGS_FILE);
         fs::write(&args, &texts.args).map_err(Error::io("write", &args))?;
         let path = folder.join(LOG_FILE);
@@ -134,9 +150,8 @@ impl RunFolder {
         let replaced_pictures = plots::pictures(folder, &replaced);
         let log = OpenOptions::new().create(true).write(true).truncate(true).open(&path);
         let mut log = log.map_err(Error::io("write", &path))?;
-        for line in &log_history {
-            writeln!(log, "{line}").map_err(Error::io("write", &path))?;
-        }
+        let lines: String = log_history.iter().map(|line| format!("{line}\n")).collect();
+        log.write_all(lines.as_bytes()).map_err(Error::io("write", &path))?;
         let tensorboard = match tracker {
             Tracker::TensorBoard => Some(TensorBoard::create(folder, after_last(&log_history))?),
             Tracker::None => None,
@@ -144,6 +159,7 @@ impl RunFolder {
         let folder = folder.to_owned();
         Ok(Self {
             folder,
+            _lock: lock,
             log,
             log_history,
             tensorboard,
@@ -181,7 +197,8 @@ impl RunFolder {
         }
         let line = Value::Object(line.clone());
         let path = || self.folder.join(LOG_FILE);
-        writeln!(self.log, "{line}").map_err(|e| Error::io("write", path())(e))?;
+        // In one piece: who reads along, or is left with it by a signal, has whole lines.
+        self.log.write_all(format!("{line}\n").as_bytes()).map_err(|e| Error::io("write", path())(e))?;
         self.log_history.push(line);
         Ok(())
     }
@@ -479,6 +496,22 @@ mod tests {
             assert!(!partial.exists() && !replaced.exists(), "{is_there}");
             fs::remove_dir_all(&place).unwrap();
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_is_one_run_s_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let create = || {
+            let texts =
+                CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+            RunFolder::create(folder.path(), texts, 2, Vec::new(), Tracker::None)
+        };
+        let first = create().unwrap();
+        let message = create().unwrap_err().to_string();
+        assert!(message.ends_with("another run is writing there"), "{message}");
+        drop(first);
+        create().unwrap();
     }
 
     #[test]

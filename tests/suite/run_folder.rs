@@ -189,6 +189,24 @@ fn an_adapter_of_another_system_prompt_or_chat_format_is_noted() {
     assert!(message.contains("trained with --template_type 'default-generation', which"), "{message}");
 }
 
+#[test]
+fn an_adapter_that_names_another_model_is_noted() {
+    let workplace = Workplace::new();
+    assert!(workplace.train(&[]).status.success());
+    let again = || stderr(&workplace.train(&["--adapters", "out/checkpoint-2", "--output_dir", "again"]));
+    assert!(!again().contains("as its model"), "{}", again());
+    let config = workplace.path("out/checkpoint-2/adapter_config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    let base = workplace.path("model").canonicalize().unwrap().display().to_string();
+    assert!(text.contains(&base), "{text}");
+    fs::write(&config, text.replace(&base, "meta-llama/Meta-Llama-3-8B")).unwrap();
+    let message = again();
+    assert!(
+        message.contains("it names `meta-llama/Meta-Llama-3-8B` as its model, and is used with model"),
+        "{message}"
+    );
+}
+
 /// What repeats a run begins where it began: at an adapter, at nothing, or at another run's checkpoint, and never at one of its own.
 #[test]
 fn a_record_tells_where_the_run_began() {
@@ -425,7 +443,14 @@ fn output_that_cannot_be_written_is_an_error() {
 fn a_save_that_fails_leaves_the_last_checkpoint_and_nothing_half_written() {
     let workplace = Workplace::new();
     assert!(workplace.train(&["--save_steps", "1", "--report_to", "none"]).status.success());
-    let before = workplace.written();
+    let checkpoints = || {
+        let written = workplace.written();
+        let files = written.into_iter().filter(|file| file.contains("checkpoint-"));
+        let contents = files.map(|file| (fs::read(workplace.path("out").join(&file)).ok(), file));
+        contents.collect::<Vec<_>>()
+    };
+    let before = checkpoints();
+    assert!(before.len() > 6, "{} files and folders", before.len());
     // Files may not grow beyond 16 blocks: the adapter does not fit, as on a disk that is full.
     let command = workplace.train_command(&[
         "--max_steps",
@@ -441,5 +466,18 @@ fn a_save_that_fails_leaves_the_last_checkpoint_and_nothing_half_written() {
     assert_eq!(output.status.code(), Some(1), "{message}");
     assert!(message.contains("cannot write") && message.contains("adapter_model.safetensors"), "{message}");
     assert!(!message.contains("panicked"), "{message}");
-    assert_eq!(workplace.written(), before, "what was there stays, and nothing is added");
+    assert!(checkpoints() == before, "what was there stays, and nothing is added: {:?}", workplace.written());
+}
+
+#[test]
+fn pictures_that_cannot_be_drawn_end_no_run() {
+    let workplace = Workplace::new();
+    fs::create_dir(workplace.path("out")).unwrap();
+    fs::write(workplace.path("out/images"), "no folder").unwrap();
+    let output = workplace.train(&["--logging_steps", "1"]);
+    let message = stderr(&output);
+    assert!(output.status.success(), "{message}");
+    assert!(message.contains("images"), "{message}");
+    assert!(workplace.path("out/checkpoint-2/adapter_model.safetensors").exists());
+    assert!(stdout(&output).contains("training rows"), "the summary: {}", stdout(&output));
 }
