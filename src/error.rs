@@ -120,7 +120,7 @@ pub enum Error {
     /// A number that is no longer finite.
     #[error("step {step}: {quantity} is {value}, computed from {rows}")]
     NonFinite {
-        /// 1-based optimizer step.
+        /// 1-based optimizer step; 0 before the first.
         step: usize,
         /// What it is: `loss`, `grad_norm`.
         quantity: &'static str,

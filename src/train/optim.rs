@@ -1,4 +1,4 @@
-//! The optimizer over the adapter's tensors, and the one place where a step waits for the device.
+//! The optimizer over the adapter's tensors.
 
 use burn::tensor::{Tensor, backend::Backend};
 

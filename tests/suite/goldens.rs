@@ -281,7 +281,11 @@ pub(crate) fn check_trajectories<B: Kernels>(device: &B::Device) {
                 for (key, want) in golden.as_object().unwrap() {
                     let (got, want) = (line[key].as_f64().unwrap(), want.as_f64().unwrap());
                     // The loss is held to 1e-4 of itself; what it is the difference of, and its logarithms, to the same absolute size.
-                    let (atol, rtol) = if key == "loss" { (0.0, 1e-4) } else { (1e-4, 3e-4) };
+                    let (atol, rtol) = match key.as_str() {
+                        "loss" => (0.0, 1e-4),
+                        "learning_rate" => (0.0, 1e-6),
+                        _ => (1e-4, 3e-4),
+                    };
                     let bound = atol + rtol * want.abs();
                     let step = &line["step"];
                     assert!(

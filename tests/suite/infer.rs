@@ -158,6 +158,19 @@ fn a_prompt_in_chunks_gives_the_logits_of_one_pass() {
 }
 
 #[test]
+fn a_prompt_longer_than_what_is_read_at_a_time_is_answered_as_in_one_pass() {
+    let mut model = load::<Flex>(&fixture("gqa/model"), &Default::default());
+    model.config.max_position_embeddings = 2048;
+    let mut tokens: Vec<u32> = (0..1100).map(|i| i * i % 307 % 300).collect();
+    let prompt = tokens.clone();
+    for _ in 0..2 {
+        let all = logits(&model, &tokens);
+        tokens.push(argmax(&all[all.len() - model.config.vocab_size..]));
+    }
+    assert_eq!(greedy(&model, &prompt, 2).tokens, tokens[prompt.len()..]);
+}
+
+#[test]
 fn generation_says_why_it_ends() {
     let model = load::<Flex>(&fixture("gqa/model"), &Default::default());
     let context = model.config.max_position_embeddings;

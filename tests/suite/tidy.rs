@@ -146,7 +146,7 @@ const NOT_OURS: [&str; 19] = [
 ];
 
 #[test]
-fn the_readme_names_every_flag_that_it_shows() {
+fn every_flag_of_the_readme_exists() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let command = orpo_wgpu::cli::command();
     let known: BTreeSet<String> = command
