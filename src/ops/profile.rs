@@ -6,6 +6,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::LocalKey;
 
 use burn::cubecl::Runtime;
 use burn::cubecl::client::ComputeClient;
@@ -59,17 +60,24 @@ pub fn finish() -> Vec<Entry> {
 ///
 /// The host waits at each launch until those before are under way, which is why steps that are timed are not watched.
 pub fn watch_memory<T>(f: impl FnOnce() -> T) -> (T, Option<u64>) {
-    PEAK_BYTES.set(Some(0));
+    let _restore = Restore(&PEAK_BYTES, PEAK_BYTES.replace(Some(0)));
     let result = f();
-    (result, PEAK_BYTES.take().filter(|&bytes| bytes > 0))
+    (result, PEAK_BYTES.get().filter(|&bytes| bytes > 0))
 }
 
 /// Runs `f`, whose launches are recorded under this name whatever they are called: an op may take another's kernels.
 pub fn named<T>(name: &'static str, f: impl FnOnce() -> T) -> T {
-    let outer = NAME.replace(Some(name));
-    let result = f();
-    NAME.set(outer);
-    result
+    let _restore = Restore(&NAME, NAME.replace(Some(name)));
+    f()
+}
+
+/// Puts a thread's value back when it is dropped, also by a panic that somebody catches.
+struct Restore<T: Copy + 'static>(&'static LocalKey<Cell<T>>, T);
+
+impl<T: Copy + 'static> Drop for Restore<T> {
+    fn drop(&mut self) {
+        self.0.set(self.1);
+    }
 }
 
 /// Runs `launch`, which launches on `client`, and records it if recording is on. Calls do not nest.

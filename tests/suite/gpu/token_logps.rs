@@ -4,12 +4,12 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Distribution, FloatDType, Int, Tensor, TensorData};
 use burn_autodiff::Autodiff;
 use burn_flex::Flex;
-use half::f16;
+use half::{bf16, f16};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::quantize::Weight;
 use orpo_wgpu::ops::token_logps::{Expected, Head, ScoredToken, token_logps, token_logps_backward};
 
-use super::on::{Gpu, GpuDevice, adapter};
+use super::on::{Gpu, GpuDevice, adapter, stored_types};
 use crate::support::{Numbers, assert_close};
 
 /// A head, hidden states and scored tokens in no order: rows without a target, rows with two, targets in every shard.
@@ -70,10 +70,14 @@ impl Case {
         (logps.into_data().to_vec().unwrap(), values(hidden.grad(&grads).unwrap()))
     }
 
-    /// The same with a weight that `f16` holds without rounding.
-    fn of_halves(mut self) -> Self {
+    /// The same with a weight that this type holds without rounding.
+    fn stored_in(mut self, dtype: DType) -> Self {
         for value in &mut self.weight {
-            *value = f16::from_f32(*value).to_f32();
+            *value = match dtype {
+                DType::F16 => f16::from_f32(*value).to_f32(),
+                DType::BF16 => bf16::from_f32(*value).to_f32(),
+                _ => *value,
+            };
         }
         self
     }
@@ -133,21 +137,28 @@ const SHAPES: [[usize; 3]; 4] = [[1, 8, 11], [23, 40, 331], [64, 64, 1000], [9, 
 
 /// How far a gradient may be off: sums over the vocabulary, of exponentials stored in `dtype`.
 fn tolerances(dtype: DType) -> (f32, f32) {
-    if dtype == DType::F16 { (1e-3, 2e-3) } else { (1e-5, 1e-4) }
+    match dtype {
+        DType::F16 => (1e-3, 2e-3),
+        DType::BF16 => (2e-3, 1.6e-2),
+        _ => (1e-5, 1e-4),
+    }
+}
+
+/// How far a log-probability may be off. In `f16` and `bf16` a hidden state is the sum of two numbers, of which the latter has 16 bits.
+fn tolerances_of_logps(dtype: DType) -> (f32, f32) {
+    if dtype == DType::BF16 { (1e-4, 1e-4) } else { (2e-6, 1e-5) }
 }
 
 fn check<B: Kernels>(dtype: DType, device: &B::Device) {
     for [n_rows, n_hidden, vocab] in SHAPES {
-        let mut case = Case::new(n_rows, n_hidden, vocab);
-        if dtype == DType::F16 {
-            case = case.of_halves();
-        }
+        let case = Case::new(n_rows, n_hidden, vocab).stored_in(dtype);
         let (want_logps, want_dhidden) = case.reference();
         for cut in [[vocab, n_rows], [100, 7], [64, 3], [vocab.div_ceil(40), 64]] {
             let (logps, dhidden) = case.run::<B>(cut, dtype, device);
             let what = |part: &str| format!("{part} of {n_rows} x {n_hidden} x {vocab} by {cut:?}");
             let (atol, rtol) = tolerances(dtype);
-            assert_close(&logps, &want_logps, 2e-6, 1e-5, &what("logps"));
+            let (logps_atol, logps_rtol) = tolerances_of_logps(dtype);
+            assert_close(&logps, &want_logps, logps_atol, logps_rtol, &what("logps"));
             assert_close(&dhidden, &want_dhidden, atol, rtol, &what("dhidden"));
         }
     }
@@ -172,8 +183,9 @@ fn gpu_equals_the_whole_log_softmax() {
 
 #[test]
 fn gpu_takes_a_weight_of_halves() {
-    if let Some(device) = adapter() {
-        check::<Gpu>(DType::F16, &device);
+    let Some(device) = adapter() else { return };
+    for (dtype, _) in stored_types().into_iter().filter(|(dtype, _)| *dtype != DType::F32) {
+        check::<Gpu>(dtype, &device);
     }
 }
 
