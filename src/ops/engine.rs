@@ -31,7 +31,7 @@ use rank::{Side, Thin};
 
 #[cfg(feature = "cuda")]
 pub(super) use extended::is_turned;
-pub(super) use product::{Adapter, Rest, Rounding, product, turned};
+pub(super) use product::{Adapter, Rest, Rounding, halves, product, turned};
 pub use routes::{Instruction, Route, RouteKind, Routes};
 #[cfg(feature = "cuda")]
 pub(super) use warpgroup::has_rows;

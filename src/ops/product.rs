@@ -5,9 +5,7 @@ mod plan;
 
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::DType;
-use burn_cubecl::kernel::cast;
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric;
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
@@ -161,8 +159,7 @@ impl<'a> Product<'a> {
     /// Takes the left operand as a sum of two `f16`, which has 22 of the 24 bits of a number around one: two products on matrices cost less than one
     /// without.
     fn run_in_halves(self) -> Floats {
-        let high = cast(self.lhs.clone(), DType::F16);
-        let low = cast(numeric::sub(self.lhs.clone(), cast(high.clone(), DType::F32)), DType::F16);
+        let [high, low] = engine::halves(self.lhs, DType::F16);
         let part = |lhs: &Floats, addend: Option<Floats>| {
             Product::new(self.layout, lhs, self.rhs).named(self.name).add_to(addend).run()
         };

@@ -64,7 +64,7 @@ pub(in crate::ops) fn product<R: Engine>(
 }
 
 /// Of a matrix in `f32` two of a 16-bit type: its entries rounded, and what that left of them, rounded too.
-fn halves<R: CubeRuntime>(matrix: &CubeTensor<R>, dtype: DType) -> [CubeTensor<R>; 2] {
+pub(in crate::ops) fn halves<R: CubeRuntime>(matrix: &CubeTensor<R>, dtype: DType) -> [CubeTensor<R>; 2] {
     let matrix = into_contiguous(matrix.clone());
     let [high, low] = [(); 2].map(|()| empty(&matrix, matrix.meta.shape().clone(), dtype));
     let client = matrix.client.clone();

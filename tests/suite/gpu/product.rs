@@ -1,5 +1,7 @@
 //! The products that `lora_linear` is made of, variant by variant, against `f64`.
 
+use std::collections::BTreeSet;
+
 use burn::cubecl::Runtime;
 use burn::cubecl::features::MmaConfig;
 use burn::cubecl::ir::{ElemType, FloatKind, StorageType};
@@ -185,16 +187,14 @@ fn every_matrix_variant_multiplies() {
     for size in sizes {
         let hardware = WgpuRuntime::client(&device).properties().hardware.clone();
         let plane = hardware.plane_size_max;
-        // With a quarter of a subgroup's lanes one subgroup has to take several patches.
-        let mut variants = vec![
-            (Layout::RowsRows, plane / 4),
-            (Layout::RowsRows, 8),
-            (Layout::RowsColumns, 8),
-            (Layout::RowsColumns, 32),
-        ];
-        variants.dedup();
+        // With a quarter of a subgroup's lanes one subgroup has to take several patches; the program's tiles have all of them.
+        let variants = [plane / 4, 8, 32, plane];
+        let variants: BTreeSet<_> = variants.into_iter().filter(|lanes| *lanes > 1).collect();
+        let layouts = [Layout::RowsRows, Layout::RowsColumns];
         let mut n_tried = 0;
-        for (layout, lanes) in variants {
+        for (layout, lanes) in
+            layouts.into_iter().flat_map(|layout| variants.iter().map(move |&lanes| (layout, lanes)))
+        {
             // A software adapter's driver takes long over the larger ones, and has eight lanes.
             let n_tiles = if lanes == 8 || lanes == plane { usize::MAX } else { 1 };
             // Workgroups on matrices are whole subgroups.
