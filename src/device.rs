@@ -179,7 +179,8 @@ pub fn select(text: &str) -> Result<Selected> {
         // Asked for the CPU, no driver is so much as loaded.
         DeviceRequest::Cpu => Ok(Selected { choice: DeviceChoice::Cpu, note: None }),
         DeviceRequest::Cuda(index) => take_cuda(index, &gpus()),
-        request @ DeviceRequest::Wgpu(_) => select_from(request, &gpus(), &adapters()),
+        // Nor is CUDA's, asked for wgpu.
+        DeviceRequest::Wgpu(index) => take_wgpu(index, &adapters()),
         DeviceRequest::Auto => {
             let gpus = gpus();
             // Nor is Vulkan, where CUDA is taken.
@@ -202,15 +203,17 @@ pub fn select_from(request: DeviceRequest, gpus: &CudaGpus, adapters: &[Adapter]
             Some(adapter) if adapter.device_type != DeviceType::Software => take(adapter),
             other => Ok(Selected { choice: DeviceChoice::Cpu, note: Some(why_cpu(other)) }),
         },
-        DeviceRequest::Wgpu(None) => match best(adapters) {
-            Some(adapter) => take(adapter),
-            None => Err(missing("wgpu", adapters)),
-        },
-        DeviceRequest::Wgpu(Some(index)) => match adapters.iter().find(|adapter| adapter.index == index) {
-            Some(adapter) => take(adapter),
-            None => Err(missing(&format!("wgpu:{index}"), adapters)),
-        },
+        DeviceRequest::Wgpu(index) => take_wgpu(index, adapters),
     }
+}
+
+/// The adapter of that number, or the best.
+fn take_wgpu(index: Option<usize>, adapters: &[Adapter]) -> Result<Selected> {
+    let (found, name) = match index {
+        None => (best(adapters), "wgpu".to_owned()),
+        Some(index) => (adapters.iter().find(|adapter| adapter.index == index), format!("wgpu:{index}")),
+    };
+    found.map_or_else(|| Err(missing(&name, adapters)), take)
 }
 
 /// The GPU of this index, without one the first.

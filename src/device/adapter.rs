@@ -202,11 +202,11 @@ fn memory_bytes(_: &wgpu::Adapter) -> Option<u64> {
     String::from_utf8(output.stdout).ok()?.trim().parse().ok().map(working_set)
 }
 
-/// What Metal recommends that a GPU hold of so much shared memory, `recommendedMaxWorkingSetSize`: about two thirds of small machines'
-/// and three quarters of large ones'. Beyond it the system takes memory away from the GPU.
+/// What Metal recommends that a GPU hold of so much shared memory, `recommendedMaxWorkingSetSize`: about two thirds of machines with up to
+/// 32 GiB and three quarters of larger ones'. Beyond it the system takes memory away from the GPU.
 #[cfg(any(target_os = "macos", test))]
 fn working_set(memory_bytes: u64) -> u64 {
-    memory_bytes / 4 * 3
+    if memory_bytes <= 32 << 30 { memory_bytes / 3 * 2 } else { memory_bytes / 4 * 3 }
 }
 
 #[cfg(test)]
@@ -214,8 +214,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_gpu_has_three_quarters_of_the_memory_that_it_shares() {
-        assert_eq!(working_set(64 << 30), 48 << 30);
+    fn a_gpu_has_two_thirds_or_three_quarters_of_the_memory_that_it_shares() {
+        assert_eq!([24, 64].map(|gib| working_set(gib << 30)), [16 << 30, 48 << 30]);
     }
 
     #[test]

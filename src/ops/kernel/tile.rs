@@ -81,9 +81,16 @@ pub enum Element {
 }
 
 impl From<DType> for Element {
-    /// What a tensor of this type holds; of the others there are no kernels.
+    /// What a tensor of this type holds.
+    ///
+    /// # Panics
+    /// Of a type that shaders do not read.
     fn from(dtype: DType) -> Self {
-        if dtype == DType::F16 { Self::F16 } else { Self::F32 }
+        match dtype {
+            DType::F32 => Self::F32,
+            DType::F16 => Self::F16,
+            other => panic!("shaders read f32 and f16, not {other:?}"),
+        }
     }
 }
 

@@ -123,12 +123,14 @@ pub(in crate::ops) fn launch_quantize<R: CubeRuntime>(
     (codes, scales)
 }
 
-/// The value of an `f16` in the low half of a word. Subnormal ones are computed, since `f32` ones of their bits may be flushed.
+/// The value of an `f16` in the low half of a word. Subnormal ones are computed, since `f32` ones of their bits may be flushed; one
+/// without a finite value has the largest exponent here as well.
 #[cube]
 fn f16_value(bits: u32) -> f32 {
     let exponent = bits >> 10 & 0x1f;
     let mantissa = bits & 0x3ff;
-    let normal = f32::reinterpret((exponent + 112) << 23 | mantissa << 13);
+    let bias = select(exponent == 31, u32::new(224), u32::new(112));
+    let normal = f32::reinterpret((exponent + bias) << 23 | mantissa << 13);
     let subnormal = f32::cast_from(mantissa) * f32::new(5.960_464_5e-8);
     let size = select(exponent == 0, subnormal, normal);
     select(bits >> 15 & 1 == 1, -size, size)

@@ -185,6 +185,15 @@ fn kernels_make_what_the_host_makes() {
 }
 
 #[test]
+fn what_is_not_finite_in_f16_stays_so() {
+    let Some(device) = adapter() else { return };
+    let halves = [f16::INFINITY, f16::NEG_INFINITY, f16::NAN, f16::MAX];
+    let dense = values(Weight::<Gpu>::packed_f16(&halves, [2, 2], &device).to_dense());
+    assert_eq!([dense[0], dense[1], dense[3]], [f32::INFINITY, f32::NEG_INFINITY, 65_504.0]);
+    assert!(dense[2].is_nan(), "{dense:?}");
+}
+
+#[test]
 fn a_matrix_takes_what_its_storage_says() {
     for storage in STORAGES {
         for [rows, columns] in &SHAPES[..5] {
