@@ -405,7 +405,8 @@ fn main() {
         let info = adapter.get_info();
         println!("adapter: {} ({:?}, {:?}) {}", info.name, info.backend, info.device_type, info.driver_info);
     }
-    println!("backend: {}; median of {RUNS} runs", <Wgpu as Backend>::name(&device));
+    let (backend, of_attention) = (<Wgpu as Backend>::name(&device), attention::ATTENTION_RUNS);
+    println!("backend: {backend}; median of {RUNS} runs, of attention's {of_attention}");
     if "lora_linear".contains(&wanted) {
         bench_lora_linear(&device);
     }

@@ -30,7 +30,7 @@ use super::Kernels;
 
 pub use mask::{AttentionMask, Visible};
 pub use mma::{MmaLaunch, MmaPass, OWNED as MMA_OWNED};
-pub use reference::attention_reference;
+pub use reference::{AdditiveMask, attention_reference};
 pub(super) use reference::{attention_backward_reference, attention_forward_reference};
 pub use tile::{MmaUnit, Tile, Units};
 

@@ -11,7 +11,7 @@ use orpo_wgpu::model::mlp::Mlp;
 use orpo_wgpu::model::norm::RmsNorm;
 use orpo_wgpu::model::{DecoderLayer, Linear, Llama};
 use orpo_wgpu::ops::Kernels;
-use orpo_wgpu::ops::attention::attention_reference;
+use orpo_wgpu::ops::attention::{AdditiveMask, attention_reference};
 use orpo_wgpu::ops::lora_linear::{Lora, lora_linear_reference};
 use orpo_wgpu::ops::orpo_loss::orpo_loss_reference;
 use orpo_wgpu::ops::quantize::Weight;
@@ -64,10 +64,11 @@ fn linear<B: Backend>(layer: &Linear<B>, x: Tensor<B, 2>) -> Tensor<B, 2> {
 }
 
 /// Runs a layer over packed rows.
-pub(crate) fn layer_forward<B: Backend>(
+fn layer_forward<B: Backend>(
     layer: &DecoderLayer<Tracked<B>>,
     x: Tensor<Tracked<B>, 2>,
     layout: &AttentionLayout<B>,
+    mask: &AdditiveMask<Tracked<B>>,
 ) -> Tensor<Tracked<B>, 2> {
     let a = &layer.self_attn;
     let normed = normalize(&layer.input_layernorm, x.clone());
@@ -82,7 +83,7 @@ pub(crate) fn layer_forward<B: Backend>(
     let q = rotate(heads(linear(&a.q_proj, normed.clone())));
     let k = rotate(heads(linear(&a.k_proj, normed.clone())));
     let v = heads(linear(&a.v_proj, normed));
-    let x = x + linear(&a.o_proj, attention_reference(q, k, v, &layout.mask.visible));
+    let x = x + linear(&a.o_proj, attention_reference(q, k, v, mask));
     let normed = normalize(&layer.post_attention_layernorm, x.clone());
     let (gate, up) = (linear(&layer.mlp.gate_proj, normed.clone()), linear(&layer.mlp.up_proj, normed));
     x + linear(&layer.mlp.down_proj, swiglu_reference(gate, up))
@@ -96,7 +97,8 @@ pub(crate) fn forward<B: Backend>(
     layout: &AttentionLayout<B>,
 ) -> Tensor<Tracked<B>, 2> {
     let embedded = Tensor::from_inner(model.embed(tokens));
-    let x = layers.iter().fold(embedded, |x, layer| layer_forward(layer, x, layout));
+    let mask = AdditiveMask::new(&layout.mask.visible, &model.device());
+    let x = layers.iter().fold(embedded, |x, layer| layer_forward(layer, x, layout, &mask));
     normalize(&track_norm(&model.norm), x)
 }
 

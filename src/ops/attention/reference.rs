@@ -12,15 +12,27 @@ use crate::ops::{cast, to_f32};
 /// The most rows that the reference makes scores of at a time.
 const CHUNK_ROWS: usize = 256;
 
+/// What is added to whole tables of scores: 0 where a row sees a key, and [`MASKED`] elsewhere.
+#[derive(Debug, Clone)]
+pub struct AdditiveMask<B: Backend>(Vec<(Block, Tensor<B, 2>)>);
+
+impl<B: Backend> AdditiveMask<B> {
+    /// That of rows which see these keys.
+    pub fn new(visible: &[Visible], device: &B::Device) -> Self {
+        let blocks = blocks(visible, usize::MAX).into_iter();
+        Self(blocks.map(|block| (block.clone(), block.mask(visible, device))).collect())
+    }
+}
+
 /// Attention's output in plain burn tensors, with the whole table of scores. Differentiable by burn's own autodiff.
 pub fn attention_reference<B: Backend>(
     q: Tensor<B, 3>,
     k: Tensor<B, 3>,
     v: Tensor<B, 3>,
-    visible: &[Visible],
+    mask: &AdditiveMask<B>,
 ) -> Tensor<B, 2> {
-    let parts = blocks(visible, usize::MAX).into_iter().map(|block| {
-        let scores = Scores::new(&q, &k, visible, &block);
+    let parts = mask.0.iter().map(|(block, mask)| {
+        let scores = Scores::new(&q, &k, mask.clone(), block);
         let weights = burn::tensor::activation::softmax(scores.values, 2);
         let out = weights.matmul(by_head(&v, &block.keys));
         scores.heads.to_rows(out)
@@ -36,7 +48,7 @@ pub(in crate::ops) fn attention_forward_reference<B: Backend>(
     mask: &AttentionMask<B>,
 ) -> AttentionOutput<B> {
     let parts = blocks(&mask.visible, CHUNK_ROWS).into_iter().map(|block| {
-        let Scores { values, heads } = Scores::new(&q, &k, &mask.visible, &block);
+        let Scores { values, heads } = Scores::new(&q, &k, block.mask(&mask.visible, &k.device()), &block);
         let max = values.clone().max_dim(2);
         let exps = (values - max.clone()).exp();
         let sum = exps.clone().sum_dim(2);
@@ -65,7 +77,7 @@ pub(in crate::ops) fn attention_backward_reference<B: Backend>(
     let mut dq = Vec::new();
     let (mut dk, mut dv) = (to_f32(k.zeros_like()), to_f32(v.zeros_like()));
     for block in blocks(&mask.visible, CHUNK_ROWS) {
-        let Scores { values, heads } = Scores::new(&q, &k, &mask.visible, &block);
+        let Scores { values, heads } = Scores::new(&q, &k, block.mask(&mask.visible, &k.device()), &block);
         let rows = |t: &Tensor<B, 3>| heads.by_head(t.clone().slice([block.rows.clone()]));
         let weights = (values - rows(&lse)).exp();
         let dout = rows(&dout);
@@ -84,9 +96,22 @@ pub(in crate::ops) fn attention_backward_reference<B: Backend>(
 }
 
 /// Rows that attend among the same keys.
+#[derive(Debug, Clone)]
 struct Block {
     rows: Range<usize>,
     keys: Range<usize>,
+}
+
+impl Block {
+    /// What is added to its scores, `[rows, keys]`.
+    fn mask<B: Backend>(&self, visible: &[Visible], device: &B::Device) -> Tensor<B, 2> {
+        let keys = self.keys.start as u32..self.keys.end as u32;
+        let mask: Vec<f32> = visible[self.rows.clone()]
+            .iter()
+            .flat_map(|v| keys.clone().map(move |key| if v.sees(key) { 0.0 } else { MASKED }))
+            .collect();
+        Tensor::from_data(TensorData::new(mask, [self.rows.len(), self.keys.len()]), device)
+    }
 }
 
 /// Rows of the same first key, at most `max_rows` at a time, and the keys that any of them sees.
@@ -135,18 +160,12 @@ struct Scores<B: Backend> {
 }
 
 impl<B: Backend> Scores<B> {
-    fn new(q: &Tensor<B, 3>, k: &Tensor<B, 3>, visible: &[Visible], block: &Block) -> Self {
+    fn new(q: &Tensor<B, 3>, k: &Tensor<B, 3>, mask: Tensor<B, 2>, block: &Block) -> Self {
         let ([_, heads, head_dim], kv_heads) = (q.dims(), k.dims()[1]);
         let heads = Heads { kv_heads, group: heads / kv_heads };
         let (n_rows, n_keys) = (block.rows.len(), block.keys.len());
         let q = heads.by_head(to_f32(q.clone().slice([block.rows.clone()])));
         let scores = q.matmul(by_head(k, &block.keys).swap_dims(1, 2)) * scale(head_dim);
-        let keys = block.keys.start as u32..block.keys.end as u32;
-        let mask: Vec<f32> = visible[block.rows.clone()]
-            .iter()
-            .flat_map(|v| keys.clone().map(move |key| if v.sees(key) { 0.0 } else { MASKED }))
-            .collect();
-        let mask = Tensor::<B, 2>::from_data(TensorData::new(mask, [n_rows, n_keys]), &k.device());
         let scores = scores.reshape([kv_heads, heads.group, n_rows, n_keys]) + mask.unsqueeze::<4>();
         Self { values: scores.reshape([kv_heads, heads.group * n_rows, n_keys]), heads }
     }

@@ -7,7 +7,8 @@ use burn_flex::Flex;
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::ops::attention::trial::{self, Pass};
 use orpo_wgpu::ops::attention::{
-    AttentionMask, AttentionOutput, Tile, Visible, attention, attention_backward, attention_reference, launch,
+    AdditiveMask, AttentionMask, AttentionOutput, Tile, Visible, attention, attention_backward,
+    attention_reference, launch,
 };
 use orpo_wgpu::ops::engine::Engine as _;
 use orpo_wgpu::ops::notes;
@@ -159,7 +160,8 @@ fn run_reference(case: &Case) -> Outcome {
     let inputs = Inputs::new(case);
     let device = Default::default();
     let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(|t| tensor::<B, 3>(t, &device).require_grad());
-    let out = attention_reference(q.clone(), k.clone(), v.clone(), &case.visible);
+    let out =
+        attention_reference(q.clone(), k.clone(), v.clone(), &AdditiveMask::new(&case.visible, &q.device()));
     let grads = (out.clone() * tensor::<B, 2>(&inputs.dout, &device)).sum().backward();
     let lse = (0..case.visible.len() * case.heads).map(|i| {
         let scores = Scores::new(case, &inputs, i / case.heads, i % case.heads);
