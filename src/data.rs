@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! dataset   files -> rows: query, response, rejected_response
+//! draw      rows  -> those to train on and to validate with, in an order
 //! template  row   -> pieces: control tokens and text, never mixed
 //! tokenize  pieces -> token ids of a pair: prompt, chosen, rejected
 //! batch     pairs -> one packed row of tokens and what is scored in it
@@ -13,6 +14,7 @@
 
 pub mod batch;
 pub mod dataset;
+pub mod draw;
 pub mod prompts;
 pub mod renames;
 pub mod source;

@@ -16,6 +16,7 @@ pub mod run_folder;
 pub mod schedule;
 pub mod step;
 pub mod tensorboard;
+pub mod trainer_state;
 mod window;
 
 use std::time::Instant;
@@ -39,9 +40,10 @@ use loss_scale::{LossScale, LossScaleConfig, MIN_SCALE};
 use metrics::{StepMetrics, StepTrace};
 use optim::{AdamW, AdamWConfig};
 use plan::Plan;
-use run_folder::{Position, RunFolder, TrainerState};
+use run_folder::RunFolder;
 use schedule::Schedule;
 use step::{DeviceBatch, evaluate};
+use trainer_state::{Position, TrainerState};
 use window::Window;
 
 /// What the loop is told; names as in Hugging Face's `TrainingArguments` and TRL's `ORPOConfig`.

@@ -11,7 +11,8 @@ use super::start;
 use super::words::{entry, millions, new_table};
 use super::work::Work;
 use crate::config::TrainArgs;
-use crate::data::dataset::{self, Dataset};
+use crate::data::dataset::Dataset;
+use crate::data::draw;
 use crate::data::renames;
 use crate::data::tokenize::TokenizedPair;
 use crate::demo;
@@ -187,7 +188,7 @@ fn count_rows(args: &TrainArgs) -> Result<Option<usize>> {
     if is_split {
         renames::check_used(&[&unused])?;
     }
-    let rows = if is_split { dataset::split(rows, args.dataset_test_ratio, shuffle(args)).0 } else { rows };
+    let rows = if is_split { draw::split(rows, args.dataset_test_ratio, shuffle(args)).0 } else { rows };
     if rows.is_empty() { Err(nothing_to_train_on(args, 0, &[])) } else { Ok(Some(rows.len())) }
 }
 

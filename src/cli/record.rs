@@ -12,7 +12,8 @@ use crate::config::TrainArgs;
 use crate::data::source;
 use crate::error::{Error, Result};
 use crate::lora::LoraConfig;
-use crate::train::run_folder::{ARGS_FILE, CheckpointTexts, RunFolder, Tracker, TrainerState};
+use crate::train::run_folder::{ARGS_FILE, CheckpointTexts, RunFolder, Tracker};
+use crate::train::trainer_state::TrainerState;
 
 /// Creates the run's folder, with these settings in it and the log of the run that it goes on with, and gives its path as well.
 ///

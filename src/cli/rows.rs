@@ -9,7 +9,8 @@ use super::open::OpenModel;
 use super::words::millions;
 use crate::config::TrainArgs;
 use crate::data::batch::{LossCompat, pack};
-use crate::data::dataset::{self, Dataset, Row, Shuffle, Skipped, Strictness};
+use crate::data::dataset::{self, Dataset, Row, Skipped, Strictness};
+use crate::data::draw::{self, Shuffle};
 use crate::data::renames::{self, UnusedRenames};
 use crate::data::tokenize::{TokenizedPair, TruncationStrategy, tokenize_rows};
 use crate::demo;
@@ -61,7 +62,7 @@ impl Data {
         let (n_rows, mut n_copies) = (rows.len(), 0);
         let (train, val) = if args.val_dataset.is_empty() {
             renames::check_used(&[&unused])?;
-            let (train, val) = dataset::split(rows, args.dataset_test_ratio, shuffle);
+            let (train, val) = draw::split(rows, args.dataset_test_ratio, shuffle);
             n_copies = n_rows - train.len() - val.len();
             (train, val)
         } else {
@@ -218,7 +219,7 @@ pub fn load(args: &TrainArgs, specs: &[String], demo: fn() -> Result<Dataset>) -
     };
     let Dataset { rows, skipped, unused } = demo()?;
     let rows = match sample {
-        Some(n) => dataset::sample_of(rows, n, args.seed, 0),
+        Some(n) => draw::sample_of(rows, n, args.seed, 0),
         None => rows,
     };
     Ok(Dataset { rows, skipped, unused: UnusedRenames { names: columns.into_keys().collect(), ..unused } })

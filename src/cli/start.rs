@@ -12,7 +12,7 @@ use crate::model::llama::LINEAR_NAMES;
 use crate::ops::Kernels;
 use crate::train::TrainSettings;
 use crate::train::checkpoints::newest_checkpoint;
-use crate::train::run_folder::TrainerState;
+use crate::train::trainer_state::TrainerState;
 
 /// The same settings, where `--resume_from_checkpoint` and `--adapters` are checkpoints instead of the runs that they are the newest
 /// of.

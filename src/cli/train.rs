@@ -30,8 +30,9 @@ use crate::ops::Kernels;
 use crate::shell::pasted;
 use crate::train::checkpoints::newest_checkpoint;
 use crate::train::plan::Plan;
-use crate::train::run_folder::{RunFolder, TrainerState, check_writable, holds_run};
+use crate::train::run_folder::{RunFolder, check_writable, holds_run};
 use crate::train::schedule::Schedule;
+use crate::train::trainer_state::TrainerState;
 use crate::train::{TrainData, TrainSettings, train};
 use crate::words::counted;
 

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::run_folder::STATE_FILE;
+use super::trainer_state::STATE_FILE;
 use crate::lora;
 
 /// After how many steps a checkpoint was saved, by its name.

@@ -1,6 +1,6 @@
 //! Which rows each step takes, as a pure function of the step.
 
-use crate::data::dataset::{Shuffle, epoch_order};
+use crate::data::draw::{Shuffle, epoch_order};
 
 /// How a data set is cut into optimizer steps, as Hugging Face's `Trainer` does: micro-batches do not cross the end of an epoch, and the
 /// last step of an epoch takes what is left.

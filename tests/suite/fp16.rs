@@ -12,8 +12,9 @@ use orpo_wgpu::model::load::{Checkpoint, load_llama};
 use orpo_wgpu::model::{Llama, LlamaConfig, Precision};
 use orpo_wgpu::ops::Kernels;
 use orpo_wgpu::train::loss_scale::LossScaleConfig;
-use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker, TrainerState};
+use orpo_wgpu::train::run_folder::{CheckpointTexts, RunFolder, Tracker};
 use orpo_wgpu::train::step::{DeviceBatch, forward_backward};
+use orpo_wgpu::train::trainer_state::TrainerState;
 use orpo_wgpu::train::{Summary, TrainData, TrainSettings, train};
 use serde_json::{Map, Value};
 
