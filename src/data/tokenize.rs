@@ -187,6 +187,7 @@ mod tests {
     use super::super::dataset::parse_rows;
     use super::super::tokenizer::tests::llama3_like;
     use super::*;
+    use crate::left_out::left_out;
 
     fn rows(lines: &[(&str, &str, &str)]) -> Vec<Row> {
         let row = |(i, (query, response, rejected)): (usize, &(&str, &str, &str))| Row {
@@ -328,15 +329,12 @@ mod tests {
     }
 
     /// Files that are too large or not ours to commit.
-    fn shared(test: &str) -> Option<PathBuf> {
+    fn shared() -> Option<PathBuf> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data");
         if folder.is_dir() {
             return Some(folder);
         }
-        use std::io::Write;
-        // Straight to the terminal: the test harness keeps what `eprintln!` says about a test that passes.
-        let line = format!("\n!!! LEFT OUT: {test} needs {}, which is not there\n", folder.display());
-        std::io::stderr().write_all(line.as_bytes()).unwrap();
+        left_out(&format!("there is no {}", folder.display()));
         None
     }
 
@@ -350,7 +348,7 @@ mod tests {
 
     #[test]
     fn llama3_s_tokens_are_those_of_the_reference() {
-        let Some(data) = shared("llama3_s_tokens_are_those_of_the_reference") else { return };
+        let Some(data) = shared() else { return };
         let tokenizer = TextTokenizer::from_folder(data.join("llama3-tokenizer")).unwrap();
         assert_eq!(tokenizer.vocab_size(), 128256);
         assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (Some(128000), Some(128009)));
@@ -383,7 +381,7 @@ mod tests {
     /// The HF template trims what is said and ours does not, so ours is given trimmed text.
     #[test]
     fn llama3_s_conversations_are_those_of_its_chat_template() {
-        let Some(data) = shared("llama3_s_conversations_are_those_of_its_chat_template") else { return };
+        let Some(data) = shared() else { return };
         let tokenizer = TextTokenizer::from_folder(data.join("llama3-tokenizer")).unwrap();
         let renderer = Template::Llama3.renderer(&tokenizer).unwrap();
         let vectors = read_json(data.join("vectors/chat_templates.json"));
@@ -418,7 +416,7 @@ mod tests {
 
     #[test]
     fn real_preference_data_is_used_but_for_what_does_not_fit() {
-        let Some(data) = shared("real_preference_data_is_used_but_for_what_does_not_fit") else { return };
+        let Some(data) = shared() else { return };
         let tokenizer = TextTokenizer::from_folder(data.join("llama3-tokenizer")).unwrap();
         let too_long = [144, 187, 193];
         for (file, n_rows, left_out) in
@@ -449,7 +447,7 @@ mod tests {
 
     #[test]
     fn a_model_without_a_chat_format_gets_plain_text() {
-        let Some(data) = shared("a_model_without_a_chat_format_gets_plain_text") else { return };
+        let Some(data) = shared() else { return };
         let tokenizer = TextTokenizer::from_folder(data.join("stories260K-hf")).unwrap();
         assert_eq!((tokenizer.vocab_size(), tokenizer.bos_id(), tokenizer.eos_id()), (512, Some(1), Some(2)));
         let template = Template::detect(&tokenizer, tokenizer.chat_template()).unwrap();

@@ -212,7 +212,8 @@ impl TextTokenizer {
     ///
     /// # Errors
     /// As [`decode`](Self::decode).
-    pub fn decode_with_control(&self, ids: &[u32]) -> Result<String> {
+    #[cfg(test)]
+    pub(super) fn decode_with_control(&self, ids: &[u32]) -> Result<String> {
         self.decode_as(ids, false)
     }
 
