@@ -141,8 +141,13 @@ fn llama_3_8b_is_planned_by_its_name_alone_for_a_card_that_is_not_here() {
 fn the_readme_s_table_of_memory_is_what_plan_predicts() {
     let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(readme).unwrap();
-    for max_length in ["2048", "1024"] {
-        let model = ["--model_type", "llama3-8b-instruct", "--dtype", "fp16", "--max_length", max_length];
+    for (name, model_type, max_length) in [
+        ("Llama-3-8B", "llama3-8b-instruct", "2048"),
+        ("Llama-3-8B", "llama3-8b-instruct", "1024"),
+        ("Llama-3.2-3B", "llama3_2-3b-instruct", "2048"),
+        ("Llama-3.2-1B", "llama3_2-1b-instruct", "2048"),
+    ] {
+        let model = ["--model_type", model_type, "--dtype", "fp16", "--max_length", max_length];
         // Too small for anything to be kept for speed.
         let printed = plan(&[&model[..], &["--device", "auto", "--max_memory", "2GiB"]].concat());
         let settings = [
@@ -152,7 +157,7 @@ fn the_readme_s_table_of_memory_is_what_plan_predicts() {
             "--quantization_bit 4 --quantize_lm_head true",
         ];
         let totals = settings.map(|flags| row(&printed, flags)[2].clone());
-        let line = format!("| 2 x {max_length} tokens | {} |", totals.join(" | "));
+        let line = format!("| {name}, 2 x {max_length} tokens | {} |", totals.join(" | "));
         assert!(readme.contains(&line), "no `{line}`");
     }
 }
