@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# What README tells of an NVIDIA card, measured on the one that is here: all of it, or the parts named.
+# Most of what README tells of an NVIDIA card, measured on the one that is here: all parts, or those named. Kernels that README tells of
+# alone are in none.
 #
 #     cargo build --release --features cuda && bash benches/card.sh [bench] [products] [tests] [parity] [peers] …
 #
 # BINARY and SUITE name the program and the tests where they were built elsewhere, PYTHON what runs a script with its packages, FOLDER
-# where 15 GiB of random weights go, LENGTHS and PAIRS what peers train on, ENGINES which of them.
+# where 15 GiB of random weights go, LENGTHS and PAIRS what is trained on, ENGINES by which of the peers.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-binary=${BINARY:-target/release/orpo-wgpu} python=${PYTHON:-uv run --with liger-kernel} folder=${FOLDER:-8b}
+root=$(realpath "$(dirname "$0")/..")
+binary=${BINARY:-$root/target/release/orpo-wgpu} python=${PYTHON:-uv run --with liger-kernel} folder=${FOLDER:-$root/target/8b}
 shape=llama3-8b-instruct
 failed=()
 
@@ -21,39 +22,41 @@ bench() {
     local device length
     for device in cuda wgpu; do
         for length in ${LENGTHS:-1024 2048}; do
-            try "$binary" bench --model_type $shape --device $device --dtype AUTO --max_length "$length"
+            try "$binary" bench --model_type $shape --device $device --dtype AUTO --max_length "$length" --max_steps 25
         done
     done
+    try "$binary" bench --model_type $shape --device wgpu --dtype AUTO --max_length 2048 --max_memory 24GB
 }
 
 products() {
     local dtype tokens
     for dtype in bf16 fp16; do
         for tokens in 1534 3070; do
-            try $python benches/vendor_product.py --dtype $dtype --tokens $tokens
+            try $python "$root/benches/vendor_product.py" --dtype $dtype --tokens $tokens
         done
     done
 }
 
 tests() {
+    # Through CUDA, and through Vulkan.
     if [ -n "${SUITE:-}" ]; then
-        try "$SUITE" cuda:: --test-threads 4
+        try "$SUITE" cuda:: gpu:: --test-threads 4
     else
-        try cargo test --release --features cuda --test suite cuda::
+        try cargo test --manifest-path "$root/Cargo.toml" --release --features cuda --test suite -- cuda:: gpu::
     fi
 }
 
 parity() {
-    try $python benches/peers.py --make "$folder-tiny" --shape tiny-128-2
-    try $python benches/peers.py --parity "$folder-tiny" --binary "$binary"
+    try $python "$root/benches/peers.py" --make "$folder-tiny" --shape tiny-128-2
+    try $python "$root/benches/peers.py" --parity "$folder-tiny" --binary "$binary"
 }
 
 peers() {
     local length pairs
     for length in ${LENGTHS:-1024 2048}; do
-        try $python benches/peers.py --make "$folder" --shape $shape --max_length "$length"
+        try $python "$root/benches/peers.py" --make "$folder" --shape $shape --max_length "$length"
         for pairs in ${PAIRS:-1 4}; do
-            try $python benches/peers.py --run "$folder" --device cuda --batch_size "$pairs" --binary "$binary" \
+            try $python "$root/benches/peers.py" --run "$folder" --device cuda --batch_size "$pairs" --binary "$binary" \
                 ${ENGINES:+--engines "$ENGINES"}
         done
     done

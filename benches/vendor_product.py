@@ -41,7 +41,7 @@ def seconds_of(product, device: str, at_least_s: float) -> float:
     return took / n
 
 
-def rates(n_rows: int, n_in: int, n_out: int, args: argparse.Namespace) -> tuple[float, float]:
+def timed(n_rows: int, n_in: int, n_out: int, args: argparse.Namespace) -> tuple[float, float]:
     """Seconds of `[n_rows, n_in] x [n_out, n_in]ᵀ`: from rest, and hot."""
     x = torch.randn(n_rows, n_in, device=args.device).to(args.type)
     weight = torch.randn(n_out, n_in, device=args.device).to(args.type)
@@ -74,13 +74,13 @@ def main() -> None:
 
     total_flops, total = 0.0, [0.0, 0.0]
     for name, (n_in, n_out, n_of_kind) in LINEARS.items():
-        flops, seconds = 2.0 * args.tokens * n_in * n_out, rates(args.tokens, n_in, n_out, args)
+        flops, seconds = 2.0 * args.tokens * n_in * n_out, timed(args.tokens, n_in, n_out, args)
         row(name, flops, seconds)
         total_flops += n_of_kind * flops
         total = [sum_ + n_of_kind * s for sum_, s in zip(total, seconds, strict=True)]
     row("all seven", total_flops, tuple(total))
     for n in SQUARES:
-        row(f"{n} x {n} x {n}", 2.0 * n**3, rates(n, n, n, args))
+        row(f"{n} x {n} x {n}", 2.0 * n**3, timed(n, n, n, args))
 
 
 if __name__ == "__main__":

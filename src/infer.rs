@@ -11,5 +11,6 @@
 pub mod chat;
 pub mod generate;
 pub mod prompts;
+pub mod results;
 pub mod sample;
 pub mod talk;

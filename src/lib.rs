@@ -23,6 +23,7 @@ mod fnv;
 pub mod infer;
 #[cfg(test)]
 mod left_out;
+mod lock;
 pub mod lora;
 pub mod model;
 pub mod ops;

@@ -20,6 +20,7 @@ pub use peft::{
 
 /// The highest rank of a new adapter. Of more, an adapter is no longer small beside the matrices that it is added to.
 pub const MAX_RANK: usize = 256;
+
 /// What an adapter is, in PEFT's names; written as `adapter_config.json`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LoraConfig {

@@ -6,7 +6,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::json;
 
 use super::words::{new_table, paragraph};
-use crate::device::{self, Adapter, CudaGpu, DeviceChoice, DeviceRequest, Selected, size};
+use crate::device::{self, Adapter, CudaGpu, DeviceChoice, DeviceRequest, DeviceType, Selected, size};
 use crate::error::Result;
 use crate::words::counted;
 
@@ -43,6 +43,13 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
         say!("{}\n", paragraph(&format!("hint: {}", device::NO_ADAPTER)));
     } else {
         say!("{}\n", table(&adapters));
+        if adapters.iter().all(|adapter| adapter.device_type == DeviceType::Software) {
+            let hint = format!(
+                "hint: a GPU that is not listed lacks its driver, or that driver's {} part",
+                device::api()
+            );
+            say!("{}\n", paragraph(&hint));
+        }
     }
     match &gpus {
         Ok(gpus) => say!("{}\n", cuda_table(gpus)),

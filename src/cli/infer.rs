@@ -20,7 +20,8 @@ use crate::device::{self, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::infer::chat::{self, Chat, Manner};
 use crate::infer::generate::GenerationConfig;
-use crate::infer::prompts::{answer_prompts, answerable, check_result_file, unanswered};
+use crate::infer::prompts::{answer_prompts, answerable};
+use crate::infer::results::Results;
 use crate::infer::sample::SamplingConfig;
 use crate::infer::talk::{self, Piped, Prompted};
 use crate::lora;
@@ -141,40 +142,52 @@ pub fn run(args: &InferArgs) -> Result<()> {
         return Err(Error::config("the prompt is empty").with_hint("without one, infer starts a chat"));
     }
     let mut prompts = args.prompts.as_deref().map(read_prompts).transpose()?.unwrap_or_default();
-    if let Some(path) = &args.result_file {
-        if !args.append {
-            check_result_file(path)?;
+    let mut has_answers = false;
+    let results = match &args.result_file {
+        None => None,
+        Some(path) if !args.append => Some(Results::create(path)?),
+        Some(path) => {
+            let n_prompts = prompts.len();
+            let (results, rest) = Results::go_on(path, prompts)?;
+            prompts = rest;
+            let has = format!("{} has {}", path.display(), counted(n_prompts - prompts.len(), "answer"));
+            has_answers = prompts.len() < n_prompts;
+            if has_answers && !prompts.iter().any(Result::is_ok) {
+                note!("{}", noted("prompts", &format!("{has}, and no prompt is left")));
+                return Ok(());
+            }
+            if has_answers {
+                note!("{}", noted("prompts", &format!("{has}, to which the others are added")));
+            }
+            Some(results)
         }
-        let n_prompts = prompts.len();
-        prompts = unanswered(path, prompts)?;
-        let n_answers = n_prompts - prompts.len();
-        if n_answers > 0 {
-            let has = format!(
-                "{} has {}, to which the others are added",
-                path.display(),
-                counted(n_answers, "answer")
-            );
-            note!("{}", noted("prompts", &has));
-        }
-    }
+    };
+    let asked = Asked { prompts, results, has_answers };
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
         note!("{}", noted("device", note));
     }
     match &selected.choice {
-        choice @ DeviceChoice::Cpu => run_on::<Flex>(args, prompts, &open, &Default::default(), choice),
-        choice @ DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, prompts, &open, device, choice),
+        choice @ DeviceChoice::Cpu => run_on::<Flex>(args, asked, &open, &Default::default(), choice),
+        choice @ DeviceChoice::Wgpu { device, .. } => run_on::<Wgpu>(args, asked, &open, device, choice),
         #[cfg(feature = "cuda")]
         choice @ DeviceChoice::Cuda(gpu) => {
-            run_on::<burn_cuda::Cuda>(args, prompts, &open, &gpu.device(), choice)
+            run_on::<burn_cuda::Cuda>(args, asked, &open, &gpu.device(), choice)
         }
     }
 }
 
+/// What `--prompts` asks, where answers to it go, and whether some of them are there already.
+struct Asked {
+    prompts: Vec<Result<Prompt>>,
+    results: Option<Results>,
+    has_answers: bool,
+}
+
 fn run_on<B: Kernels>(
     args: &InferArgs,
-    prompts: Vec<Result<Prompt>>,
+    Asked { prompts, results, has_answers }: Asked,
     open: &OpenModel,
     device: &B::Device,
     choice: &DeviceChoice,
@@ -209,8 +222,15 @@ fn run_on<B: Kernels>(
         match (&args.prompt, &args.prompts) {
             (Some(prompt), _) => chat::one_shot(&mut chat, prompt, output, notes, manner),
             (None, Some(_)) => {
-                let prompts = answerable(&mut chat, prompts, notes)?;
-                answer_prompts(&mut chat, &prompts, args.result_file.as_deref(), output, notes, manner)
+                let prompts = match answerable(&mut chat, prompts, notes) {
+                    // The others have their answers.
+                    Err(left_out @ Error::Row { .. }) if has_answers => {
+                        note!("no prompt is left that can be answered: {left_out}");
+                        return Ok(());
+                    }
+                    prompts => prompts?,
+                };
+                answer_prompts(&mut chat, &prompts, results, output, notes, manner)
             }
             (None, None) => match Keyboard::open().filter(|_| manner.is_terminal) {
                 Some(mut keyboard) => {

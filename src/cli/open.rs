@@ -126,7 +126,7 @@ impl OpenModel {
                 let config = folder.join(lora::ADAPTER_CONFIG_FILE);
                 Err(Error::file(config, what).with_hint(format!("pass --model_id_or_path {model}")))
             }
-            Some(base) if Path::new(&base).file_name().is_some_and(|name| *name != *self.base_name()) => {
+            Some(base) if !is_named(&base, &self.name) => {
                 note!(
                     "{}",
                     noted(
@@ -237,9 +237,47 @@ fn generation_eos(folder: &Path) -> Result<Vec<u32>> {
     Ok(config.eos_token_id.map(TokenIds::into_vec).unwrap_or_default())
 }
 
+/// Whether two names, folders or models on the Hub, have one last name: as they stand, behind links, or in Hugging Face's cache, whose
+/// folders are `models--owner--name/snapshots/…`.
+fn is_named(base: &str, model: &str) -> bool {
+    let names = |path: &Path| -> Vec<String> {
+        let parts = path.iter().map(|part| part.to_string_lossy());
+        let cached = parts
+            .clone()
+            .filter_map(|part| Some(part.strip_prefix("models--")?.rsplit("--").next()?.to_owned()));
+        cached.chain(parts.last().map(Into::into)).collect()
+    };
+    let all = |name: &str| {
+        let real = Path::new(name).canonicalize().unwrap_or_default();
+        [names(Path::new(name)), names(&real)].concat()
+    };
+    let ours = all(model);
+    all(base).iter().any(|name| ours.contains(name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_has_its_name_wherever_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let cached = path("models--meta-llama--Meta-Llama-3-8B/snapshots/5f0b02c7");
+        std::fs::create_dir_all(&cached).unwrap();
+        assert!(is_named("meta-llama/Meta-Llama-3-8B", "models/Meta-Llama-3-8B"));
+        assert!(is_named("meta-llama/Meta-Llama-3-8B", &cached));
+        assert!(!is_named("meta-llama/Meta-Llama-3-8B", "models/Meta-Llama-3-8B-Instruct"));
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink(&cached, path("model")).unwrap();
+            assert!(
+                is_named(&path("model"), &path("model"))
+                    && is_named("meta-llama/Meta-Llama-3-8B", &path("model"))
+            );
+            assert!(is_named(&path("model"), &cached), "by a link before");
+        }
+    }
 
     #[test]
     fn a_folder_that_is_no_model_is_told_from_one() {

@@ -8,6 +8,7 @@ use burn::tensor::backend::Backend;
 use super::open::OpenModel;
 use super::rows::is_demo_set;
 use super::start::goes_on_in;
+use super::train::check_output;
 use crate::config::TrainArgs;
 use crate::data::source;
 use crate::error::{Error, Result};
@@ -41,13 +42,17 @@ fn new_folder(args: &TrainArgs, open: &OpenModel) -> Result<PathBuf> {
     loop {
         let folder = run_folder(args, open);
         if !args.add_output_dir_suffix {
-            return Ok(folder);
+            // Another run may have come and gone while this one was loaded.
+            return check_output(args).map(|()| folder);
         }
         let parent = folder.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         match std::fs::create_dir(&folder) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-            made => return made.map(|()| folder.clone()).map_err(Error::io("create", &folder)),
+            made => {
+                made.map_err(Error::io("create", &folder))?;
+                return Ok(folder);
+            }
         }
     }
 }

@@ -103,19 +103,18 @@ impl Data {
         }
         let n_val = val.len();
         let val = tokenize(&val)?;
-        let too_long = &skipped[n_malformed + n_train - train.len()..];
-        let unheld = match val.is_empty() && n_val > 0 {
-            true if !args.val_dataset.is_empty() => {
-                let why = dataset::summarize(too_long);
-                let problem = format!("none of its rows can be evaluated on: {why}");
-                return Err(Error::file(args.val_dataset.join(" "), problem).with_hint(TOO_LONG));
-            }
-            true => Some(format!(
-                "note: nothing is evaluated, as none of the {} held out can be used",
-                counted(n_val, "row")
-            )),
-            false => unheld,
+        if val.is_empty() && !args.val_dataset.is_empty() {
+            // The error itself tells of those that tokenizing left out of these.
+            note_left_out(&skipped[..skipped.len() - n_val]);
+            let why = dataset::summarize(&skipped[skipped.len() - n_val..]);
+            let problem = format!("none of its rows can be evaluated on: {why}");
+            return Err(Error::file(args.val_dataset.join(" "), problem).with_hint(TOO_LONG));
+        }
+        let none_left = || {
+            let rows = counted(n_val, "row");
+            format!("note: nothing is evaluated, as none of the {rows} held out can be used")
         };
+        let unheld = if val.is_empty() && n_val > 0 { Some(none_left()) } else { unheld };
         let end = open.template.renderer(&open.tokenizer)?.end_of_answer();
         let is_cut = |pair: &&TokenizedPair| {
             [&pair.chosen, &pair.rejected].iter().any(|answer| answer.last() != Some(&end))

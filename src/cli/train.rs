@@ -30,7 +30,7 @@ use crate::ops::Kernels;
 use crate::shell::pasted;
 use crate::train::checkpoints::newest_checkpoint;
 use crate::train::plan::Plan;
-use crate::train::run_folder::{RunFolder, check_writable, holds_run};
+use crate::train::run_folder::{RunFolder, check_free, check_writable, holds_run};
 use crate::train::schedule::Schedule;
 use crate::train::trainer_state::TrainerState;
 use crate::train::{TrainData, TrainSettings, train};
@@ -76,8 +76,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
 }
 
 /// A run stays as it is, unless this one goes on from it or is told to write over it.
-fn check_output(args: &TrainArgs) -> Result<()> {
+pub(super) fn check_output(args: &TrainArgs) -> Result<()> {
     let folder = &args.output_dir;
+    if !args.add_output_dir_suffix {
+        check_free(folder)?;
+    }
     if args.add_output_dir_suffix && args.overwrite_output_dir {
         let why = "each run has a folder of its own in --output_dir; with --add_output_dir_suffix false it writes over the run there";
         tell("output", &format!("--overwrite_output_dir true does nothing: {why}"));

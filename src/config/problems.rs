@@ -78,9 +78,9 @@ impl TrainArgs {
             require(value > 0.0, format!("--{name} is {value}, expected more than 0"));
         }
         require(
-            // Without it what has had no gradient, as A where B is 0, is 0 / 0.
-            self.adam_epsilon as f32 > 0.0,
-            format!("--adam_epsilon is {}, expected more than 0 in 32 bits", self.adam_epsilon),
+            // What has had no gradient, as A where B is 0, would be 0 / 0; what is less a GPU may take for 0.
+            self.adam_epsilon >= f64::from(f32::MIN_POSITIVE),
+            format!("--adam_epsilon is {:e}, expected at least {:e}", self.adam_epsilon, f32::MIN_POSITIVE),
         );
         require(
             self.num_train_epochs <= MAX_EPOCHS,

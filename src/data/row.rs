@@ -132,10 +132,9 @@ pub(super) fn parse(value: Value, renames: &BTreeMap<String, String>, location: 
 /// Two columns of a row that would be one, and which.
 fn renamed_alike<'a>(object: &Object, renames: &'a BTreeMap<String, String>) -> Option<[&'a str; 3]> {
     let mut seen = BTreeMap::new();
-    let present = renames.iter().filter(|(theirs, ours)| !ours.is_empty() && object.contains_key(*theirs));
-    present
-        .into_iter()
-        .find_map(|(theirs, ours)| Some([seen.insert(ours, theirs)?, theirs, ours].map(String::as_str)))
+    let mut present =
+        renames.iter().filter(|(theirs, ours)| !ours.is_empty() && object.contains_key(*theirs));
+    present.find_map(|(theirs, ours)| Some([seen.insert(ours, theirs)?, theirs, ours].map(String::as_str)))
 }
 
 /// Renames all columns at once, so that two may change places; those that have no new name are gone.

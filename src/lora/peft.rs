@@ -275,3 +275,30 @@ pub fn save<B: Backend>(
     let path = folder.join(ADAPTER_CONFIG_FILE);
     std::fs::write(&path, format!("{written:#}\n")).map_err(Error::io("write", &path))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_computed_otherwise_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = |field: &str| {
+            let text = format!("{{\"peft_type\": \"LORA\", \"r\": 8, \"lora_alpha\": 32{field}}}");
+            std::fs::write(folder.path().join(ADAPTER_CONFIG_FILE), text).unwrap();
+            base_model(folder.path()).map(drop).map_err(|error| error.to_string())
+        };
+        assert_eq!(refused(", \"alora_invocation_tokens\": null, \"use_dora\": false"), Ok(()));
+        for (field, says) in [
+            (", \"use_dora\": true", "use_dora is true"),
+            (", \"bias\": \"all\"", "bias is `all`"),
+            (", \"modules_to_save\": [\"lm_head\"]", "modules_to_save names lm_head"),
+            (", \"init_lora_weights\": \"pissa_niter_4\"", "which changes the base model"),
+            (", \"alora_invocation_tokens\": [1, 2]", "alora_invocation_tokens is given"),
+            (", \"rank_pattern\": {\"layers.[0-3]\": 4}", "is a regular expression"),
+        ] {
+            let error = refused(field).unwrap_err();
+            assert!(error.contains(ADAPTER_CONFIG_FILE) && error.contains(says), "{field}: {error}");
+        }
+    }
+}

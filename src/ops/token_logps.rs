@@ -4,8 +4,8 @@
 //! log-probability is `z[target] − logsumexp(z)` with `z = W h`, and its derivative by `h`, `W[target] − Wᵀ softmax(z)`, does not
 //! depend on what the loss later weighs it with. So one pass over the chunks computes both the log-probabilities and
 //! `Wᵀ softmax(z)` of every row, and [`token_logps_backward`] applies the weights: two products with the head a row, no second
-//! forward. The weight is `f32`, `f16` or `bf16`; hidden states, logits and log-sum-exp are `f32`, and softmax is too until it is multiplied
-//! by a weight of 16 bits, for which it is rounded to the same.
+//! forward. The weight is `f32`, `f16` or `bf16`; hidden states, logits and log-sum-exp are `f32`, and softmax is too until it is
+//! multiplied by a weight of 16 bits, for which it is rounded to the same.
 
 mod entries;
 mod fused;

@@ -3,7 +3,7 @@
 //! A checkpoint folder is complete or absent: it is written beside its place, flushed to the disk, and then renamed.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use super::plots;
 use super::tensorboard::TensorBoard;
 use super::trainer_state::{self, Position};
 use crate::error::{Error, Result};
+use crate::lock::Lock;
 use crate::lora::{self, LoraConfig};
 use crate::model::Llama;
 
@@ -78,25 +79,27 @@ pub fn check_writable(folder: &Path) -> Result<()> {
     fs::remove_file(&probe).map_err(Error::io("remove", &probe))
 }
 
-/// Keeps other runs out of a folder for as long as this is open; none where folders are not opened or locked.
-fn lock(folder: &Path) -> Result<Option<File>> {
-    let Ok(opened) = File::open(folder) else { return Ok(None) };
-    match opened.try_lock() {
-        Ok(()) => Ok(Some(opened)),
-        Err(TryLockError::WouldBlock) => {
-            let hint = "wait for it to end, or name another --output_dir";
-            Err(Error::file(folder, "another run is writing there").with_hint(hint))
-        }
-        Err(TryLockError::Error(_)) => Ok(None),
-    }
+/// Takes a folder, which is there; none where folders are not opened.
+///
+/// # Errors
+/// If another run has it.
+fn lock(folder: &Path) -> Result<Option<Lock>> {
+    File::open(folder).ok().map(|opened| Lock::of(opened, folder)).transpose()
+}
+
+/// Checks that no other run has a folder now, where there is one.
+///
+/// # Errors
+/// If one has.
+pub fn check_free(folder: &Path) -> Result<()> {
+    lock(folder).map(drop)
 }
 
 /// An open run folder.
 #[derive(Debug)]
 pub struct RunFolder {
     folder: PathBuf,
-    /// The folder, locked as long as the run has it, on systems that open folders.
-    _lock: Option<File>,
+    _lock: Option<Lock>,
     log: File,
     log_history: Vec<Value>,
     tensorboard: Option<TensorBoard>,
@@ -192,13 +195,13 @@ impl RunFolder {
         if !is_last && self.plotted.elapsed() < BETWEEN_PLOTS {
             return Ok(());
         }
+        self.plotted = Instant::now();
         plots::write(&self.folder, &self.log_history)?;
         let own = plots::pictures(&self.folder, &self.log_history);
         for picture in std::mem::take(&mut self.replaced_pictures).difference(&own) {
             // Somebody may have been faster, and one that stays does no harm.
             let _ = fs::remove_file(picture);
         }
-        self.plotted = Instant::now();
         Ok(())
     }
 
@@ -353,16 +356,11 @@ mod tests {
     #[test]
     fn a_folder_is_one_run_s_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
-        let create = || {
-            let texts =
-                CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
-            RunFolder::create(folder.path(), texts, 2, Vec::new(), Tracker::None)
-        };
-        let first = create().unwrap();
-        let message = create().unwrap_err().to_string();
-        assert!(message.ends_with("another run is writing there"), "{message}");
-        drop(first);
-        create().unwrap();
+        let texts = CheckpointTexts { base_model: String::new(), args: String::new(), card: String::new() };
+        let run = RunFolder::create(folder.path(), texts, 2, Vec::new(), Tracker::None).unwrap();
+        assert!(check_free(folder.path()).is_err());
+        drop(run);
+        check_free(folder.path()).unwrap();
     }
 
     #[test]

@@ -113,6 +113,23 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             says: &["val.jsonl: none of its rows can be evaluated on: val.jsonl:1: ", "--max_length"],
         },
         Case {
+            name: "calls of tools",
+            spoil: |w| {
+                let call = "{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":[{\"id\":\"1\"}]}";
+                let user = "{\"role\":\"user\",\"content\":\"q\"}";
+                let answer = "{\"role\":\"assistant\",\"content\":\"a\"}";
+                write_pairs(
+                    w,
+                    &format!(
+                        "{{\"messages\":[{user},{call},{user},{answer}],\"rejected_response\":\"b\"}}\n"
+                    ),
+                );
+            },
+            flags: &[],
+            code: 1,
+            says: &["pairs.jsonl:1: `messages[1]` has `tool_calls`, without which"],
+        },
+        Case {
             name: "empty data set",
             spoil: |w| write_pairs(w, ""),
             flags: &[],
@@ -262,11 +279,11 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
             says: &["--learning_rate is 10000, expected more than 0 and less than 1"],
         },
         Case {
-            name: "an epsilon that is none in 32 bits",
+            name: "an epsilon that a GPU takes for 0",
             spoil: |_| (),
             flags: &["--adam_epsilon", "1e-50"],
             code: 2,
-            says: &["--adam_epsilon is ", "expected more than 0 in 32 bits"],
+            says: &["--adam_epsilon is 1e-50, expected at least 1.1754944e-38"],
         },
         Case { name: "dtype", spoil: |_| {}, flags: &["--dtype", "fp8"], code: 2, says: &["fp8", "fp32"] },
         Case {

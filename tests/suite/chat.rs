@@ -11,6 +11,7 @@ use orpo_wgpu::data::tokenize::TextTokenizer;
 use orpo_wgpu::infer::chat::{self, Chat, Manner};
 use orpo_wgpu::infer::generate::{GenerationConfig, StopReason};
 use orpo_wgpu::infer::prompts::{answer_prompts, answerable};
+use orpo_wgpu::infer::results::Results;
 use orpo_wgpu::infer::sample::SamplingConfig;
 use orpo_wgpu::infer::talk::{self, Line, Lines, Piped};
 use orpo_wgpu::model::Llama;
@@ -240,7 +241,15 @@ fn prompts_of_a_file_are_answered_each_on_its_own() {
     let sampling = SamplingConfig { temperature: 1.0, ..SamplingConfig::default() };
     let mut chat = talk.chat(None, &GenerationConfig { max_new_tokens: 8, sampling });
     let (mut output, mut notes) = (Vec::new(), Vec::new());
-    answer_prompts(&mut chat, &prompts, Some(&results), &mut output, &mut notes, PIPE).unwrap();
+    answer_prompts(
+        &mut chat,
+        &prompts,
+        Some(Results::create(&results).unwrap()),
+        &mut output,
+        &mut notes,
+        PIPE,
+    )
+    .unwrap();
     assert!(output.is_empty(), "everything is in the file");
     let notes_of_file = String::from_utf8(std::mem::take(&mut notes)).unwrap();
     assert_eq!(notes_of_file, format!("3 answers written to {}\n", results.display()));
@@ -257,6 +266,35 @@ fn prompts_of_a_file_are_answered_each_on_its_own() {
     let answers: Vec<&str> = rows.iter().map(|row| row["response"].as_str().unwrap()).collect();
     let expected = format!(">>> one\n{}\n\n>>> two\n{}\n\n>>> one\n{}\n", answers[0], answers[1], answers[2]);
     assert_eq!(String::from_utf8(output).unwrap(), expected);
+}
+
+#[test]
+fn what_an_interrupted_run_left_is_added_to_when_asked() {
+    use crate::workplace::{orpo_wgpu, stderr};
+
+    let folder = tempfile::tempdir().unwrap();
+    let results = folder.path().join("answers.jsonl");
+    std::fs::write(folder.path().join("prompts.txt"), "one\ntwo\nthree\n").unwrap();
+    let answer = |flags: &[&str]| {
+        let mut infer =
+            orpo_wgpu(&["infer", "--device", "cpu", "--max_new_tokens", "4", "--prompts", "prompts.txt"]);
+        let output = infer.args(["--result_file", "answers.jsonl"]).args(flags).current_dir(folder.path());
+        let output = output.output().unwrap();
+        (output.status.code(), stderr(&output), std::fs::read_to_string(&results).unwrap())
+    };
+    let (code, said, all) = answer(&[]);
+    assert_eq!((code, all.lines().count()), (Some(0), 3), "{said}");
+    let first = all.split_inclusive('\n').next().unwrap();
+    std::fs::write(&results, first).unwrap();
+    let (code, said, left) = answer(&[]);
+    assert_eq!((code, &*left), (Some(1), first), "{said}");
+    assert!(said.contains("answers.jsonl: is there already") && said.contains("--append"), "{said}");
+    let (code, said, added) = answer(&["--append"]);
+    assert_eq!((code, &added), (Some(0), &all), "{said}");
+    assert!(said.contains("answers.jsonl has 1 answer, to which the others are added"), "{said}");
+    let (code, said, same) = answer(&["--append"]);
+    assert_eq!((code, &same), (Some(0), &all), "{said}");
+    assert!(said.contains("has 3 answers, and no prompt is left"), "{said}");
 }
 
 #[test]

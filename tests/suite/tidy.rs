@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Who may name whom, by the first module after `crate::`, and does. Everything may name `error` and `words`.
-const MAY_NAME: [(&str, &[&str]); 16] = [
+const MAY_NAME: [(&str, &[&str]); 17] = [
     (
         "cli",
         &[
@@ -19,14 +19,15 @@ const MAY_NAME: [(&str, &[&str]); 16] = [
     ("device", &[]),
     ("error", &[]),
     ("fnv", &[]),
-    ("infer", &["data", "model", "ops"]),
+    ("infer", &["data", "lock", "model", "ops"]),
     ("left_out", &[]),
+    ("lock", &[]),
     ("lora", &["model", "ops"]),
     ("main", &[]),
     ("model", &["ops"]),
     ("ops", &["left_out"]),
     ("shell", &[]),
-    ("train", &["data", "lora", "model", "ops"]),
+    ("train", &["data", "lock", "lora", "model", "ops"]),
     ("words", &[]),
 ];
 
@@ -122,7 +123,7 @@ fn only_the_launch_knows_how_shaders_are_launched() {
     }
 }
 
-/// Flags of other programs in the README: cargo's, `hf download`'s, TensorBoard's, uv's, vLLM's, llama.cpp's and those of `benches/peers.py`.
+/// Flags of other programs in the README: cargo's, `hf download`'s, TensorBoard's, uv's, vLLM's, llama.cpp's, `benches/peers.py`'s.
 const NOT_OURS: [&str; 19] = [
     "base",
     "bench",

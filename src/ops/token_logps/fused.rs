@@ -58,9 +58,9 @@ pub(in crate::ops) fn forward<R: CubeRuntime, B: Kernels + Backend<FloatTensorPr
                 let part = profile::named(PRODUCTS, || {
                     B::lora_linear_backward_input(exps.clone(), shard.clone(), None, None, DType::F32)
                 });
-                // Asking has the host wait for what was launched. The second shard is as large as any, and finds the first one's sums.
-                if first_row == 0 && i == head.shards.len().min(2) - 1 {
-                    peak_bytes = in_use();
+                // Asking has the host wait for what was launched. The first shard is as large as any, and the second finds its sums.
+                if first_row == 0 && i < 2 {
+                    peak_bytes = peak_bytes.max(in_use());
                 }
                 drop(exps);
                 let part = primitive(part);

@@ -189,8 +189,9 @@ fn what_is_not_finite_in_f16_stays_so() {
     let Some(device) = adapter() else { return };
     let halves = [f16::INFINITY, f16::NEG_INFINITY, f16::NAN, f16::MAX];
     let dense = values(Weight::<Gpu>::packed_f16(&halves, [2, 2], &device).to_dense());
-    assert_eq!([dense[0], dense[1], dense[3]], [f32::INFINITY, f32::NEG_INFINITY, 65_504.0]);
-    assert!(dense[2].is_nan(), "{dense:?}");
+    // Shaders may take any number for a finite one, but none of these for one of f16.
+    assert!(dense[..3].iter().all(|value| !(value.abs() <= 65_504.0)), "{dense:?}");
+    assert_eq!(dense[3], 65_504.0);
 }
 
 #[test]
