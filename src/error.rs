@@ -100,12 +100,14 @@ pub enum Error {
         hint: Option<String>,
     },
     /// A run that the user ended, and that can go on.
-    #[error("interrupted after step {step} of {max_steps}")]
+    #[error("interrupted after {what} {done} of {of}")]
     Interrupted {
-        /// Optimizer steps that are done and saved.
-        step: usize,
+        /// What the run consists of: `step`, `answer`.
+        what: &'static str,
+        /// How many of them are done and saved.
+        done: usize,
         /// Those of the whole run.
-        max_steps: usize,
+        of: usize,
         /// How to go on.
         hint: Option<String>,
     },

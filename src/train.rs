@@ -338,13 +338,18 @@ impl<B: Kernels> Training<'_, B> {
                 self.observer.on_warning(&warning);
             }
             if let Err(warning) = self.run.plot(is_last) {
-                // The run is saved, and its log has what the pictures show.
+                // The log has what the pictures show.
                 self.observer.on_warning(&warning);
             }
         }
         self.window.paused_s += paused.elapsed().as_secs_f64();
         if is_interrupted {
-            return Err(Error::Interrupted { step, max_steps: settings.schedule.max_steps, hint: None });
+            return Err(Error::Interrupted {
+                what: "step",
+                done: step,
+                of: settings.schedule.max_steps,
+                hint: None,
+            });
         }
         Ok(())
     }

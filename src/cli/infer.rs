@@ -230,6 +230,9 @@ fn run_on<B: Kernels>(
                     }
                     prompts => prompts?,
                 };
+                if results.is_some() {
+                    chat.interrupted_by(interrupts::watch(|| ()));
+                }
                 answer_prompts(&mut chat, &prompts, results, output, notes, manner)
             }
             (None, None) => match Keyboard::open().filter(|_| manner.is_terminal) {

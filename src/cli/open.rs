@@ -241,11 +241,11 @@ fn generation_eos(folder: &Path) -> Result<Vec<u32>> {
 /// folders are `models--owner--name/snapshots/…`.
 fn is_named(base: &str, model: &str) -> bool {
     let names = |path: &Path| -> Vec<String> {
-        let parts = path.iter().map(|part| part.to_string_lossy());
+        let mut parts = path.iter().map(|part| part.to_string_lossy());
         let cached = parts
             .clone()
             .filter_map(|part| Some(part.strip_prefix("models--")?.rsplit("--").next()?.to_owned()));
-        cached.chain(parts.last().map(Into::into)).collect()
+        cached.chain(parts.next_back().map(Into::into)).collect()
     };
     let all = |name: &str| {
         let real = Path::new(name).canonicalize().unwrap_or_default();

@@ -197,7 +197,7 @@ impl Observer for Progress<'_> {
 
     fn on_warning(&mut self, warning: &Error) {
         let cause = warning.source().map_or_else(String::new, |cause| format!(": {cause}"));
-        self.bar.suspend(|| note!("note: {warning}{cause}"));
+        self.bar.suspend(|| note!("note: {warning}{cause}; the run goes on"));
     }
 
     fn is_interrupted(&self) -> bool {

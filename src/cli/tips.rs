@@ -129,7 +129,12 @@ fn flag_tip(theirs: &str, args: &[OsString]) -> Option<String> {
     }
     let ours = other_names::ours(theirs).filter(|ours| has(subcommand, other_names::flag_of(ours)));
     let ours = ours.map(|ours| format!("here this is {ours}"));
+    let name = other_names::name_of(theirs);
+    // Most have some of those of `train`, which are what is looked for.
+    let owners = command.get_subcommands().filter(|other| has(other, &name));
+    let owner = || owners.max_by_key(|owner| owner.get_name() == "train");
     ours.or_else(|| other_names::not_here(theirs).map(str::to_owned))
+        .or_else(|| owner().map(|owner| format!("it is a flag of `{}`", owner.get_name())))
 }
 
 /// Whether what clap found is what may have been meant: the beginning of it, or up to a third of its characters off.
@@ -179,6 +184,7 @@ mod tests {
             (&["train", "--use_dora", "true"], "tip: adapters are plain LoRA, so leave it out\n"),
             (&["train", "pairs.jsonl"], "tip: --dataset pairs.jsonl\n"),
             (&["--learning-rate", "1"], "tip: it is a flag of `train`: orpo-wgpu train --learning_rate\n"),
+            (&["infer", "--lora_rank", "8"], "tip: it is a flag of `train`\n"),
             (&["sft"], "tip: ORPO is what is trained here, and nothing else: `train` does it\n"),
             (&["serve"], "tip: a checkpoint is a PEFT adapter, which vLLM serves (see the README); "),
             (&["rlhf", "--beta", "1"], "tip: here this is `train`\n"),

@@ -20,6 +20,15 @@ const NAMING: &str = "a setting is named as its flag, without the dashes: learni
 /// # Errors
 /// If the file cannot be read, is neither, or holds what is no setting: all such problems at once, and its other settings are read.
 pub(super) fn read(path: &Path, settings: &mut Map<String, Value>) -> Result<()> {
+    if path.is_dir() {
+        let record = path.join("args.json");
+        let error = Error::config(format!("--config {} is a folder", path.display()));
+        return Err(if record.exists() {
+            error.with_hint(format!("--config {}", pasted(&record)))
+        } else {
+            error
+        });
+    }
     let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
     let (mut problems, mut hint) = (Vec::new(), None);
     let known = to_map(&TrainArgs::default());

@@ -27,6 +27,7 @@ use super::message::{
     wrong_type,
 };
 use super::source::{Columns, SHAREAI};
+use super::spelling::meant;
 use crate::error::{Error, Result};
 
 pub(super) use advice::advice;
@@ -306,8 +307,11 @@ fn unknown_form(object: &Object) -> String {
     for names in forms.into_iter().chain([[CONVERSATIONS, TRL.response, TRL.rejected_response]]) {
         let (found, missing): (Vec<_>, Vec<_>) =
             names.into_iter().partition(|name| object.contains_key(*name));
-        if found.len() == 2 {
-            return format!("no column {} beside {}", quoted(&missing), quoted(&found));
+        if let ([_, _], [missing]) = (&found[..], &missing[..]) {
+            let near =
+                meant(missing, object.keys().map(String::as_str).filter(|column| !found.contains(column)));
+            let near = near.map_or_else(String::new, |near| format!("; is it `{near}`?"));
+            return format!("no column `{missing}` beside {}{near}", quoted(&found));
         }
     }
     match object.keys().map(String::as_str).collect::<Vec<_>>()[..] {
@@ -572,6 +576,10 @@ mod tests {
                 "no column `rejected_response` beside `query`, `response`",
             ),
             (json!({"chosen": "c", "rejected": "r"}), "no column `prompt` beside `chosen`, `rejected`"),
+            (
+                json!({"prompt": "q", "choosen": "c", "rejected": "r"}),
+                "no column `chosen` beside `prompt`, `rejected`; is it `choosen`?",
+            ),
             (
                 json!({"query": 5, "response": "c", "rejected_response": "r"}),
                 "`query` must be a string, found a number",

@@ -61,7 +61,8 @@ fn begin<B: Kernels>(chat: &mut Chat<'_, B>, prompt: &Prompt, system: Option<&st
 /// early leaves the answers up to then. Rows without a system prompt of their own have the chat's.
 ///
 /// # Errors
-/// As [`Chat::ask`]; [`Error::Io`] if the file or the output cannot be written. That nobody reads the output any more is no error.
+/// As [`Chat::ask`]; [`Error::Io`] if the file or the output cannot be written; [`Error::Interrupted`] if an answer to a file was. That
+/// nobody reads the output any more is no error.
 pub fn answer_prompts<B: Kernels>(
     chat: &mut Chat<'_, B>,
     prompts: &[Prompt],
@@ -82,6 +83,15 @@ pub fn answer_prompts<B: Kernels>(
             }
             Some(results) => {
                 let generation = chat.ask(&prompt.query, &mut std::io::sink())?;
+                if generation.stop_reason == StopReason::Interrupted {
+                    let hint = format!("--append goes on with {}", results.path().display());
+                    return Err(Error::Interrupted {
+                        what: "answer",
+                        done: i,
+                        of: prompts.len(),
+                        hint: Some(hint),
+                    });
+                }
                 n_cut += usize::from(generation.stop_reason == StopReason::MaxNewTokens);
                 n_full += usize::from(generation.stop_reason == StopReason::ContextEnd);
                 let response =

@@ -124,7 +124,13 @@ impl Unanswered {
         let line = std::str::from_utf8(line).ok()?;
         let written: Value = serde_json::from_str(line).ok()?;
         let response = written["response"].as_str()?;
-        let is_its = |prompt: &Option<Result<Prompt>>| matches!(prompt, Some(Ok(prompt)) if row(prompt, response).to_string() == line);
+        let is_its = |prompt: &Option<Result<Prompt>>| match prompt {
+            Some(Ok(prompt)) => {
+                let written = row(prompt, response).to_string();
+                written == line
+            }
+            _ => false,
+        };
         let n = self.prompts.len();
         let found = (0..n).map(|i| (self.next + i) % n).find(|i| is_its(&self.prompts[*i]))?;
         self.prompts[found] = None;

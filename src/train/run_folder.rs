@@ -127,6 +127,11 @@ impl RunFolder {
     ) -> Result<Self> {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         let lock = lock(folder)?;
+        // Before what makes the folder a run's: what cannot be begun leaves none behind.
+        let tensorboard = match tracker {
+            Tracker::TensorBoard => Some(TensorBoard::create(folder, after_last(&log_history))?),
+            Tracker::None => None,
+        };
         let args = folder.join(ARGS_FILE);
         fs::write(&args, &texts.args).map_err(Error::io("write", &args))?;
         let path = folder.join(LOG_FILE);
@@ -136,10 +141,6 @@ impl RunFolder {
         let mut log = log.map_err(Error::io("write", &path))?;
         let lines: String = log_history.iter().map(|line| format!("{line}\n")).collect();
         log.write_all(lines.as_bytes()).map_err(Error::io("write", &path))?;
-        let tensorboard = match tracker {
-            Tracker::TensorBoard => Some(TensorBoard::create(folder, after_last(&log_history))?),
-            Tracker::None => None,
-        };
         let folder = folder.to_owned();
         Ok(Self {
             folder,

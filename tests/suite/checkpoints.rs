@@ -101,7 +101,7 @@ fn an_interrupted_run_is_saved_without_an_evaluation() {
         let error =
             train(&mut model, &lora_config, data, &settings, &mut run, None, &mut interrupter).unwrap_err();
         let last = *interrupter.lines.last().unwrap() as usize;
-        assert!(matches!(error, Error::Interrupted { step, .. } if step == last), "{at:?}: {error}");
+        assert!(matches!(error, Error::Interrupted { done, .. } if done == last), "{at:?}: {error}");
         assert!(folder.path().join(format!("checkpoint-{last}")).exists(), "{at:?}");
         assert_eq!((&interrupter.evaluations[..], &interrupter.lines[..]), (evaluations, steps), "{at:?}");
     }

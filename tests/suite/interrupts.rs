@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
+#[cfg(unix)]
+use crate::workplace::orpo_wgpu;
 use crate::workplace::{Workplace, stderr};
 
 #[test]
@@ -163,4 +165,23 @@ fn a_run_below_nohup_does_not_end_with_its_terminal() {
     let message: Vec<String> = lines.collect();
     assert_eq!(child.wait().unwrap().code(), Some(130), "{message:?}");
     assert!(message.iter().any(|line| line.starts_with("the last checkpoint stays: ")), "{message:?}");
+}
+
+#[cfg(unix)]
+#[test]
+fn answers_to_a_file_that_are_interrupted_stay_and_are_gone_on_with() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("prompts.txt"), "What is the capital of France?\n".repeat(20_000)).unwrap();
+    let mut infer = orpo_wgpu(&["infer", "--device", "cpu", "--prompts", "prompts.txt", "--verbose"]);
+    infer.args(["--result_file", "answers.jsonl"]).current_dir(folder.path());
+    let mut child = infer.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.starts_with("2/20000: ")), "it answers");
+    signal(&child, "-INT");
+    let message: Vec<String> = lines.collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{message:?}");
+    let n = fs::read_to_string(folder.path().join("answers.jsonl")).unwrap().lines().count();
+    let says = format!("orpo-wgpu: interrupted after answer {n} of 20000");
+    assert!(n >= 2 && message.contains(&says), "{n}: {message:?}");
+    assert!(message.contains(&"hint: --append goes on with answers.jsonl".to_owned()), "{message:?}");
 }

@@ -480,3 +480,14 @@ fn pictures_that_cannot_be_drawn_end_no_run() {
     assert!(workplace.path("out/checkpoint-2/adapter_model.safetensors").exists());
     assert!(stdout(&output).contains("training rows"), "the summary: {}", stdout(&output));
 }
+
+#[test]
+fn a_run_that_cannot_begin_leaves_none() {
+    let workplace = Workplace::new();
+    fs::create_dir(workplace.path("out")).unwrap();
+    fs::write(workplace.path("out/runs"), "no folder").unwrap();
+    let output = workplace.train(&["--overwrite_output_dir", "false"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("cannot create out/runs"), "{}", stderr(&output));
+    assert_eq!(workplace.written(), ["runs"]);
+}
