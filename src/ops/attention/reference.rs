@@ -12,7 +12,7 @@ use crate::ops::{cast, to_f32};
 /// The most rows that the reference makes scores of at a time.
 const CHUNK_ROWS: usize = 256;
 
-/// What is added to whole tables of scores: 0 where a row sees a key, and what leaves nothing of the others.
+/// What is added to whole tables of scores, `[rows, keys]` of each sequence: 0 where a row sees a key, and what leaves nothing of the others.
 #[derive(Debug, Clone)]
 pub struct AdditiveMask<B: Backend>(Vec<(Block, Tensor<B, 2>)>);
 
