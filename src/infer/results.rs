@@ -68,7 +68,9 @@ impl Results {
             if !is_cut {
                 return Err(no_answer(path, n_lines + 1));
             }
-            results.file().set_len(n_whole as u64).map_err(Error::io("write", path))?;
+            // By a handle of its own: Windows shortens none that may only append.
+            let cut = OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(n_whole as u64));
+            cut.map_err(Error::io("write", path))?;
         }
         Ok((results, unanswered.prompts.into_iter().flatten().collect()))
     }

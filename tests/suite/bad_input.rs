@@ -103,10 +103,8 @@ fn bad_input_gives_a_clear_error_and_writes_nothing() {
         Case {
             name: "rows to evaluate on that are too long",
             spoil: |w| {
-                let pairs = fs::read_to_string(w.path("pairs.jsonl")).unwrap();
                 let row = "{\"query\":\"q\",\"response\":\"a LONG\",\"rejected_response\":\"b\"}\n";
                 fs::write(w.path("val.jsonl"), row.replace("LONG", &"long ".repeat(300))).unwrap();
-                write_pairs(w, &pairs);
             },
             flags: &["--val_dataset", "val.jsonl", "--max_length", "150"],
             code: 1,
