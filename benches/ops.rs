@@ -5,6 +5,7 @@
 
 mod attention;
 mod plain_product;
+mod tiles;
 
 use std::time::Instant;
 
@@ -401,8 +402,10 @@ fn main() {
     let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
     let device = WgpuDevice::DefaultDevice;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let mut is_software = true;
     for adapter in pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all())) {
         let info = adapter.get_info();
+        is_software &= info.device_type == wgpu::DeviceType::Cpu;
         println!("adapter: {} ({:?}, {:?}) {}", info.name, info.backend, info.device_type, info.driver_info);
     }
     let (backend, of_attention) = (<Wgpu as Backend>::name(&device), attention::ATTENTION_RUNS);
@@ -412,6 +415,9 @@ fn main() {
     }
     if "attention".contains(&wanted) {
         attention::bench_attention(&device);
+    }
+    if "tiles".contains(&wanted) {
+        tiles::bench_tiles(&device, is_software);
     }
     if "orpo_loss".contains(&wanted) {
         bench_orpo_loss(&device);
