@@ -330,6 +330,14 @@ mod tests {
     use super::super::trainer_state::STATE_FILE;
     use super::*;
 
+    /// What goes on in another folder has the earlier lines as they were.
+    #[test]
+    fn the_numbers_of_a_log_are_read_as_they_were_written() {
+        // serde_json's faster way of reading takes the next number for this one.
+        let line = r#"{"loss":31.245270191439438}"#;
+        assert_eq!(serde_json::from_str::<Value>(line).unwrap().to_string(), line);
+    }
+
     #[test]
     fn a_checkpoint_takes_the_place_of_an_older_one_also_after_a_crash() {
         let run = tempfile::tempdir().unwrap();
