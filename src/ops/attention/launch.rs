@@ -5,7 +5,8 @@
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::cubecl::prelude::*;
-use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::kernel::{cast, into_contiguous};
+use burn_cubecl::ops::numeric::zeros_client;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::backward;
@@ -105,7 +106,7 @@ pub fn attention_forward<R: Engine>(
 }
 
 /// Computes `[dq, dk, dv]`, cut by this tile, the latter two in so many splits of the walks over the queries; `head_dim` is a multiple of
-/// four.
+/// four. A software adapter's tile makes all in one walk, since few workgroups keep it busy.
 pub fn attention_backward<R: Engine>(
     dout: CubeTensor<R>,
     [q, k, v]: [CubeTensor<R>; 3],
@@ -119,7 +120,12 @@ pub fn attention_backward<R: Engine>(
     let form = sizes.form(tile.block_m().min(tile.block_n()));
     let n_lines = sizes.n_queries * sizes.heads;
     let stats = empty(&q, Shape::from([n_lines, 2]), DType::F32);
-    let [dq, dk, dv] = [&q, &k, &v].map(|like| empty(like, like.meta.shape().clone(), like.dtype));
+    let [dk, dv] = [&k, &v].map(|like| empty(like, like.meta.shape().clone(), like.dtype));
+    let dq = match tile.is_software() {
+        // What is added to in memory starts from zeros.
+        true => zeros_client(q.client.clone(), q.device.clone(), q.meta.shape().clone(), DType::F32),
+        false => empty(&q, q.meta.shape().clone(), q.dtype),
+    };
     let parts = (splits > 1).then(|| splits::parts(&k, splits));
     let [dk_parts, dv_parts] = parts.as_ref().map_or([&dk, &dv], |parts| parts.each_ref());
     let (client, dtype): (_, StorageType) = (q.client.clone(), q.dtype.into());
@@ -149,6 +155,31 @@ pub fn attention_backward<R: Engine>(
             if let Units::Mma(unit) = tile.units {
                 let grads = [&dq, dk_parts, dv_parts];
                 mma::backward(unit, &sizes, mask, [&dout, &q, &k, &v, &stats], grads, splits);
+            } else if tile.is_software() {
+                backward::backward_whole::launch_unchecked::<R>(
+                    &client,
+                    CubeCount::Static(splits as u32 * kv_heads, 1, 1),
+                    threads,
+                    dout.into_array_arg(),
+                    q.clone().into_array_arg(),
+                    k.clone().into_array_arg(),
+                    v.into_array_arg(),
+                    stats.into_array_arg(),
+                    mask.table.clone().into_array_arg(),
+                    dq.clone().into_array_arg(),
+                    dk_parts.clone().into_array_arg(),
+                    dv_parts.clone().into_array_arg(),
+                    n_queries,
+                    n_keys,
+                    mask.n_seen as u32,
+                    heads,
+                    kv_heads,
+                    sizes.scale(),
+                    form,
+                    tile,
+                    dtype,
+                    dk_parts.dtype.into(),
+                );
             } else {
                 let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
                 backward::backward_queries::launch_unchecked::<R>(
@@ -204,7 +235,7 @@ pub fn attention_backward<R: Engine>(
             splits::add_up(parts, [&dk, &dv]);
         }
     });
-    [dq, dk, dv]
+    [if dq.dtype == dk.dtype { dq } else { cast(dq, dk.dtype) }, dk, dv]
 }
 
 /// In how many splits the gradients by keys and values are made.

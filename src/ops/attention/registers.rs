@@ -171,6 +171,80 @@ impl RegisterRoom {
         }
     }
 
+    /// Puts a thread's `[lines, columns]` where [`RegisterRoom::add_turned`] finds them: `[block_n, block_m]`, its owned lines side by side.
+    pub(super) fn share_turned(&mut self, values: &Array<f32>) {
+        let tile = comptime!(self.tile);
+        let row = comptime!(tile.block_m() / 4);
+        let quads = comptime!(tile.lines / 4);
+        #[unroll]
+        for j in 0..tile.columns {
+            #[unroll]
+            for h in 0..quads {
+                let mut quad = Quad::<f32>::empty();
+                #[unroll]
+                for c in 0..4usize {
+                    quad[c] = values[(4 * h + c) * tile.columns + j];
+                }
+                let line = column(thread_n(tile), j, tile);
+                self.weights[line * row + thread_m(tile) * quads + h] = quad;
+            }
+        }
+    }
+
+    /// Adds to the walked lines in `out`, from `first` on, the sums of owned lines by the weights that were shared turned, times `scale`.
+    pub(super) fn add_turned<F: Float>(
+        &self,
+        owned: &Block<F>,
+        scale: f32,
+        out: &mut Array<Quad<f32>>,
+        lines: &Lines,
+        first: usize,
+    ) {
+        let tile = comptime!(self.tile);
+        let width = comptime!(thread_quads(self.form, tile));
+        let row = comptime!(tile.block_m() / 4);
+        for part in 0..comptime!(tile.block_n() / tile.block_m()) {
+            let line = part * tile.block_m() + thread_m(tile) * tile.lines;
+            let mut sums = self.zeros();
+            for at in 0..row {
+                let mut values = Array::<Quad<f32>>::new(comptime!(4 * width));
+                #[unroll]
+                for c in 0..4usize {
+                    let start = owned.start(4 * at + c);
+                    #[unroll]
+                    for k in 0..width {
+                        let quad = min(thread_quad(k, tile), comptime!(self.form.quads - 1));
+                        values[c * width + k] = Quad::cast_from(owned.entries[start + quad]);
+                    }
+                }
+                #[unroll]
+                for i in 0..tile.lines {
+                    let w = self.weights[(line + i) * row + at];
+                    #[unroll]
+                    for k in 0..width {
+                        sums.quads[i * width + k] += values[k] * Quad::new(w[0])
+                            + values[width + k] * Quad::new(w[1])
+                            + values[2 * width + k] * Quad::new(w[2])
+                            + values[3 * width + k] * Quad::new(w[3]);
+                    }
+                }
+            }
+            #[unroll]
+            for i in 0..tile.lines {
+                let at = first + line + i;
+                if at < lines.n_lines {
+                    #[unroll]
+                    for k in 0..width {
+                        let quad = thread_quad(k, tile);
+                        if quad < self.form.quads {
+                            out[lines.start(at) + quad] += sums.quads[i * width + k] * Quad::new(scale);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
     pub(super) fn rescale(&self, sums: &mut RegisterSums, factors: &Array<f32>) {
         let tile = comptime!(self.tile);
         let width = comptime!(thread_quads(self.form, tile));

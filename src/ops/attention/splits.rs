@@ -17,13 +17,15 @@ const KEYS: usize = 64;
 const WORKGROUPS_OF_PROCESSOR: usize = 4;
 /// Processors of a GPU that does not tell how many it has, as none does through wgpu: enough for a large one.
 const PROCESSORS: u32 = 128;
+/// Workgroups of a software adapter, of which each takes a split of a key head: a few for each of a processor's cores.
+const WORKGROUPS_OF_SOFTWARE: usize = 16;
 /// The most splits. The sums of all are few where keys are many: at most 66 MiB on a device of 132 processors, of heads of 128.
 pub(super) const MOST: usize = 4;
 
 /// In how many splits the gradients by keys like these keep the device's processors busy.
 pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, client: &ComputeClient<R>) -> usize {
     if is_software(client) {
-        return 1;
+        return WORKGROUPS_OF_SOFTWARE.div_ceil(sizes.kv_heads).clamp(1, MOST);
     }
     splits_of(sizes, client.properties().hardware.num_streaming_multiprocessors.unwrap_or(PROCESSORS))
 }

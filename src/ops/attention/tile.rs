@@ -63,7 +63,12 @@ impl Tile {
     /// Threads that share a line where each line is read once: on a GPU neighbours read what lies side by side, a software adapter's lanes
     /// a line each.
     pub(super) const fn line_threads(&self) -> usize {
-        if matches!(self.units, Units::Registers { stage: 0 }) { 1 } else { 8 }
+        if self.is_software() { 1 } else { 8 }
+    }
+
+    /// Whether it is for a software adapter.
+    pub(super) const fn is_software(&self) -> bool {
+        matches!(self.units, Units::Registers { stage: 0 })
     }
 }
 

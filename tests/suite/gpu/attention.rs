@@ -274,7 +274,10 @@ fn masks_of_every_kind() {
         pairs(&[[5, 40, 3], [33, 0, 12], [1, 50, 0], [70, 9, 90]]),
         pairs(&[[0, 30, 30], [17, 40, 41]]),
     ] {
-        compare(&Case::new(4, 2, 32, visible), None, &device);
+        let case = Case::new(4, 2, 32, visible);
+        compare(&case, None, &device);
+        // A software adapter would never see what is meant for GPUs.
+        compare(&case, Some((Tile::GPU, 1)), &device);
     }
 }
 
@@ -287,7 +290,7 @@ fn from_halves() {
     }
 }
 
-/// A software adapter would never see the tiles that are meant for GPUs.
+/// The tiles that are meant for GPUs, in splits.
 #[test]
 fn tiles_of_gpus() {
     let Some(device) = adapter() else { return };
