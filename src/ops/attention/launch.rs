@@ -123,7 +123,7 @@ pub fn attention_backward<R: Engine>(
     let [dk, dv] = [&k, &v].map(|like| empty(like, like.meta.shape().clone(), like.dtype));
     let dq = match tile.is_software() {
         // What is added to in memory starts from zeros.
-        true => zeros_client(q.client.clone(), q.device.clone(), q.meta.shape().clone(), DType::F32),
+        true => zeros(&q),
         false => empty(&q, q.meta.shape().clone(), q.dtype),
     };
     let parts = (splits > 1).then(|| splits::parts(&k, splits));
@@ -236,6 +236,13 @@ pub fn attention_backward<R: Engine>(
         }
     });
     [if dq.dtype == dk.dtype { dq } else { cast(dq, dk.dtype) }, dk, dv]
+}
+
+/// Zeros of a tensor's shape in `f32`. As lines, CUDA would leave gaps between them.
+fn zeros<R: CubeRuntime>(like: &CubeTensor<R>) -> CubeTensor<R> {
+    let (client, device, shape) = (like.client.clone(), like.device.clone(), like.meta.shape().clone());
+    let flat = zeros_client(client.clone(), device.clone(), Shape::from([shape.num_elements()]), DType::F32);
+    CubeTensor::new_contiguous(client, device, shape, flat.handle, DType::F32)
 }
 
 /// In how many splits the gradients by keys and values are made.

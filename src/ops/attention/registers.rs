@@ -9,7 +9,8 @@ use super::tile::{Form, Tile, column, thread_m, thread_n};
 /// Workgroup memory, and how the work is cut.
 #[derive(CubeType)]
 pub(super) struct RegisterRoom {
-    /// `[block_m, block_n]`, of which [`RegisterRoom::share`] puts a thread's columns side by side.
+    /// `[block_m, block_n]`, of which [`RegisterRoom::share`] puts a thread's columns side by side, or turned, see
+    /// [`RegisterRoom::share_turned`].
     weights: SharedMemory<Quad<f32>>,
     /// `[block_n, stage + 1]`: one quad more a line keeps neighbours out of each other's banks.
     staged: SharedMemory<Quad<f32>>,
@@ -175,7 +176,13 @@ impl RegisterRoom {
     pub(super) fn share_turned(&mut self, values: &Array<f32>) {
         let tile = comptime!(self.tile);
         let row = comptime!(tile.block_m() / 4);
-        let quads = comptime!(tile.lines / 4);
+        let quads = comptime!({
+            assert!(
+                tile.lines >= 4 && tile.block_n() >= tile.block_m(),
+                "{tile:?} is not one for software adapters"
+            );
+            tile.lines / 4
+        });
         #[unroll]
         for j in 0..tile.columns {
             #[unroll]

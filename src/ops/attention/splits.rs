@@ -1,5 +1,10 @@
 //! Splits of the gradients by keys and values: of the walks over the queries, which are long for early keys and short for late ones, each
-//! takes as many steps as the others, in turns, and has sums of its own, where there are processors for that.
+//! takes as many steps as the others, in turns, and has sums of its own, where there are processors for that. Where one walk makes all
+//! gradients, a split's steps are also those whose gradients by queries it makes.
+
+use std::num::NonZeroUsize;
+use std::sync::LazyLock;
+use std::thread::available_parallelism;
 
 use burn::cubecl;
 use burn::cubecl::prelude::*;
@@ -17,15 +22,18 @@ const KEYS: usize = 64;
 const WORKGROUPS_OF_PROCESSOR: usize = 4;
 /// Processors of a GPU that does not tell how many it has, as none does through wgpu: enough for a large one.
 const PROCESSORS: u32 = 128;
-/// Workgroups of a software adapter, of which each takes a split of a key head: a few for each of a processor's cores.
-const WORKGROUPS_OF_SOFTWARE: usize = 16;
-/// The most splits. The sums of all are few where keys are many: at most 66 MiB on a device of 132 processors, of heads of 128.
+/// Workgroups for each core of a processor that is behind a software adapter: all walk equally far.
+const WORKGROUPS_OF_CORE: usize = 2;
+/// The most splits. On a GPU the sums of all are few where keys are many: at most 66 MiB on a device of 132 processors, of heads of 128.
 pub(super) const MOST: usize = 4;
+
+/// Asking for them reads files.
+static CORES: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, NonZeroUsize::get));
 
 /// In how many splits the gradients by keys like these keep the device's processors busy.
 pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, client: &ComputeClient<R>) -> usize {
     if is_software(client) {
-        return WORKGROUPS_OF_SOFTWARE.div_ceil(sizes.kv_heads).clamp(1, MOST);
+        return (WORKGROUPS_OF_CORE * *CORES).div_ceil(sizes.kv_heads).clamp(1, MOST);
     }
     splits_of(sizes, client.properties().hardware.num_streaming_multiprocessors.unwrap_or(PROCESSORS))
 }

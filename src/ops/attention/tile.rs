@@ -1,5 +1,6 @@
 //! How the attention kernels cut their work, and the two products that every one of them is made of: of the lines that a workgroup
-//! owns with those of a step of its walk, and of weights with the latter, both by whichever units the tile names.
+//! owns with those of a step of its walk, and of weights with the latter, both by whichever units the tile names. The third, of weights
+//! with the owned lines, registers alone have.
 
 use burn::cubecl;
 use burn::cubecl::prelude::*;
@@ -34,7 +35,8 @@ pub enum MmaUnit {
     Warpgroup,
 }
 
-/// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four.
+/// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four; so are the lines for a
+/// software adapter, whose walked lines are as many as the owned ones or more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tile {
     /// Threads along the lines that the workgroup owns.

@@ -263,7 +263,7 @@ fn wide_heads() {
 #[test]
 fn masks_of_every_kind() {
     let Some(device) = adapter() else { return };
-    for visible in [
+    let all = [
         causal(0, 1),
         causal(0, 130),
         causal(37, 1),
@@ -273,11 +273,14 @@ fn masks_of_every_kind() {
         pairs(&[[90, 1, 100]]),
         pairs(&[[5, 40, 3], [33, 0, 12], [1, 50, 0], [70, 9, 90]]),
         pairs(&[[0, 30, 30], [17, 40, 41]]),
-    ] {
+    ];
+    for (i, visible) in all.into_iter().enumerate() {
         let case = Case::new(4, 2, 32, visible);
         compare(&case, None, &device);
-        // A software adapter would never see what is meant for GPUs.
-        compare(&case, Some((Tile::GPU, 1)), &device);
+        // Each kind of device would never see what is meant for the other.
+        for tile in [Tile::SOFTWARE[0], Tile::GPU] {
+            compare(&case, Some((tile, 1 + i % 3)), &device);
+        }
     }
 }
 
@@ -287,6 +290,9 @@ fn from_halves() {
     for (dtype, _) in halves() {
         compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21], [9, 12, 30]])).stored(dtype), None, &device);
         compare(&Case::new(2, 1, 128, causal(0, 40)).stored(dtype), None, &device);
+        // Without splits nothing is summed in `f32` behind it.
+        let whole = Some((Tile::SOFTWARE[0], 1));
+        compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21]])).stored(dtype), whole, &device);
     }
 }
 
@@ -297,6 +303,10 @@ fn tiles_of_gpus() {
     let in_splits = |splits| Some((Tile::GPU, splits));
     compare(&Case::new(8, 2, 40, pairs(&[[50, 33, 71], [9, 12, 30]])), in_splits(3), &device);
     compare(&Case::new(4, 4, 64, causal(70, 9)), in_splits(1), &device);
+    // Three parts of a group, eight heads a tile, and wide ones.
+    compare(&Case::new(6, 1, 80, pairs(&[[20, 31, 26]])), in_splits(2), &device);
+    compare(&Case::new(8, 1, 64, causal(0, 130)), in_splits(1), &device);
+    compare(&Case::new(2, 2, 256, pairs(&[[20, 31, 26]])), in_splits(1), &device);
     // More splits than steps.
     compare(&Case::new(4, 4, 64, causal(0, 3)), in_splits(4), &device);
     for (dtype, _) in halves() {
