@@ -274,7 +274,8 @@ pub(super) fn backward_keys<F: Float, G: Float>(
 
 /// `dQ`, `dK` and `dV` in one walk, which makes the weights once, where few workgroups keep a device busy: a workgroup takes a split's
 /// queries of one key head, and walks over the queries for one block of keys after the other. It has `dK` and `dV` of a block in
-/// registers, and adds to `dQ`, which is zero before, in memory, where nobody else adds to its queries.
+/// registers, and adds to `dQ`, which is zero before, in memory, where nobody else adds to its queries. A launch is some blocks of keys
+/// from one on.
 #[cube(launch_unchecked)]
 pub(super) fn backward_whole<F: Float, G: Float>(
     dout: &Array<Quad<F>>,
@@ -291,6 +292,8 @@ pub(super) fn backward_whole<F: Float, G: Float>(
     n_seen: u32,
     heads: u32,
     kv_heads: u32,
+    first_block: u32,
+    end_block: u32,
     scale: f32,
     #[comptime] form: Form,
     #[comptime] tile: Tile,
@@ -319,8 +322,8 @@ pub(super) fn backward_whole<F: Float, G: Float>(
     }
 
     let mut room = RegisterRoom::new(0usize, form, tile);
-    for block in 0..(n_keys as usize).div_ceil(tile.block_m()) {
-        let first = block * tile.block_m();
+    for block in first_block..end_block {
+        let first = block as usize * tile.block_m();
         let end = first + tile.block_m();
         let (start_query, end_query) = seeing(mask, n_queries, n_seen as usize, first, end - 1);
         let keys = Block::new(k, k_lines, first);

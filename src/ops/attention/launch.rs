@@ -11,6 +11,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::backward;
 use super::forward;
+use super::mask::STRIP;
 use super::matrices::shared_bytes;
 use super::mma;
 use super::splits;
@@ -32,6 +33,9 @@ pub struct Mask<R: CubeRuntime> {
 /// Of the pair that tiles are timed on, which has three of them: near 2 x 1024 tokens that share half.
 const TIMED_STEP: usize = 512;
 
+/// Turns that all loops of a thread may take together: Mesa's llvmpipe ends loops, without a word, once they have taken twice as many.
+pub(super) const MOST_TURNS: usize = 1 << 15;
+
 /// The sizes of one call.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
@@ -50,6 +54,16 @@ impl Sizes {
 
     pub(super) fn scale(&self) -> f32 {
         super::scale(self.head_dim) as f32
+    }
+
+    /// Turns of a thread's loops in a walk of [`backward::backward_whole`] over all queries, at most.
+    pub(super) fn turns(&self, form: Form, tile: Tile) -> usize {
+        let step = tile.block_n() / form.heads;
+        let steps = self.n_queries.div_ceil(step) * (self.heads / self.kv_heads / form.heads);
+        let products = 2 * form.quads + tile.block_n() / 2;
+        let turned = tile.block_n() / tile.block_m() * (tile.block_m() / 4 + 1);
+        let bounds = step.div_ceil(STRIP) + 1;
+        steps * (1 + products + turned + bounds)
     }
 
     /// As many heads a tile as there is a power of two of in the group, up to the table's strips.
@@ -156,30 +170,36 @@ pub fn attention_backward<R: Engine>(
                 let grads = [&dq, dk_parts, dv_parts];
                 mma::backward(unit, &sizes, mask, [&dout, &q, &k, &v, &stats], grads, splits);
             } else if tile.is_software() {
-                backward::backward_whole::launch_unchecked::<R>(
-                    &client,
-                    CubeCount::Static(splits as u32 * kv_heads, 1, 1),
-                    threads,
-                    dout.into_array_arg(),
-                    q.clone().into_array_arg(),
-                    k.clone().into_array_arg(),
-                    v.into_array_arg(),
-                    stats.into_array_arg(),
-                    mask.table.clone().into_array_arg(),
-                    dq.clone().into_array_arg(),
-                    dk_parts.clone().into_array_arg(),
-                    dv_parts.clone().into_array_arg(),
-                    n_queries,
-                    n_keys,
-                    mask.n_seen as u32,
-                    heads,
-                    kv_heads,
-                    sizes.scale(),
-                    form,
-                    tile,
-                    dtype,
-                    dk_parts.dtype.into(),
-                );
+                let blocks = sizes.n_keys.div_ceil(tile.block_m());
+                let at_once = (MOST_TURNS / sizes.turns(form, tile).div_ceil(splits)).max(1);
+                for first in (0..blocks).step_by(at_once) {
+                    backward::backward_whole::launch_unchecked::<R>(
+                        &client,
+                        CubeCount::Static(splits as u32 * kv_heads, 1, 1),
+                        threads,
+                        dout.clone().into_array_arg(),
+                        q.clone().into_array_arg(),
+                        k.clone().into_array_arg(),
+                        v.clone().into_array_arg(),
+                        stats.clone().into_array_arg(),
+                        mask.table.clone().into_array_arg(),
+                        dq.clone().into_array_arg(),
+                        dk_parts.clone().into_array_arg(),
+                        dv_parts.clone().into_array_arg(),
+                        n_queries,
+                        n_keys,
+                        mask.n_seen as u32,
+                        heads,
+                        kv_heads,
+                        first as u32,
+                        (first + at_once).min(blocks) as u32,
+                        sizes.scale(),
+                        form,
+                        tile,
+                        dtype,
+                        dk_parts.dtype.into(),
+                    );
+                }
             } else {
                 let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
                 backward::backward_queries::launch_unchecked::<R>(
@@ -284,6 +304,13 @@ impl Tile {
                     ),
                 }
             }
+            _ => Self::software(head_dim),
+        }
+    }
+
+    /// A software adapter's, by the width of a head.
+    pub(super) fn software(head_dim: usize) -> Self {
+        match head_dim {
             0..=64 => Self::SOFTWARE[0],
             65..=128 => Self::SOFTWARE[1],
             _ => Self::SOFTWARE[2],

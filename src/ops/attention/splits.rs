@@ -12,8 +12,9 @@ use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::launch::Sizes;
+use super::launch::{MOST_TURNS, Sizes};
 use super::lines::Quad;
+use super::tile::Tile;
 use crate::ops::cube::{empty, is_software, one_thread_each};
 
 /// Keys that a workgroup owns on most devices.
@@ -33,7 +34,10 @@ static CORES: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(
 /// In how many splits the gradients by keys like these keep the device's processors busy.
 pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, client: &ComputeClient<R>) -> usize {
     if is_software(client) {
-        return (WORKGROUPS_OF_CORE * *CORES).div_ceil(sizes.kv_heads).clamp(1, MOST);
+        let tile = Tile::software(sizes.head_dim);
+        let form = sizes.form(tile.block_m().min(tile.block_n()));
+        let fewest = sizes.turns(form, tile).div_ceil(MOST_TURNS);
+        return (WORKGROUPS_OF_CORE * *CORES).div_ceil(sizes.kv_heads).clamp(1, MOST).max(fewest);
     }
     splits_of(sizes, client.properties().hardware.num_streaming_multiprocessors.unwrap_or(PROCESSORS))
 }

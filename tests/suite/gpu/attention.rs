@@ -284,6 +284,14 @@ fn masks_of_every_kind() {
     }
 }
 
+/// More turns of loops than llvmpipe lets a thread take, which ends them without a word.
+#[test]
+fn long_walks() {
+    let Some(device) = adapter() else { return };
+    compare(&Case::new(2, 1, 16, causal(0, 2000)), Some((Tile::SOFTWARE[0], 1)), &device);
+    compare(&Case::new(2, 1, 16, causal(0, 2000)), None, &device);
+}
+
 #[test]
 fn from_halves() {
     let Some(device) = adapter() else { return };
