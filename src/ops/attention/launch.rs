@@ -56,7 +56,7 @@ impl Sizes {
         super::scale(self.head_dim) as f32
     }
 
-    /// Turns of a thread's loops in a walk of [`backward::backward_whole`] over all queries, at most.
+    /// Turns of a thread's loops in a walk of [`backward::backward_whole()`] over all queries, at most.
     pub(super) fn turns(&self, form: Form, tile: Tile) -> usize {
         let step = tile.block_n() / form.heads;
         let steps = self.n_queries.div_ceil(step) * (self.heads / self.kv_heads / form.heads);
