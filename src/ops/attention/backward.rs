@@ -274,8 +274,8 @@ pub(super) fn backward_keys<F: Float, G: Float>(
 
 /// `dQ`, `dK` and `dV` in one walk, which makes the weights once, where few workgroups keep a device busy: a workgroup takes a split's
 /// queries of one key head, and walks over the queries for one block of keys after the other. It has `dK` and `dV` of a block in
-/// registers, and adds to `dQ`, which is zero before, in memory, where nobody else adds to its queries. A launch is some blocks of keys
-/// from one on.
+/// registers, and adds to `dQ`, which is zero before, in memory, where nobody else adds to its queries. A launch takes the blocks from
+/// `first_block` to before `end_block`, see [`MOST_TURNS`](super::launch::MOST_TURNS).
 #[cube(launch_unchecked)]
 pub(super) fn backward_whole<F: Float, G: Float>(
     dout: &Array<Quad<F>>,
@@ -333,7 +333,7 @@ pub(super) fn backward_whole<F: Float, G: Float>(
         for part in 0..group / form.heads {
             let head = kv_head * group + part * form.heads;
             let q_lines = query_lines(n_queries, heads as usize, head, form);
-            // Of each step's queries a split has the same ones whichever the keys are.
+            // A split has the same steps for every block of keys, so that it alone adds to their `dQ`.
             let begin = start_query / step;
             let mut query = (begin + (split + splits - begin % splits) % splits) * step;
             while query < end_query {

@@ -33,8 +33,10 @@ pub struct Mask<R: CubeRuntime> {
 /// Of the pair that tiles are timed on, which has three of them: near 2 x 1024 tokens that share half.
 const TIMED_STEP: usize = 512;
 
-/// Turns that all loops of a thread may take together: Mesa's llvmpipe ends loops, without a word, once they have taken twice as many.
+/// Turns that all loops of a thread may take together in a launch: half of those after which Mesa's llvmpipe ends them, without a word.
 pub(super) const MOST_TURNS: usize = 1 << 15;
+/// More than what a loop's end takes: a turn of its own and, without effect, one of each loop within it.
+const ENDING_TURNS: usize = 12;
 
 /// The sizes of one call.
 #[derive(Clone, Copy)]
@@ -56,14 +58,22 @@ impl Sizes {
         super::scale(self.head_dim) as f32
     }
 
-    /// Turns of a thread's loops in a walk of [`backward::backward_whole()`] over all queries, at most.
-    pub(super) fn turns(&self, form: Form, tile: Tile) -> usize {
-        let step = tile.block_n() / form.heads;
-        let steps = self.n_queries.div_ceil(step) * (self.heads / self.kv_heads / form.heads);
-        let products = 2 * form.quads + tile.block_n() / 2;
-        let turned = tile.block_n() / tile.block_m() * (tile.block_m() / 4 + 1);
-        let bounds = step.div_ceil(STRIP) + 1;
-        steps * (1 + products + turned + bounds)
+    /// Turns of a thread's loops in [`forward::forward()`], at most.
+    fn turns_forward(&self, form: Form, tile: Tile) -> usize {
+        let lines = tile.lines * (tile.threads_n + 1);
+        let step = 1 + (form.quads + 1) + lines + (tile.block_n() / 4 + 1);
+        self.n_keys.div_ceil(tile.block_n()) * step + lines + ENDING_TURNS
+    }
+
+    /// Turns of a thread's loops for one block of keys in [`backward::backward_whole()`], at most.
+    pub(super) fn turns_backward(&self, form: Form, tile: Tile, splits: usize) -> usize {
+        let queries = tile.block_n() / form.heads;
+        let steps = self.n_queries.div_ceil(queries).div_ceil(splits);
+        let products = 2 * (form.quads + 1) + 2 * (tile.block_n() / 4 + 1);
+        let turned = tile.block_n() / tile.block_m() * (tile.block_m() / 4 + 2) + 2;
+        let step = 1 + (queries / STRIP + 2) + products + turned;
+        let parts = self.heads / self.kv_heads / form.heads;
+        parts * (steps * step + ENDING_TURNS) + tile.block_m() / STRIP + 2 * ENDING_TURNS
     }
 
     /// As many heads a tile as there is a power of two of in the group, up to the table's strips.
@@ -84,6 +94,11 @@ pub fn attention_forward<R: Engine>(
     let form = sizes.form(tile.block_m());
     let out = empty(&q, Shape::from([sizes.n_queries, sizes.heads * sizes.head_dim]), q.dtype);
     let lse = empty(&q, Shape::from([sizes.n_queries, sizes.heads]), DType::F32);
+    assert!(
+        !tile.is_software() || sizes.turns_forward(form, tile) < 2 * MOST_TURNS,
+        "{} keys are more than a software adapter attends to",
+        sizes.n_keys
+    );
     let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
     let (client, dtype) = (q.client.clone(), q.dtype.into());
     let flops = 4 * mask.n_visible * sizes.heads * sizes.head_dim;
@@ -171,7 +186,8 @@ pub fn attention_backward<R: Engine>(
                 mma::backward(unit, &sizes, mask, [&dout, &q, &k, &v, &stats], grads, splits);
             } else if tile.is_software() {
                 let blocks = sizes.n_keys.div_ceil(tile.block_m());
-                let at_once = (MOST_TURNS / sizes.turns(form, tile).div_ceil(splits)).max(1);
+                let at_once = MOST_TURNS / sizes.turns_backward(form, tile, splits);
+                assert!(at_once > 0, "{splits} splits are too few for {} queries", sizes.n_queries);
                 for first in (0..blocks).step_by(at_once) {
                     backward::backward_whole::launch_unchecked::<R>(
                         &client,
@@ -255,7 +271,7 @@ pub fn attention_backward<R: Engine>(
             splits::add_up(parts, [&dk, &dv]);
         }
     });
-    [if dq.dtype == dk.dtype { dq } else { cast(dq, dk.dtype) }, dk, dv]
+    [cast(dq, dk.dtype), dk, dv]
 }
 
 /// Zeros of a tensor's shape in `f32`. As lines, CUDA would leave gaps between them.

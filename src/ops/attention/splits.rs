@@ -23,10 +23,12 @@ const KEYS: usize = 64;
 const WORKGROUPS_OF_PROCESSOR: usize = 4;
 /// Processors of a GPU that does not tell how many it has, as none does through wgpu: enough for a large one.
 const PROCESSORS: u32 = 128;
-/// Workgroups for each core of a processor that is behind a software adapter: all walk equally far.
+/// Workgroups for each core of a processor that is behind a software adapter: all walk about equally far.
 const WORKGROUPS_OF_CORE: usize = 2;
-/// The most splits. On a GPU the sums of all are few where keys are many: at most 66 MiB on a device of 132 processors, of heads of 128.
+/// The most splits on a GPU. The sums of all are few where keys are many: at most 66 MiB on a device of 132 processors, of heads of 128.
 pub(super) const MOST: usize = 4;
+/// The most that are for a processor's cores.
+const MOST_OF_CORES: usize = 16;
 
 /// Asking for them reads files.
 static CORES: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, NonZeroUsize::get));
@@ -34,10 +36,7 @@ static CORES: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(
 /// In how many splits the gradients by keys like these keep the device's processors busy.
 pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, client: &ComputeClient<R>) -> usize {
     if is_software(client) {
-        let tile = Tile::software(sizes.head_dim);
-        let form = sizes.form(tile.block_m().min(tile.block_n()));
-        let fewest = sizes.turns(form, tile).div_ceil(MOST_TURNS);
-        return (WORKGROUPS_OF_CORE * *CORES).div_ceil(sizes.kv_heads).clamp(1, MOST).max(fewest);
+        return splits_of_cores(sizes, *CORES);
     }
     splits_of(sizes, client.properties().hardware.num_streaming_multiprocessors.unwrap_or(PROCESSORS))
 }
@@ -45,6 +44,16 @@ pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, client: &ComputeClient<R>) -
 fn splits_of(sizes: &Sizes, processors: u32) -> usize {
     let workgroups = sizes.n_keys.div_ceil(KEYS) * sizes.kv_heads;
     (WORKGROUPS_OF_PROCESSOR * processors as usize).div_ceil(workgroups).clamp(1, MOST)
+}
+
+/// As many as keep the cores busy, and as let a launch make the gradients of a block of keys.
+fn splits_of_cores(sizes: &Sizes, cores: usize) -> usize {
+    let tile = Tile::software(sizes.head_dim);
+    let form = sizes.form(tile.block_m().min(tile.block_n()));
+    let busy = (WORKGROUPS_OF_CORE * cores).div_ceil(sizes.kv_heads).min(MOST_OF_CORES);
+    (busy..sizes.n_queries)
+        .find(|&splits| sizes.turns_backward(form, tile, splits) <= MOST_TURNS)
+        .unwrap_or(busy)
 }
 
 /// Room for the splits' gradients by the keys and by the values, `[splits, entries]`.
@@ -111,5 +120,17 @@ mod tests {
             splits_of(&sizes, 132)
         };
         assert_eq!([64, 1534, 3070, 6136].map(of), [4, 3, 2, 1]);
+    }
+
+    #[test]
+    fn cores_are_kept_busy_and_launches_short() {
+        let of = |n_queries, [heads, kv_heads, head_dim]: [usize; 3], cores| {
+            splits_of_cores(&Sizes { n_queries, n_keys: n_queries, heads, kv_heads, head_dim }, cores)
+        };
+        assert_eq!([1, 2, 16, 64, 256].map(|cores| of(512, [8, 2, 64], cores)), [1, 2, 16, 16, 16]);
+        assert_eq!(of(512, [32, 8, 128], 2), 1);
+        assert_eq!(of(1, [32, 8, 128], 2), 1);
+        // Of 16,384 tokens and four heads a key head 1,024 steps, of which each has 99 turns.
+        assert_eq!(of(16_384, [32, 8, 64], 2), 4);
     }
 }

@@ -35,8 +35,8 @@ pub enum MmaUnit {
     Warpgroup,
 }
 
-/// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four; so are the lines for a
-/// software adapter, whose walked lines are as many as the owned ones or more.
+/// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four. For a software adapter
+/// `lines` is at least four too, and the walked lines are as many as the owned ones or more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tile {
     /// Threads along the lines that the workgroup owns.
