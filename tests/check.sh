@@ -27,17 +27,23 @@ cargo clippy --locked --all-targets -- -D warnings
 # With CUDA compiled in where there is any, so that dependencies are built once; the tests under cuda:: need an NVIDIA GPU.
 [ "$(uname)" = Darwin ] || cuda="--features cuda"
 cargo clippy --locked --all-targets ${cuda:-} -- -D warnings
-cargo test --locked ${cuda:-} -- --skip cuda::
 suite=$(cargo test --locked ${cuda:-} --no-run --test suite --message-format=json | grep -o '"executable":"[^"]*/suite-[^"]*"' | cut -d '"' -f 4)
 if command -v apt-get >/dev/null; then
+    # Beside the other tests, as a process has its driver compile shaders on one core.
     ORPO_WGPU_NEED_MATRICES=1 bash tests/newer_mesa.sh "$suite" --exact gpu::product::every_matrix_variant_multiplies \
         gpu::lora_linear::on_matrices gpu::attention::on_matrices gpu::token_logps::gpu_takes_a_weight_of_halves \
         plain_engine::lora_linear::on_matrices plain_engine::routes::a_product_is_right_whichever_route_makes_it \
         plain_engine::routes::tuning_finds_a_route gpu::tune::a_tuned_product_is_right_whoever_makes_it \
-        gpu::tune::every_way_is_right_on_the_known_product memory::cudas_engine_takes_what_is_predicted | tee target/matrices.log
-    grep "test result: ok. 10 passed" target/matrices.log
+        gpu::tune::every_way_is_right_on_the_known_product memory::cudas_engine_takes_what_is_predicted >target/matrices.log 2>&1 &
+    trap 'kill $! 2>/dev/null || true' EXIT
 else
     echo "LEFT OUT: the tests on a software adapter with cooperative matrices, which need Debian or Ubuntu" >&2
     [ -z "${CI:-}" ]
+fi
+cargo test --locked ${cuda:-} -- --skip cuda::
+if command -v apt-get >/dev/null; then
+    wait $! || { cat target/matrices.log; exit 1; }
+    cat target/matrices.log
+    grep "test result: ok. 10 passed" target/matrices.log
 fi
 RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
