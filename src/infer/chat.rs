@@ -51,9 +51,15 @@ impl<'m, B: Kernels> Chat<'m, B> {
         })
     }
 
-    /// Has whoever sets this flag end the answer that is being generated.
+    /// Has whoever sets this flag end the answer that is being generated, or the next one if none is. An answer that it ended takes
+    /// the flag back.
     pub fn interrupted_by(&mut self, flag: Arc<AtomicBool>) {
         self.interrupt = flag;
+    }
+
+    /// Takes the flag back that was set when no answer was being generated.
+    pub(super) fn forget_interrupt(&self) {
+        self.interrupt.store(false, Ordering::Relaxed);
     }
 
     /// Questions and answers so far, oldest first.
@@ -102,7 +108,6 @@ impl<'m, B: Kernels> Chat<'m, B> {
     /// As [`Session::generate`]; [`Error::Io`] if the answer cannot be written. After an error the history is as before.
     pub fn ask(&mut self, query: &str, output: &mut dyn Write) -> Result<Generation> {
         let prompt = self.prompt(query)?;
-        self.interrupt.store(false, Ordering::Relaxed);
         let mut stream = self.tokenizer.decode_stream();
         let mut answer = String::new();
         let mut failure = None;
@@ -125,9 +130,11 @@ impl<'m, B: Kernels> Chat<'m, B> {
                     ControlFlow::Break(())
                 }
             })?;
-        self.interrupt.store(false, Ordering::Relaxed);
         if let Some(error) = failure {
             return Err(error);
+        }
+        if generation.stop_reason == StopReason::Interrupted {
+            self.forget_interrupt();
         }
         show(&stream.finish()?)?;
         self.history.push((query.to_owned(), answer));

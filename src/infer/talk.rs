@@ -194,12 +194,16 @@ impl Loop<'_> {
                     self.say(&format!("`{}` is no command; these are:\n{HELP}", message.trim()));
                 }
                 Meaning::Message(query) if query.trim().is_empty() => {}
-                Meaning::Message(query) => match ask_on_line(chat, query, output, self.notes, self.manner) {
-                    Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
-                        self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")));
+                Meaning::Message(query) => {
+                    // Ctrl-C that came after the last answer was not meant for this one.
+                    chat.forget_interrupt();
+                    match ask_on_line(chat, query, output, self.notes, self.manner) {
+                        Err(Error::Config { problems, .. }) if self.manner.is_terminal => {
+                            self.say(&format!("{}; `clear` forgets what was said\n", problems.join("; ")));
+                        }
+                        answered => answered?,
                     }
-                    answered => answered?,
-                },
+                }
             }
         }
         // The shell's prompt begins on its own line.

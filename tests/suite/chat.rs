@@ -193,6 +193,29 @@ fn ctrl_c_drops_what_is_typed_and_ends_an_answer() {
     assert_eq!(chat.history()[1].1, talk.answer(Some("Be brief."), &said, "two"), "the next one is whole");
 }
 
+#[test]
+fn ctrl_c_between_answers_ends_a_file_s_and_no_chat_s() {
+    let talk = Talk::new();
+    let folder = tempfile::tempdir().unwrap();
+    let (file, results) = (folder.path().join("prompts.txt"), folder.path().join("results.jsonl"));
+    std::fs::write(&file, "one\ntwo\n").unwrap();
+    let prompts: Vec<_> = read_prompts(&file).unwrap().into_iter().map(Result::unwrap).collect();
+    let mut chat = talk.chat(Some("Be brief."), &GenerationConfig::greedy(8));
+    let flag = Arc::new(AtomicBool::new(true));
+    chat.interrupted_by(flag.clone());
+    let (mut output, mut notes) = (Vec::new(), Vec::new());
+    let to_file = Some(Results::create(&results).unwrap());
+    let error = answer_prompts(&mut chat, &prompts, to_file, &mut output, &mut notes, PIPE).unwrap_err();
+    assert_eq!(error.to_string(), "interrupted after answer 0 of 2");
+    assert_eq!(std::fs::read_to_string(&results).unwrap(), "");
+
+    chat.begin(Some("Be brief.".to_owned()), Vec::new());
+    flag.store(true, Ordering::Relaxed);
+    let mut typed = Typed { lines: Piped(b"one\n"), prompts: String::new() };
+    talk::run(&mut chat, &mut typed, &mut output, &mut notes, TERMINAL).unwrap();
+    assert_eq!(chat.history(), [("one".to_owned(), talk.answer(Some("Be brief."), &[], "one"))]);
+}
+
 /// A writer that fails with the first part that is not whole characters, and counts its parts.
 #[derive(Default)]
 struct Whole {
