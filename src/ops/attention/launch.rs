@@ -291,7 +291,7 @@ impl Tile {
     pub const GPU: Self =
         Self { threads_m: 16, threads_n: 8, lines: 4, columns: 4, units: Units::Registers { stage: 8 } };
     /// For software adapters, where a load costs much more than a product and registers spill to the first-level cache; by the
-    /// width of a head, of which a thread sums at most four quads up to 256 entries. Larger tiles are a fifth faster and take the
+    /// width of a head, of which a thread sums at most four quads up to 256 entries. Larger tiles are up to a fifth faster and take the
     /// driver more than twice as long to compile, as would the last with lines like the others.
     pub const SOFTWARE: [Self; 3] = [
         Self { threads_m: 2, threads_n: 4, lines: 8, columns: 16, units: Units::Registers { stage: 0 } },
