@@ -96,7 +96,7 @@ pub fn attention_forward<R: Engine>(
     let lse = empty(&q, Shape::from([sizes.n_queries, sizes.heads]), DType::F32);
     assert!(
         !tile.is_software() || sizes.turns_forward(form, tile) < 2 * MOST_TURNS,
-        "{} keys are more than a software adapter attends to",
+        "attention: {} keys are more than llvmpipe's loops take; the CPU takes them",
         sizes.n_keys
     );
     let blocks = (sizes.n_queries * form.heads).div_ceil(tile.block_m());
