@@ -12,6 +12,7 @@
 mod backward;
 mod bounds;
 mod forward;
+mod lanes;
 pub mod launch;
 mod lines;
 mod mask;

@@ -321,7 +321,7 @@ pub(super) fn backward_whole<F: Float, G: Float>(
         scales[i] = scale;
     }
 
-    let mut room = RegisterRoom::new(0usize, form, tile);
+    let mut room = RegisterRoom::new(form, tile);
     for block in first_block..end_block {
         let first = block as usize * tile.block_m();
         let end = first + tile.block_m();

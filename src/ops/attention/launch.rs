@@ -11,6 +11,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::backward;
 use super::forward;
+use super::lanes::lanes;
 use super::mask::STRIP;
 use super::matrices::shared_bytes;
 use super::mma;
@@ -283,21 +284,13 @@ fn zeros<R: CubeRuntime>(like: &CubeTensor<R>) -> CubeTensor<R> {
 
 /// In how many splits the gradients by keys and values are made.
 pub fn splits<R: CubeRuntime>(q: &CubeTensor<R>, k: &CubeTensor<R>) -> usize {
-    splits::splits(&Sizes::of(q, k), &q.client)
+    splits::splits(&Sizes::of(q, k), q)
 }
 
 impl Tile {
     /// For devices whose lanes have registers of their own.
     pub const GPU: Self =
         Self { threads_m: 16, threads_n: 8, lines: 4, columns: 4, units: Units::Registers { stage: 8 } };
-    /// For software adapters, where a load costs much more than a product and registers spill to the first-level cache; by the
-    /// width of a head, of which a thread sums at most four quads up to 256 entries. Larger tiles are up to a fifth faster and take the
-    /// driver more than twice as long to compile, as would the last with lines like the others.
-    pub const SOFTWARE: [Self; 3] = [
-        Self { threads_m: 2, threads_n: 4, lines: 8, columns: 16, units: Units::Registers { stage: 0 } },
-        Self { threads_m: 1, threads_n: 8, lines: 16, columns: 8, units: Units::Registers { stage: 0 } },
-        Self { threads_m: 2, threads_n: 16, lines: 4, columns: 4, units: Units::Registers { stage: 0 } },
-    ];
 
     /// The tile for queries and keys like these.
     pub fn of<R: Engine>(q: &CubeTensor<R>, k: &CubeTensor<R>, pass: Pass) -> Self {
@@ -320,17 +313,23 @@ impl Tile {
                     ),
                 }
             }
-            _ => Self::software(head_dim),
+            _ => Self::on_lanes(q, head_dim).unwrap_or(Self::GPU),
         }
     }
 
-    /// A software adapter's, by the width of a head.
-    pub(super) fn software(head_dim: usize) -> Self {
-        match head_dim {
-            0..=64 => Self::SOFTWARE[0],
-            65..=128 => Self::SOFTWARE[1],
-            _ => Self::SOFTWARE[2],
-        }
+    /// The tile for software adapters with heads of this width, if their planes' threads can hand each other what they have read.
+    pub fn on_lanes<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
+        lanes(tensor).map(|lanes| Self::of_lanes(lanes, head_dim))
+    }
+
+    /// That of planes of so many threads. Registers spill to the first-level cache there, which is less dear than to load more often. With
+    /// twice as many lines a thread is up to a fourth faster, and takes the driver four times as long to compile; more than four quads of
+    /// a head are as bad.
+    pub(super) const fn of_lanes(lanes: usize, head_dim: usize) -> Self {
+        let threads_n = head_dim.div_ceil(16).next_power_of_two();
+        let threads_n = if threads_n < lanes { lanes } else { threads_n };
+        let columns = if threads_n < 16 { 8 } else { 4 };
+        Self { threads_m: 1, threads_n, lines: 16, columns, units: Units::Lanes { lanes } }
     }
 
     /// The tiles of `attention_mma.cu`, in the order in which they are tried, where it takes tensors of this type and heads of this width.

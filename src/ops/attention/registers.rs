@@ -3,8 +3,9 @@
 use burn::cubecl;
 use burn::cubecl::prelude::*;
 
+use super::lanes::{line_quad, n_read, read_line};
 use super::lines::{Block, Lines, Quad};
-use super::tile::{Form, Tile, column, thread_m, thread_n};
+use super::tile::{Form, Tile, Units, column, thread_m, thread_n};
 
 /// Workgroup memory, and how the work is cut.
 #[derive(CubeType)]
@@ -12,10 +13,8 @@ pub(super) struct RegisterRoom {
     /// `[block_m, block_n]`, of which [`RegisterRoom::share`] puts a thread's columns side by side, or turned, see
     /// [`RegisterRoom::share_turned`].
     weights: SharedMemory<Quad<f32>>,
-    /// `[block_n, stage + 1]`: one quad more a line keeps neighbours out of each other's banks.
+    /// `[block_n, stage + 1]`: one quad more a line keeps neighbours out of each other's banks. Nothing where nothing is staged.
     staged: SharedMemory<Quad<f32>>,
-    #[cube(comptime)]
-    stage: usize,
     #[cube(comptime)]
     form: Form,
     #[cube(comptime)]
@@ -41,16 +40,14 @@ fn thread_quad(i: usize, #[comptime] tile: Tile) -> usize {
 
 #[cube]
 impl RegisterRoom {
-    pub(super) fn new(
-        #[comptime] stage: usize,
-        #[comptime] form: Form,
-        #[comptime] tile: Tile,
-    ) -> RegisterRoom {
-        let staged = comptime!(if stage == 0 { 1 } else { tile.block_n() * (stage + 1) });
+    pub(super) fn new(#[comptime] form: Form, #[comptime] tile: Tile) -> RegisterRoom {
+        let staged = comptime!(match tile.units {
+            Units::Registers { stage } => tile.block_n() * (stage + 1),
+            _ => 1,
+        });
         RegisterRoom {
             weights: SharedMemory::new(comptime!(tile.block_m() * tile.block_n() / 4)),
             staged: SharedMemory::new(staged),
-            stage,
             form,
             tile,
         }
@@ -68,33 +65,18 @@ impl RegisterRoom {
 
     pub(super) fn products<F: Float>(&mut self, owned: &Block<F>, walked: &Block<F>) -> Array<f32> {
         let tile = comptime!(self.tile);
-        let stage = comptime!(self.stage);
         let mut sums = Array::<f32>::new(comptime!(tile.lines * tile.columns));
         #[unroll]
         for i in 0..comptime!(tile.lines * tile.columns) {
             sums[i] = 0.0f32;
         }
-        let mut at_owned = Array::<usize>::new(comptime!(tile.lines));
+        let mut at_owned = Array::<usize>::new(comptime!(n_read(tile)));
         #[unroll]
-        for i in 0..tile.lines {
-            at_owned[i] = owned.start(thread_m(tile) * tile.lines + i);
+        for i in 0..comptime!(n_read(tile)) {
+            at_owned[i] = owned.start(read_line(i, tile));
         }
         let quads = comptime!(owned.lines.quads);
-        if comptime!(stage == 0) {
-            let mut at_walked = Array::<usize>::new(comptime!(tile.columns));
-            #[unroll]
-            for j in 0..tile.columns {
-                at_walked[j] = walked.start(column(thread_n(tile), j, tile));
-            }
-            for quad in 0..quads {
-                let mut right = Array::<Quad<f32>>::new(comptime!(tile.columns));
-                #[unroll]
-                for j in 0..tile.columns {
-                    right[j] = Quad::cast_from(walked.entries[at_walked[j] + quad]);
-                }
-                multiply::<F>(owned, &at_owned, quad, &right, &mut sums, tile);
-            }
-        } else {
+        if let Units::Registers { stage } = comptime!(tile.units) {
             let pitch = comptime!(stage + 1);
             for first in range_stepped(0, quads, stage) {
                 let mut item = UNIT_POS as usize;
@@ -115,6 +97,20 @@ impl RegisterRoom {
                     multiply::<F>(owned, &at_owned, first + quad, &right, &mut sums, tile);
                 }
                 sync_cube();
+            }
+        } else {
+            let mut at_walked = Array::<usize>::new(comptime!(tile.columns));
+            #[unroll]
+            for j in 0..tile.columns {
+                at_walked[j] = walked.start(column(thread_n(tile), j, tile));
+            }
+            for quad in 0..quads {
+                let mut right = Array::<Quad<f32>>::new(comptime!(tile.columns));
+                #[unroll]
+                for j in 0..tile.columns {
+                    right[j] = Quad::cast_from(walked.entries[at_walked[j] + quad]);
+                }
+                multiply::<F>(owned, &at_owned, quad, &right, &mut sums, tile);
             }
         }
         sums
@@ -158,9 +154,14 @@ impl RegisterRoom {
                     values[c * width + i] = Quad::cast_from(walked.entries[start + quad]);
                 }
             }
+            let mut read = Array::<Quad<f32>>::new(comptime!(n_read(tile)));
+            #[unroll]
+            for i in 0..comptime!(n_read(tile)) {
+                read[i] = self.weights[read_line(i, tile) * row + at];
+            }
             #[unroll]
             for i in 0..tile.lines {
-                let w = self.weights[(thread_m(tile) * tile.lines + i) * row + at];
+                let w = line_quad(&read, i, tile);
                 #[unroll]
                 for k in 0..width {
                     sums.quads[i * width + k] += values[k] * Quad::new(w[0])
@@ -224,9 +225,14 @@ impl RegisterRoom {
                         values[c * width + k] = Quad::cast_from(owned.entries[start + quad]);
                     }
                 }
+                let mut read = Array::<Quad<f32>>::new(comptime!(n_read(tile)));
+                #[unroll]
+                for i in 0..comptime!(n_read(tile)) {
+                    read[i] = self.weights[(part * tile.block_m() + read_line(i, tile)) * row + at];
+                }
                 #[unroll]
                 for i in 0..tile.lines {
-                    let w = self.weights[(line + i) * row + at];
+                    let w = line_quad(&read, i, tile);
                     #[unroll]
                     for k in 0..width {
                         sums.quads[i * width + k] += values[k] * Quad::new(w[0])
@@ -301,9 +307,14 @@ fn multiply<F: Float>(
     sums: &mut Array<f32>,
     #[comptime] tile: Tile,
 ) {
+    let mut read = Array::<Quad<f32>>::new(comptime!(n_read(tile)));
+    #[unroll]
+    for i in 0..comptime!(n_read(tile)) {
+        read[i] = Quad::cast_from(owned.entries[at_owned[i] + quad]);
+    }
     #[unroll]
     for i in 0..tile.lines {
-        let x = Quad::<f32>::cast_from(owned.entries[at_owned[i] + quad]);
+        let x = line_quad(&read, i, tile);
         #[unroll]
         for j in 0..tile.columns {
             let y = right[j];

@@ -34,11 +34,13 @@ const MOST_OF_CORES: usize = 16;
 static CORES: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, NonZeroUsize::get));
 
 /// In how many splits the gradients by keys like these keep the device's processors busy.
-pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, client: &ComputeClient<R>) -> usize {
-    if is_software(client) {
-        return splits_of_cores(sizes, *CORES);
+pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, q: &CubeTensor<R>) -> usize {
+    if is_software(&q.client)
+        && let Some(tile) = Tile::on_lanes(q, sizes.head_dim)
+    {
+        return splits_of_cores(sizes, tile, *CORES);
     }
-    splits_of(sizes, client.properties().hardware.num_streaming_multiprocessors.unwrap_or(PROCESSORS))
+    splits_of(sizes, q.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(PROCESSORS))
 }
 
 fn splits_of(sizes: &Sizes, processors: u32) -> usize {
@@ -47,8 +49,7 @@ fn splits_of(sizes: &Sizes, processors: u32) -> usize {
 }
 
 /// As many as keep the cores busy, and as let a launch make the gradients of a block of keys.
-fn splits_of_cores(sizes: &Sizes, cores: usize) -> usize {
-    let tile = Tile::software(sizes.head_dim);
+fn splits_of_cores(sizes: &Sizes, tile: Tile, cores: usize) -> usize {
     let form = sizes.form(tile.block_m().min(tile.block_n()));
     let busy = (WORKGROUPS_OF_CORE * cores).div_ceil(sizes.kv_heads).min(MOST_OF_CORES);
     (busy..sizes.n_queries)
@@ -125,7 +126,8 @@ mod tests {
     #[test]
     fn cores_are_kept_busy_and_launches_short() {
         let of = |n_queries, [heads, kv_heads, head_dim]: [usize; 3], cores| {
-            splits_of_cores(&Sizes { n_queries, n_keys: n_queries, heads, kv_heads, head_dim }, cores)
+            let sizes = Sizes { n_queries, n_keys: n_queries, heads, kv_heads, head_dim };
+            splits_of_cores(&sizes, Tile::of_lanes(8, head_dim), cores)
         };
         assert_eq!([1, 2, 16, 64, 256].map(|cores| of(512, [8, 2, 64], cores)), [1, 2, 16, 16, 16]);
         assert_eq!(of(512, [32, 8, 128], 2), 1);

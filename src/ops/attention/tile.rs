@@ -14,8 +14,14 @@ use super::registers::{RegisterRoom, RegisterSums};
 pub enum Units {
     /// Every thread's own registers, in `f32`.
     Registers {
-        /// Quads of the walked lines that are staged in workgroup memory at a time; without any, threads read them where they lie.
+        /// Quads of the walked lines that are staged in workgroup memory at a time.
         stage: usize,
+    },
+    /// The same on a software adapter: nothing is staged, and of what the threads of a plane all need each reads a part, and hands it to
+    /// the others.
+    Lanes {
+        /// Threads of a plane.
+        lanes: usize,
     },
     /// Matrix units, on operands of the tensors' 16-bit type, with `f32` sums.
     Matrices {
@@ -35,8 +41,8 @@ pub enum MmaUnit {
     Warpgroup,
 }
 
-/// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four. For a software adapter
-/// `lines` is at least four too, and the walked lines are as many as the owned ones or more.
+/// How a workgroup's part of the scores is cut. All numbers are powers of two, and `columns` is at least four. For [`Units::Lanes`]
+/// `lines` is at least four too, a plane's threads have the same owned lines, and the walked lines are as many as the owned ones or more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tile {
     /// Threads along the lines that the workgroup owns.
@@ -70,7 +76,7 @@ impl Tile {
 
     /// Whether it is for a software adapter.
     pub(super) const fn is_software(&self) -> bool {
-        matches!(self.units, Units::Registers { stage: 0 })
+        matches!(self.units, Units::Lanes { .. })
     }
 }
 
@@ -122,7 +128,9 @@ impl<F: Float> Room<F> {
     /// Room for products with the lines of `n_owned` tensors.
     pub(super) fn new(#[comptime] n_owned: usize, #[comptime] form: Form, #[comptime] tile: Tile) -> Room<F> {
         match comptime!(tile.units) {
-            Units::Registers { stage } => Room::new_Registers(RegisterRoom::new(stage, form, tile)),
+            Units::Registers { .. } | Units::Lanes { .. } => {
+                Room::new_Registers(RegisterRoom::new(form, tile))
+            }
             Units::Matrices { side } => Room::new_Matrices(MatrixRoom::<F>::new(n_owned, side, form, tile)),
             Units::Mma(_) => unreachable!(),
         }
