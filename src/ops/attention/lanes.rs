@@ -44,8 +44,8 @@ pub(super) fn line_quad(read: &Array<Quad<f32>>, #[comptime] i: usize, #[comptim
     }
 }
 
-/// Threads of a plane, where it has the same number everywhere and they get right what they hand each other. CubeCL says of no software
-/// adapter that they can, so that it is tried, once a process.
+/// How many threads every plane has, if all have as many and get right what they hand each other. CubeCL says of no software adapter that
+/// they do, so that it is tried, once a process.
 pub(super) fn lanes<R: CubeRuntime>(tensor: &CubeTensor<R>) -> Option<usize> {
     static TRIED: LazyLock<Mutex<HashMap<(TypeId, DeviceId), bool>>> = LazyLock::new(Mutex::default);
     let hardware = &tensor.client.properties().hardware;

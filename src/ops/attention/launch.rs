@@ -297,23 +297,14 @@ impl Tile {
         let Sizes { heads, kv_heads, head_dim, .. } = Sizes::of(q, k);
         let is_right =
             |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
-        match head_dim {
-            _ if !is_software(&q.client) => {
-                let right: Vec<Self> = Self::mma(q, head_dim).into_iter().filter(is_right).collect();
-                match right[..] {
-                    [] => Self::on_matrices(q, head_dim).filter(is_right).unwrap_or(Self::GPU),
-                    [tile] => tile,
-                    _ => fastest::<R>(
-                        &q.device,
-                        q.dtype,
-                        [heads, kv_heads, head_dim],
-                        &right,
-                        pass,
-                        TIMED_STEP,
-                    ),
-                }
-            }
-            _ => Self::on_lanes(q, head_dim).unwrap_or(Self::GPU),
+        if is_software(&q.client) {
+            return Self::on_lanes(q, head_dim).unwrap_or(Self::GPU);
+        }
+        let right: Vec<Self> = Self::mma(q, head_dim).into_iter().filter(is_right).collect();
+        match right[..] {
+            [] => Self::on_matrices(q, head_dim).filter(is_right).unwrap_or(Self::GPU),
+            [tile] => tile,
+            _ => fastest::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], &right, pass, TIMED_STEP),
         }
     }
 
