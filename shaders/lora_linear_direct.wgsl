@@ -2,7 +2,9 @@
 //
 // There a load is a loop over the lanes of a vector and takes the time of twenty products of four, workgroup memory is memory like
 // any other, and registers that are too many spill to the first-level cache. So nothing is staged: a thread reads four entries of
-// the depth of all its lines where they lie, and keeps up to 16 x 16 sums. Turning a block of 4 x 4 only renames its vectors.
+// the depth of its own lines where they lie, and keeps up to 128 sums. Of the other operand all threads have the same lines: of these
+// the lanes of a subgroup read a part each and hand it to the others, which takes an instruction or two. Turning a block of 4 x 4 only
+// renames its vectors.
 //
 // One workgroup a BLOCK_M x BLOCK_N block of `out`. A thread keeps blocks of 4 x 4 sums, THREADS_M (THREADS_N) of them apart. Lines
 // past the end are read as the last one and never stored; entries of main_lhs and prologue_lhs past the depth count as 0. All sums
@@ -17,6 +19,8 @@ const BLOCK_N = {{ block_n }}u;
 const THREADS_M = {{ threads_m }}u;
 const THREADS_N = {{ threads_n }}u;
 const BAND = {{ band }}u;
+const LANES = {{ lanes }}u;
+const READS = {{ n_reads }}u;
 const WORKGROUP_SIZE = {{ workgroup_size }}u;
 
 #for matrix in {{ matrices }}
@@ -36,20 +40,21 @@ fn {{ matrix }}_quad(line: u32, entry: u32, lines: u32, length: u32) -> vec4f {
 
 #endfor
 #for part in main prologue
-// Four entries of the depth, from `k` on, of four lines of {{ part }}_lhs: a column of the matrix is a line.
-fn {{ part }}_lhs_block(line: u32, k: u32, depth: u32) -> mat4x4f {
+// Quad `i` of the blocks of 4 x 4 that {{ part }}_lhs has from line `line` and entry `k` of the depth on.
+fn {{ part }}_lhs_read(line: u32, i: u32, k: u32, depth: u32) -> vec4f {
 #if lhs_rows
-    let block = mat4x4f(
-#for c in 0 1 2 3
-        {{ part }}_lhs_quad(line + {{ c }}u, k, params.m, depth),
-#endfor
-    );
+    return {{ part }}_lhs_quad(line + i, k, params.m, depth);
 #else
-    let block = transpose(mat4x4f(
-#for c in 0 1 2 3
-        {{ part }}_lhs_quad(k + {{ c }}u, line, depth, params.m),
-#endfor
-    ));
+    return {{ part }}_lhs_quad(k + i % 4u, line + i / 4u * 4u, depth, params.m);
+#endif
+}
+
+// Of such a block, by its quads, the lines as columns.
+fn {{ part }}_lhs_block(quads: mat4x4f, k: u32, depth: u32) -> mat4x4f {
+#if lhs_rows
+    let block = quads;
+#else
+    let block = transpose(quads);
 #endif
     let is_inside = k + vec4u(0u, 1u, 2u, 3u) < vec4u(depth);
     return mat4x4f(
@@ -59,26 +64,31 @@ fn {{ part }}_lhs_block(line: u32, k: u32, depth: u32) -> mat4x4f {
     );
 }
 
-// Four entries of the depth, from `k` on, of four lines of {{ part }}_rhs: a row of the matrix is a line.
-fn {{ part }}_rhs_block(line: u32, k: u32, depth: u32) -> mat4x4f {
+// Quad `i` of the blocks of 4 x 4 that {{ part }}_rhs has from line `line` and entry `k` of the depth on.
+fn {{ part }}_rhs_read(line: u32, i: u32, k: u32, depth: u32) -> vec4f {
 #if rhs_rows
-    return transpose(mat4x4f(
-#for c in 0 1 2 3
-        {{ part }}_rhs_quad(line + {{ c }}u, k, params.n, depth),
-#endfor
-    ));
+    return {{ part }}_rhs_quad(line + i, k, params.n, depth);
 #else
-    return mat4x4f(
-#for c in 0 1 2 3
-        {{ part }}_rhs_quad(k + {{ c }}u, line, depth, params.n),
-#endfor
-    );
+    return {{ part }}_rhs_quad(k + i % 4u, line + i / 4u * 4u, depth, params.n);
+#endif
+}
+
+// Of such a block, by its quads, the lines as rows.
+fn {{ part }}_rhs_block(quads: mat4x4f) -> mat4x4f {
+#if rhs_rows
+    return transpose(quads);
+#else
+    return quads;
 #endif
 }
 
 #endfor
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
+fn main(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
     let first_m = (group.y * BAND + group.x % BAND) * BLOCK_M;
     let first_n = group.x / BAND * BLOCK_N;
     if (first_m >= params.m) {
@@ -101,15 +111,53 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
     let main_scale = params.scale;
 #for part in prologue main
     for (var k = first_{{ part }}; k < last_{{ part }}; k += 4u) {
+#if shares_lhs
+        let read = array<vec4f, READS>(
+#for i in {{ reads }}
+            {{ part }}_lhs_read(line_m, {{ i }}u * LANES + lane, k, {{ part }}_depth),
+#endfor
+        );
 #for j in {{ quads_n }}
-        let rhs_{{ j }} = {{ part }}_rhs_block(line_n + {{ j }}u * THREADS_N * 4u, k, {{ part }}_depth);
+        let rhs_{{ j }} = {{ part }}_rhs_block(mat4x4f(
+#for c in 0 1 2 3
+            {{ part }}_rhs_read(line_n + {{ j }}u * THREADS_N * 4u, {{ c }}u, k, {{ part }}_depth),
+#endfor
+        ));
 #endfor
 #for i in {{ quads_m }}
-        let lhs_{{ i }} = {{ part }}_lhs_block(line_m + {{ i }}u * THREADS_M * 4u, k, {{ part }}_depth);
+        let lhs_{{ i }} = {{ part }}_lhs_block(mat4x4f(
+#for c in 0 1 2 3
+            subgroupShuffle(read[({{ i }}u * 4u + {{ c }}u) / LANES], ({{ i }}u * 4u + {{ c }}u) % LANES),
+#endfor
+        ), k, {{ part }}_depth);
 #for j in {{ quads_n }}
         sums_{{ i }}_{{ j }} += rhs_{{ j }} * lhs_{{ i }};
 #endfor
 #endfor
+#else
+        let read = array<vec4f, READS>(
+#for j in {{ reads }}
+            {{ part }}_rhs_read(line_n, {{ j }}u * LANES + lane, k, {{ part }}_depth),
+#endfor
+        );
+#for i in {{ quads_m }}
+        let lhs_{{ i }} = {{ part }}_lhs_block(mat4x4f(
+#for c in 0 1 2 3
+            {{ part }}_lhs_read(line_m + {{ i }}u * THREADS_M * 4u, {{ c }}u, k, {{ part }}_depth),
+#endfor
+        ), k, {{ part }}_depth);
+#endfor
+#for j in {{ quads_n }}
+        let rhs_{{ j }} = {{ part }}_rhs_block(mat4x4f(
+#for c in 0 1 2 3
+            subgroupShuffle(read[({{ j }}u * 4u + {{ c }}u) / LANES], ({{ j }}u * 4u + {{ c }}u) % LANES),
+#endfor
+        ));
+#for i in {{ quads_m }}
+        sums_{{ i }}_{{ j }} += rhs_{{ j }} * lhs_{{ i }};
+#endfor
+#endfor
+#endif
     }
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}

@@ -25,6 +25,7 @@ mod cuda;
 pub mod engine;
 mod gpu;
 pub mod kernel;
+mod lanes;
 pub mod notes;
 mod product;
 pub mod profile;

@@ -192,9 +192,13 @@ impl Shader {
                         values.extend([
                             ("threads_m", tile.threads_m.to_string()),
                             ("threads_n", tile.threads_n.to_string()),
+                            ("lanes", tile.lanes.to_string()),
                             ("quads_m", list(tile.lines / 4)),
                             ("quads_n", list(tile.columns / 4)),
+                            ("reads", list(tile.reads())),
+                            ("n_reads", tile.reads().to_string()),
                         ]);
+                        flags.extend(tile.shares_lhs().then_some("shares_lhs"));
                         concat!(
                             include_str!("../../shaders/lora_linear_direct.wgsl"),
                             include_str!("../../shaders/shared/product.wgsl")

@@ -115,7 +115,7 @@ impl<'a> Product<'a> {
         let elements =
             Elements { lhs: self.lhs.dtype.into(), rhs: self.rhs.dtype.into(), out: self.dtype.into() };
         let kind = CutKind::new(self.layout, [m, n, depth, rank], elements);
-        let device = Device::of(&self.lhs.client);
+        let device = Device::of(&self.lhs.client, &self.lhs.device);
         if device.has_matrices() && self.is_split() {
             let halves = CutKind { elements: Elements { lhs: Element::F16, ..elements }, ..kind };
             if matches!(self.rule(device, halves), Cut::Matrices(_)) {
@@ -173,7 +173,7 @@ impl<'a> Product<'a> {
             CutChoice::Cubek => return self.run_by_cubek(),
             CutChoice::Own(cut) => cut,
         };
-        let busy = Device::of(&self.lhs.client).busy;
+        let busy = Device::of(&self.lhs.client, &self.lhs.device).busy;
         let Plan { splits, span } = Plan::new(busy, cut, [m, n, depth], self.prologue.is_some());
         if splits == 1 {
             let out = output_or(self.addend.as_ref(), self.lhs, [m, n], self.dtype);
@@ -276,7 +276,7 @@ pub(super) fn lora_backward(
 ) -> (Floats, Floats) {
     let ([tokens, n_out], r) = (dims(dy), dims(b)[1]);
     let (panels, steps) = (n_out.div_ceil(PANEL), tokens.div_ceil(PANEL));
-    let splits = Device::of(&dy.client).busy.div_ceil(panels).clamp(1, steps.div_ceil(2));
+    let splits = Device::of(&dy.client, &dy.device).busy.div_ceil(panels).clamp(1, steps.div_ceil(2));
     let span = steps.div_ceil(splits) * PANEL;
     let splits = tokens.div_ceil(span);
     let parts = |n: u32, lines: u32| empty(dy, [n, lines, r].map(|n| n as usize), DType::F32);

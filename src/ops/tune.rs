@@ -58,7 +58,7 @@ pub trait Tunable: 'static {
     fn of_more_rows(kind: Self::Kind) -> Self::Kind;
 
     /// What is worth timing, the rule's choice first.
-    fn candidates(client: &ComputeClient<Self::Runtime>, kind: Self::Kind) -> Vec<Self::Choice>;
+    fn candidates(device: &<Self::Runtime as Runtime>::Device, kind: Self::Kind) -> Vec<Self::Choice>;
 
     /// Operands of a product, of [`typical_rows`], with entries of which each sum is known.
     fn scratch(
@@ -220,9 +220,8 @@ fn key<E: Tunable>(device: &DeviceOf<E>, kind: E::Kind) -> (TypeId, DeviceId, E:
 
 /// Lets the device's products follow earlier timings, and returns how many. One of what the device would not try is left out.
 pub fn install<E: Tunable>(device: &DeviceOf<E>, timings: &[Timing<E::Kind, E::Choice>]) -> usize {
-    let client = E::Runtime::client(device);
     let fits =
-        |timing: &&Timing<E::Kind, E::Choice>| E::candidates(&client, timing.kind).contains(&timing.choice);
+        |timing: &&Timing<E::Kind, E::Choice>| E::candidates(device, timing.kind).contains(&timing.choice);
     let install = |&&Timing { kind, choice, ms }: &&Timing<E::Kind, E::Choice>| {
         keep::<E>(device, kind, choice, ms.map_or(Outcome::Wrong, Outcome::Right));
     };
@@ -247,7 +246,7 @@ pub fn tune<E: Tunable>(
     kinds.retain(|&kind| E::flops(kind) >= LEAST_FLOPS);
     kinds.sort_by(|&a, &b| E::flops(b).total_cmp(&E::flops(a)));
     for kind in kinds {
-        let mut candidates = E::candidates(&client, kind);
+        let mut candidates = E::candidates(device, kind);
         candidates.retain(|&choice| known::<E>(device, kind, choice).is_none());
         if candidates.is_empty() || is_over() {
             continue;

@@ -11,7 +11,6 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::backward;
 use super::forward;
-use super::lanes::lanes;
 use super::mask::STRIP;
 use super::matrices::shared_bytes;
 use super::mma;
@@ -20,6 +19,7 @@ use super::tile::{Form, MmaUnit, Tile, Units};
 use super::trial::{Pass, fastest, is_right};
 use crate::ops::cube::{bytes, empty, is_software, matrix_units, one_thread_each};
 use crate::ops::engine::Engine;
+use crate::ops::lanes::lanes;
 use crate::ops::profile;
 
 /// A mask's table on the device, and how many keys it has.
@@ -310,7 +310,7 @@ impl Tile {
 
     /// The tile for software adapters with heads of this width, if their planes' threads can hand each other what they have read.
     pub fn on_lanes<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
-        lanes(tensor).map(|lanes| Self::of_lanes(lanes, head_dim))
+        lanes(&tensor.client, &tensor.device).map(|lanes| Self::of_lanes(lanes as usize, head_dim))
     }
 
     /// That of planes of so many threads. Registers spill to the first-level cache there, which is less dear than to load more often. With

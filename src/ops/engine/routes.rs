@@ -224,7 +224,8 @@ impl<R: Engine> Tunable for Routes<R> {
         2.0 * typical_rows(kind.m) as f64 * kind.n as f64 * (kind.depth + kind.rank) as f64
     }
 
-    fn candidates(client: &ComputeClient<R>, kind: RouteKind) -> Vec<Route> {
+    fn candidates(device: &R::Device, kind: RouteKind) -> Vec<Route> {
+        let client = &R::client(device);
         // Where there are warpgroups cubek's routines are not worth their compilation: of Llama-3-8B's products on an H100 the fastest of
         // them made 200 TFLOP/s.
         let is_own = warpgroup::columns(client, kind, kind.m).is_some();

@@ -184,7 +184,8 @@ impl Tile {
     }
 }
 
-/// How a product is cut on software adapters: the threads of a workgroup, and what each computes.
+/// How a product is cut on software adapters: the threads of a workgroup, which are in one dimension, and what each computes. In the
+/// other dimension all have the same lines of an operand, of which a subgroup's threads read a part each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DirectTile {
     /// Threads down the rows of the output.
@@ -195,23 +196,42 @@ pub struct DirectTile {
     pub lines: u32,
     /// Columns of a thread, a multiple of four.
     pub columns: u32,
+    /// Lanes of a subgroup, of which a workgroup is one or more.
+    pub lanes: u32,
 }
 
 impl DirectTile {
-    const fn new(threads_m: u32, threads_n: u32, lines: u32, columns: u32) -> Self {
-        Self { threads_m, threads_n, lines, columns }
+    /// Lanes of software adapters' subgroups: the numbers in vectors of 128, 256 and 512 bits.
+    pub const LANES: [u32; 3] = [4, 8, 16];
+
+    /// Every cut for so many lanes, of at most 128 sums a thread: twice as many are a tenth faster, and take the driver twice as long to
+    /// compile.
+    pub fn all(lanes: u32) -> [Self; 5] {
+        let threads = lanes.max(8);
+        let across = |lines, columns| Self { threads_m: 1, threads_n: threads, lines, columns, lanes };
+        let down = |lines, columns| Self { threads_m: threads, threads_n: 1, lines, columns, lanes };
+        [across(16, 8), down(8, 16), across(8, 8), down(8, 8), across(4, 16)]
     }
 
-    /// At least 8 threads, the lanes of a vector, of at most 16 x 16 sums. Twice as many are an eighth faster, and take the driver
-    /// thrice as long to compile.
-    pub const ALL: [Self; 6] = [
-        Self::new(2, 8, 16, 16),
-        Self::new(8, 2, 16, 16),
-        Self::new(2, 8, 8, 8),
-        Self::new(8, 1, 8, 8),
-        Self::new(1, 8, 8, 8),
-        Self::new(1, 8, 4, 16),
-    ];
+    /// Whether the threads have the same lines of the left operand; else they have those of the right one.
+    pub(super) fn shares_lhs(self) -> bool {
+        self.threads_m == 1
+    }
+
+    /// Lines of a thread that the others have too, and those that it alone has.
+    fn lines(self) -> [u32; 2] {
+        if self.shares_lhs() { [self.lines, self.columns] } else { [self.columns, self.lines] }
+    }
+
+    /// Quads that a thread reads of the lines that all have, for four entries of the depth.
+    pub(super) fn reads(self) -> u32 {
+        self.lines()[0].div_ceil(self.lanes)
+    }
+
+    /// Loads of a thread for four entries of the depth.
+    pub(in crate::ops) fn loads(self) -> u32 {
+        self.reads() + self.lines()[1]
+    }
 
     /// Threads of a workgroup.
     pub(in crate::ops) fn threads(self) -> u32 {
@@ -323,8 +343,8 @@ impl Cut {
         let sizes =
             MatrixTile::SIZES.into_iter().flat_map(|size| MatrixTile::LANES.map(|lanes| (size, lanes)));
         let matrices = sizes.flat_map(|(size, lanes)| MatrixTile::all(size, lanes).map(Self::Matrices));
-        let threads = Tile::ALL.map(Self::Registers).into_iter().chain(DirectTile::ALL.map(Self::Direct));
-        threads.chain(matrices).collect()
+        let direct = DirectTile::LANES.into_iter().flat_map(|lanes| DirectTile::all(lanes).map(Self::Direct));
+        Tile::ALL.map(Self::Registers).into_iter().chain(direct).chain(matrices).collect()
     }
 
     /// `[m, n, depth]` of a workgroup's step.

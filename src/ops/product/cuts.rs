@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+use burn::cubecl::Runtime;
 use burn::cubecl::client::ComputeClient;
 use burn_wgpu::{WgpuDevice, WgpuRuntime};
 use serde::{Deserialize, Serialize};
@@ -98,10 +99,10 @@ impl Tunable for Cuts {
         (kind.depth + kind.rank) as usize
     }
 
-    fn candidates(client: &ComputeClient<WgpuRuntime>, kind: CutKind) -> Vec<CutChoice> {
+    fn candidates(device: &WgpuDevice, kind: CutKind) -> Vec<CutChoice> {
         // Only the gradient by a layer's input meets a weight of another type and may be rounded to it.
         let rounds = kind.layout == Layout::RowsColumns;
-        let device = Device::of(client);
+        let device = Device::of(&WgpuRuntime::client(device), device);
         let cuts = device.worth_timing(device.cuts(kind.layout, kind.elements, [kind.m, kind.n], rounds));
         cuts.into_iter().map(CutChoice::Own).chain([CutChoice::Cubek]).collect()
     }

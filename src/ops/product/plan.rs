@@ -2,12 +2,13 @@
 
 use burn::cubecl::client::ComputeClient;
 use burn::tensor::DType;
-use burn_wgpu::WgpuRuntime;
+use burn_wgpu::{WgpuDevice, WgpuRuntime};
 
 use crate::ops::cube::{is_software, matrix_units};
 use crate::ops::kernel::{
     BAND, Cut, DirectTile, Element, Elements, Layout, MAX_WORKGROUPS, MatrixTile, Tile,
 };
+use crate::ops::lanes::lanes;
 
 /// Cuts on matrices that are worth timing, and others.
 const MOST_CUTS: [usize; 2] = [5, 4];
@@ -15,7 +16,8 @@ const MOST_CUTS: [usize; 2] = [5, 4];
 /// What a product is cut for.
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct Device {
-    is_software: bool,
+    /// Lanes of a software adapter's subgroups, where these hand each other what they have read.
+    direct: Option<u32>,
     /// How many workgroups keep it busy.
     pub(super) busy: u32,
     /// The size of its matrices of `f16` with `f32` sums, and the lanes of a subgroup.
@@ -24,13 +26,15 @@ pub(in crate::ops) struct Device {
     shared_bytes: u32,
 }
 
-const GPU: Device = Device { is_software: false, busy: 128, matrices: None, shared_bytes: 16 << 10 };
-const SOFTWARE: Device = Device { is_software: true, busy: 4, matrices: None, shared_bytes: 16 << 10 };
+const GPU: Device = Device { direct: None, busy: 128, matrices: None, shared_bytes: 16 << 10 };
+const SOFTWARE: Device = Device { direct: Some(8), busy: 4, matrices: None, shared_bytes: 16 << 10 };
 
 impl Device {
-    pub(in crate::ops) fn of(client: &ComputeClient<WgpuRuntime>) -> Self {
+    pub(in crate::ops) fn of(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice) -> Self {
         let most_lanes = client.properties().hardware.plane_size_max;
-        let device = if is_software(client) { SOFTWARE } else { GPU };
+        let direct = is_software(client).then(|| lanes(client, device)).flatten();
+        let direct = direct.filter(|lanes| DirectTile::LANES.contains(lanes));
+        let device = if direct.is_some() { SOFTWARE } else { GPU };
         let units = matrix_units(client, DType::F16);
         // naga 29's MSL turns row-major matrices round, and knows no sums of another type than the operands'.
         let size = MatrixTile::SIZES
@@ -39,13 +43,13 @@ impl Device {
         let lanes = MatrixTile::LANES.into_iter().find(|&lanes| most_lanes <= lanes);
         let matrices = size.map(|size| [size, lanes.unwrap_or(MatrixTile::LANES[2])]);
         let shared_bytes = client.properties().hardware.max_shared_memory_size as u32;
-        Self { matrices, shared_bytes, ..device }
+        Self { direct, matrices, shared_bytes, ..device }
     }
 
     /// Of a product's cuts those that are worth timing: beside matrices, of a GPU's others the cheapest alone.
     pub(super) fn worth_timing(self, mut cuts: Vec<Cut>) -> Vec<Cut> {
         let n_matrices = cuts.iter().filter(|cut| matches!(cut, Cut::Matrices(_))).count();
-        if n_matrices > 0 && !self.is_software {
+        if n_matrices > 0 && self.direct.is_none() {
             cuts.truncate(n_matrices + 1);
         }
         cuts
@@ -61,7 +65,7 @@ impl Device {
         let [block_m, block_n, _] = cut.block();
         let blocks = (m.div_ceil(block_m) * n.div_ceil(block_n)).max(self.busy);
         let loads = match cut {
-            Cut::Direct(tile) => 20 * tile.threads() * (tile.lines + tile.columns),
+            Cut::Direct(tile) => 20 * tile.threads() * tile.loads(),
             _ => 8 * (block_m + block_n),
         };
         u64::from(blocks) * u64::from(block_m * block_n + loads)
@@ -69,10 +73,9 @@ impl Device {
 
     /// The cuts for its threads.
     fn tiles(self) -> Vec<Cut> {
-        if self.is_software {
-            DirectTile::ALL.map(Cut::Direct).to_vec()
-        } else {
-            Tile::ALL.map(Cut::Registers).to_vec()
+        match self.direct {
+            Some(lanes) => DirectTile::all(lanes).map(Cut::Direct).to_vec(),
+            None => Tile::ALL.map(Cut::Registers).to_vec(),
         }
     }
 
@@ -210,8 +213,8 @@ mod tests {
         assert_eq!(cut([256, 1024]).block()[0], 32);
 
         let direct = |extents| SOFTWARE.cuts(Layout::RowsRows, Elements::F32, extents, false)[0];
-        for (extents, i) in [([512, 1024], 0), ([512, 8], 3), ([8, 1024], 4), ([1, 4096], 5)] {
-            assert_eq!(direct(extents), Cut::Direct(DirectTile::ALL[i]), "{extents:?}");
+        for (extents, i) in [([512, 1024], 0), ([512, 8], 3), ([8, 1024], 2), ([1, 4096], 4)] {
+            assert_eq!(direct(extents), Cut::Direct(DirectTile::all(8)[i]), "{extents:?}");
         }
     }
 }

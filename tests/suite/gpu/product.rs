@@ -13,7 +13,7 @@ use orpo_wgpu::ops::kernel::{
     self, BAND, Cut, DirectTile, Element, Elements, Layout, MatrixTile, Quads, Shader, Tile,
 };
 
-use crate::support::{Numbers, adapter, assert_close, has_matrices};
+use crate::support::{Numbers, adapter, assert_close, has_matrices, left_out};
 
 /// Sums of up to 331 products of numbers around one, in another order than the reference's.
 pub(crate) const ATOL: f32 = 1e-5;
@@ -106,6 +106,17 @@ fn extents(cut: Cut, turn: usize) -> [[[usize; 4]; 2]; 2] {
     [[[m + 4, n + 4, 44, 0], [m + 4, n + 4, 64, 40]], [0, 37].map(|rank| [m + more_m, n - 3, depth, rank])]
 }
 
+/// Those of software adapters for the lanes that the device's subgroups have, which are as many in each.
+fn direct_cuts(device: &WgpuDevice) -> Vec<Cut> {
+    let hardware = WgpuRuntime::client(device).properties().hardware.clone();
+    if hardware.plane_size_min == hardware.plane_size_max {
+        return DirectTile::all(hardware.plane_size_max).map(Cut::Direct).to_vec();
+    }
+    assert!(hardware.plane_size_max > 16, "a software adapter's subgroups are of one size");
+    left_out("the products for software adapters take subgroups of one size alone");
+    Vec::new()
+}
+
 /// A launch takes the variants that suit its device, so that a software adapter would never see those meant for GPUs.
 #[test]
 fn every_variant_multiplies() {
@@ -113,7 +124,8 @@ fn every_variant_multiplies() {
     // What is read and written is one line of the source each, so that no tile has to meet every mix. Every other one is plain f32,
     // and the mixes' number is no divisor of the cuts', so that each layout pairs them otherwise.
     let mixes = Elements::all().flat_map(|elements| [Elements::F32, elements]).skip(1).collect::<Vec<_>>();
-    let cuts: Vec<_> = Cut::all().into_iter().filter(|cut| !matches!(cut, Cut::Matrices(_))).collect();
+    let registers = Cut::all().into_iter().filter(|cut| matches!(cut, Cut::Registers(_)));
+    let cuts: Vec<_> = registers.chain(direct_cuts(&device)).collect();
     assert_ne!(2 * cuts.len() % mixes.len(), 0, "every layout pairs mixes and cuts alike");
     let mut mixes = mixes.into_iter().cycle();
     for (i, layout) in Layout::ALL.into_iter().enumerate() {
@@ -138,8 +150,10 @@ fn every_variant_multiplies() {
 fn every_mix_of_quads_multiplies() {
     let Some(device) = adapter() else { return };
     let elements = Elements::F32;
-    let cuts = [Cut::Registers(Tile::ALL[2]), Cut::Direct(DirectTile::ALL[2])];
-    for (layout, cut) in Layout::ALL.into_iter().flat_map(|layout| cuts.map(|cut| (layout, cut))) {
+    let cuts: Vec<_> =
+        [Cut::Registers(Tile::ALL[2])].into_iter().chain(direct_cuts(&device).into_iter().nth(2)).collect();
+    for (layout, cut) in Layout::ALL.into_iter().flat_map(|layout| cuts.iter().map(move |&cut| (layout, cut)))
+    {
         for [m, n, depth] in (0..8).map(|i| [40 + i % 2, 68 + i / 2 % 2, 36 + i / 4]) {
             let ranks = if layout == Layout::ColumnsColumns { &[0][..] } else { &[0, 4, 5] };
             for &rank in ranks {

@@ -33,7 +33,7 @@ fn a_product_is_right_whichever_route_makes_it() {
     let client = GpuRuntime::client(&device);
     // Of stages that routines load in pairs there is one left over: of 16 entries forward, of 32 backward. Where warpgroups would make
     // the product, cubek's routines are for rows that these do not take.
-    let has_choice = |shape| Engine::candidates(&client, kinds(shape)[0]).len() > 1;
+    let has_choice = |shape| Engine::candidates(&device, kinds(shape)[0]).len() > 1;
     let shape = if has_choice([70, 80, 96, 8]) { [70, 80, 96, 8] } else { [70, 84, 100, 8] };
     let case = Case { shape, has_adapter: true, has_residual: false, input: Input::AddTo, types: F16 };
     let kinds = kinds(shape);
@@ -42,7 +42,7 @@ fn a_product_is_right_whichever_route_makes_it() {
         assert_eq!(tune::install::<Engine>(&device, &timings), kinds.len(), "{choice:?}");
     };
     let mut n_right = 0;
-    for route in Engine::candidates(&client, kinds[0]) {
+    for route in Engine::candidates(&device, kinds[0]) {
         let is_right = kinds.iter().all(|&kind| {
             let scratch = Engine::scratch(&client, &device, kind);
             tune::is_right::<Engine>(&scratch, kind, route).unwrap_or(false)
@@ -69,7 +69,7 @@ fn tuning_finds_a_route() {
         return;
     }
     // What warpgroups make is not timed; they take no rows of a multiple of four.
-    let candidates = |kind| Engine::candidates(&GpuRuntime::client(&device), kind);
+    let candidates = |kind| Engine::candidates(&device, kind);
     let kind = [[256, 512, 768, 8], [256, 516, 772, 8]].map(|shape| kinds(shape)[0]);
     let kind = kind.into_iter().find(|&kind| candidates(kind).len() > 1).expect("there are several ways");
     let mut timings: Timings<Engine> = Vec::new();

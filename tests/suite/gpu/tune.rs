@@ -21,7 +21,7 @@ fn install(device: &WgpuDevice, kinds: &[CutKind], choice: CutChoice, ms: Option
 }
 
 fn candidates(device: &WgpuDevice, kind: CutKind) -> Vec<CutChoice> {
-    Cuts::candidates(&WgpuRuntime::client(device), kind)
+    Cuts::candidates(device, kind)
 }
 
 fn tune(device: &WgpuDevice, kinds: &[CutKind], budget: Duration) -> Timings<Cuts> {
