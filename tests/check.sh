@@ -31,7 +31,7 @@ suite=$(cargo test --locked ${cuda:-} --no-run --test suite --message-format=jso
 if command -v apt-get >/dev/null; then
     # Beside the other tests, as a process has its driver compile shaders on one core.
     ORPO_WGPU_NEED_MATRICES=1 bash tests/newer_mesa.sh "$suite" --exact gpu::product::every_matrix_variant_multiplies \
-        gpu::lora_linear::on_matrices gpu::attention::on_matrices gpu::token_logps::gpu_takes_a_weight_of_halves \
+        gpu::lora_linear::on_matrices gpu::attention::on_matrices gpu::attention::narrow_heads gpu::token_logps::gpu_takes_a_weight_of_halves \
         plain_engine::lora_linear::on_matrices plain_engine::routes::a_product_is_right_whichever_route_makes_it \
         plain_engine::routes::tuning_finds_a_route gpu::tune::a_tuned_product_is_right_whoever_makes_it \
         gpu::tune::every_way_is_right_on_the_known_product memory::cudas_engine_takes_what_is_predicted >target/matrices.log 2>&1 &
@@ -41,9 +41,11 @@ else
     [ -z "${CI:-}" ]
 fi
 cargo test --locked ${cuda:-} -- --skip cuda::
+# Mesa's software adapter with subgroups of four lanes, as on processors without AVX.
+LP_NATIVE_VECTOR_WIDTH=128 "$suite" --exact gpu::attention::narrow_heads gpu::product::every_variant_multiplies
 if command -v apt-get >/dev/null; then
     wait $! || { cat target/matrices.log; exit 1; }
     cat target/matrices.log
-    grep "test result: ok. 10 passed" target/matrices.log
+    grep "test result: ok. 11 passed" target/matrices.log
 fi
 RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items

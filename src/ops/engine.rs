@@ -111,6 +111,11 @@ pub trait Engine: CubeRuntime {
         tensor(orpo_loss::launch_backward(input(stats), pairs, beta, grad_scale))
     }
 
+    /// Whether the threads of a plane of `lanes` hand each other numbers as they should.
+    fn shuffles(_client: &ComputeClient<Self>, _lanes: u32) -> bool {
+        true
+    }
+
     /// Whether the device's warps multiply as [`attention_mma`](Self::attention_mma) has them.
     fn has_mma(_client: &ComputeClient<Self>) -> bool {
         false

@@ -62,6 +62,11 @@ pub enum Shader {
         /// Whether the rank is a multiple of four, so that the rows of the other operands are.
         is_rank_vec4: bool,
     },
+    /// `lora_linear_lanes.wgsl`
+    Lanes {
+        /// Lanes of a subgroup.
+        lanes: u32,
+    },
     /// `orpo_loss.wgsl`
     OrpoLoss,
     /// `orpo_loss_backward.wgsl`
@@ -106,6 +111,7 @@ impl Shader {
             Self::Product { cut: Cut::Direct(tile), .. } => tile.threads(),
             Self::Product { cut: Cut::Matrices(tile), .. } => tile.threads(),
             Self::LoraBackward { rank_quads, .. } => PANEL / 2 * rank_quads,
+            Self::Lanes { lanes } => 2 * lanes,
             _ => WORKGROUP_SIZE,
         }
     }
@@ -114,6 +120,7 @@ impl Shader {
     pub fn all() -> Vec<Self> {
         let mut all = vec![Self::OrpoLoss, Self::OrpoLossBackward];
         all.extend(Element::ALL.map(|out| Self::Sum { out }));
+        all.extend(DirectTile::LANES.map(|lanes| Self::Lanes { lanes }));
         let cuts = Cut::all();
         for layout in Layout::ALL {
             for quads in Quads::all(layout) {
@@ -248,6 +255,10 @@ impl Shader {
                 values.push(("out", out.wgsl(false)));
                 flags.extend((out == Element::F16).then_some("f16"));
                 include_str!("../../shaders/lora_linear_sum.wgsl")
+            }
+            Self::Lanes { lanes } => {
+                values.push(("lanes", list(lanes)));
+                include_str!("../../shaders/lora_linear_lanes.wgsl")
             }
             Self::OrpoLoss => concat!(
                 include_str!("../../shaders/shared/odds.wgsl"),

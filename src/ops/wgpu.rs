@@ -4,7 +4,7 @@ use burn::cubecl::client::ComputeClient;
 use burn::tensor::{DType, Tensor};
 use burn_wgpu::WgpuRuntime;
 
-use super::cube::is_software;
+use super::cube::{is_software, settle};
 use super::engine::{self, Engine, Floating};
 use super::gpu::{input, operand, tensor};
 use super::kernel::{Layout, RANK_QUADS, Shader, launch};
@@ -13,6 +13,21 @@ use super::orpo_loss::{MEAN_LOGP_MAX, PairSpan, backward_by, forward_by};
 use super::product::{Floats, Product, dims, lora_backward};
 
 impl Engine for WgpuRuntime {
+    /// CubeCL says of no software adapter that they do, so that it is tried. wgpu takes the shader where it has subgroups at all.
+    fn shuffles(client: &ComputeClient<Self>, lanes: u32) -> bool {
+        // What failed before must not count as a failure of the shuffles.
+        settle(client);
+        let shader = Shader::Lanes { lanes };
+        let wrong = vec![0u32; shader.workgroup_size() as usize];
+        let answers = client.create_from_slice(bytemuck::cast_slice(&wrong));
+        launch(client, shader, [1, 1, 1], &[&answers], &[lanes]);
+        let answers = client.read_one(answers);
+        // wgpu tells of a launch that failed only when it is waited for.
+        let is_launched = pollster::block_on(client.sync()).is_ok();
+        is_launched
+            && answers.is_ok_and(|bytes| bytemuck::cast_slice(&bytes).iter().all(|&right: &u32| right == 1))
+    }
+
     fn lora_rank_r<B: Floating<Self>>(x: Tensor<B, 2>, loras: &[&Lora<B>]) -> Vec<Tensor<B, 2>> {
         let (x, a) = (operand(x), loras.iter().map(|lora| input(lora.a.clone())).collect::<Vec<_>>());
         let alone = |a: &Floats| Product::new(Layout::RowsRows, &x, a).named("lora_linear rank r").run();

@@ -82,16 +82,23 @@ pub(super) fn forward<F: Float>(
             shared[line * tile.threads_n + thread_n(tile)] = max_score;
         }
         sync_cube();
+        let mut largest = Array::<f32>::new(comptime!(tile.lines));
+        #[unroll]
+        for i in 0..tile.lines {
+            largest[i] = maxima[i];
+        }
+        for t in 0..comptime!(tile.threads_n) {
+            #[unroll]
+            for i in 0..tile.lines {
+                let line = thread_m(tile) * tile.lines + i;
+                largest[i] = max(largest[i], shared[line * tile.threads_n + t]);
+            }
+        }
         let mut factors = Array::<f32>::new(comptime!(tile.lines));
         #[unroll]
         for i in 0..tile.lines {
-            let line = thread_m(tile) * tile.lines + i;
-            let mut max_score = maxima[i];
-            for t in 0..comptime!(tile.threads_n) {
-                max_score = max(max_score, shared[line * tile.threads_n + t]);
-            }
             // A line that has seen nothing yet has weights of one, which its first key takes back with a factor of zero.
-            max_score = room.maximum(maxima[i], max_score, key);
+            let max_score = room.maximum(maxima[i], largest[i], key);
             let factor = (maxima[i] - max_score).exp();
             let mut total = totals[i] * factor;
             #[unroll]
@@ -123,15 +130,21 @@ pub(super) fn forward<F: Float>(
     let mut factors = Array::<f32>::new(comptime!(tile.lines));
     #[unroll]
     for i in 0..tile.lines {
-        let line = thread_m(tile) * tile.lines + i;
-        let mut total = 0.0f32;
-        for t in 0..comptime!(tile.threads_n) {
-            total += shared[line * tile.threads_n + t];
+        totals[i] = 0.0f32;
+    }
+    for t in 0..comptime!(tile.threads_n) {
+        #[unroll]
+        for i in 0..tile.lines {
+            let line = thread_m(tile) * tile.lines + i;
+            totals[i] += shared[line * tile.threads_n + t];
         }
-        factors[i] = 1.0f32 / total;
-        if thread_n(tile) == 0 && first + line < q_lines.n_lines {
-            let line = first + line;
-            lse[line / form.heads * heads as usize + head + line % form.heads] = maxima[i] + total.ln();
+    }
+    #[unroll]
+    for i in 0..tile.lines {
+        factors[i] = 1.0f32 / totals[i];
+        let line = first + thread_m(tile) * tile.lines + i;
+        if thread_n(tile) == 0 && line < q_lines.n_lines {
+            lse[line / form.heads * heads as usize + head + line % form.heads] = maxima[i] + totals[i].ln();
         }
     }
     room.store::<F>(&sums, &factors, out, &q_lines, first);

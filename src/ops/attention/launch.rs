@@ -19,7 +19,7 @@ use super::tile::{Form, MmaUnit, Tile, Units};
 use super::trial::{Pass, fastest, is_right};
 use crate::ops::cube::{bytes, empty, is_software, matrix_units, one_thread_each};
 use crate::ops::engine::Engine;
-use crate::ops::lanes::lanes;
+use crate::ops::lanes::shuffling_lanes;
 use crate::ops::profile;
 
 /// A mask's table on the device, and how many keys it has.
@@ -61,9 +61,9 @@ impl Sizes {
 
     /// Turns of a thread's loops in [`forward::forward()`], at most.
     fn turns_forward(&self, form: Form, tile: Tile) -> usize {
-        let lines = tile.lines * (tile.threads_n + 1);
-        let step = 1 + (form.quads + 1) + lines + (tile.block_n() / 4 + 1);
-        self.n_keys.div_ceil(tile.block_n()) * step + lines + ENDING_TURNS
+        let meeting = tile.threads_n + 1;
+        let step = 1 + (form.quads + 1) + meeting + (tile.block_n() / 4 + 1);
+        self.n_keys.div_ceil(tile.block_n()) * step + meeting + ENDING_TURNS
     }
 
     /// Turns of a thread's loops for one block of keys in [`backward::backward_whole()`], at most.
@@ -283,7 +283,7 @@ fn zeros<R: CubeRuntime>(like: &CubeTensor<R>) -> CubeTensor<R> {
 }
 
 /// In how many splits the gradients by keys and values are made.
-pub fn splits<R: CubeRuntime>(q: &CubeTensor<R>, k: &CubeTensor<R>) -> usize {
+pub fn splits<R: Engine>(q: &CubeTensor<R>, k: &CubeTensor<R>) -> usize {
     splits::splits(&Sizes::of(q, k), q)
 }
 
@@ -295,11 +295,11 @@ impl Tile {
     /// The tile for queries and keys like these.
     pub fn of<R: Engine>(q: &CubeTensor<R>, k: &CubeTensor<R>, pass: Pass) -> Self {
         let Sizes { heads, kv_heads, head_dim, .. } = Sizes::of(q, k);
+        if is_software(&q.client) {
+            return Self::on_software(q, head_dim);
+        }
         let is_right =
             |tile: &Self| is_right::<R>(&q.device, q.dtype, [heads, kv_heads, head_dim], *tile, pass);
-        if is_software(&q.client) {
-            return Self::on_lanes(q, head_dim).unwrap_or(Self::GPU);
-        }
         let right: Vec<Self> = Self::mma(q, head_dim).into_iter().filter(is_right).collect();
         match right[..] {
             [] => Self::on_matrices(q, head_dim).filter(is_right).unwrap_or(Self::GPU),
@@ -308,17 +308,17 @@ impl Tile {
         }
     }
 
-    /// The tile for software adapters with heads of this width, if their planes' threads can hand each other what they have read.
-    pub fn on_lanes<R: CubeRuntime>(tensor: &CubeTensor<R>, head_dim: usize) -> Option<Self> {
-        lanes(&tensor.client, &tensor.device).map(|lanes| Self::of_lanes(lanes as usize, head_dim))
+    /// A software adapter's tile for heads of this width.
+    pub fn on_software<R: Engine>(tensor: &CubeTensor<R>, head_dim: usize) -> Self {
+        let lanes = shuffling_lanes(&tensor.client, &tensor.device);
+        Self::of_lanes(lanes.map_or(1, |lanes| lanes as usize), head_dim)
     }
 
-    /// That of planes of so many threads. Registers spill to the first-level cache there, which is less dear than to load more often. With
-    /// twice as many lines a thread is up to a fourth faster, and takes the driver four times as long to compile; more than four quads of
-    /// a head are as bad.
-    pub(super) const fn of_lanes(lanes: usize, head_dim: usize) -> Self {
-        let threads_n = head_dim.div_ceil(16).next_power_of_two();
-        let threads_n = if threads_n < lanes { lanes } else { threads_n };
+    /// The tile of software adapters with planes of so many threads, or 1. Registers spill to the first-level cache there, which is less dear
+    /// than to load more often. With twice as many lines a thread is up to a fourth faster, and takes the driver four times as long to
+    /// compile; more than four quads of a head are as bad.
+    pub fn of_lanes(lanes: usize, head_dim: usize) -> Self {
+        let threads_n = head_dim.div_ceil(16).next_power_of_two().max(lanes).max(8);
         let columns = if threads_n < 16 { 8 } else { 4 };
         Self { threads_m: 1, threads_n, lines: 16, columns, units: Units::Lanes { lanes } }
     }

@@ -13,7 +13,7 @@ pub(super) struct RegisterRoom {
     /// `[block_m, block_n]`, of which [`RegisterRoom::share`] puts a thread's columns side by side, or turned, see
     /// [`RegisterRoom::share_turned`].
     weights: SharedMemory<Quad<f32>>,
-    /// `[block_n, stage + 1]`: one quad more a line keeps neighbours out of each other's banks. Nothing where nothing is staged.
+    /// `[block_n, stage + 1]`: one quad more a line keeps neighbours out of each other's banks. One quad where nothing is staged.
     staged: SharedMemory<Quad<f32>>,
     #[cube(comptime)]
     form: Form,
@@ -43,7 +43,14 @@ impl RegisterRoom {
     pub(super) fn new(#[comptime] form: Form, #[comptime] tile: Tile) -> RegisterRoom {
         let staged = comptime!(match tile.units {
             Units::Registers { stage } => tile.block_n() * (stage + 1),
-            _ => 1,
+            Units::Lanes { lanes } => {
+                assert!(
+                    tile.threads_n.is_multiple_of(lanes),
+                    "{tile:?}: a plane's threads have the same owned lines"
+                );
+                1
+            }
+            Units::Matrices { .. } | Units::Mma(_) => unreachable!(),
         });
         RegisterRoom {
             weights: SharedMemory::new(comptime!(tile.block_m() * tile.block_n() / 4)),

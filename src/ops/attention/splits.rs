@@ -16,6 +16,7 @@ use super::launch::{MOST_TURNS, Sizes};
 use super::lines::Quad;
 use super::tile::Tile;
 use crate::ops::cube::{empty, is_software, one_thread_each};
+use crate::ops::engine::Engine;
 
 /// Keys that a workgroup owns on most devices.
 const KEYS: usize = 64;
@@ -34,11 +35,9 @@ const MOST_OF_CORES: usize = 16;
 static CORES: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, NonZeroUsize::get));
 
 /// In how many splits the gradients by keys like these keep the device's processors busy.
-pub(super) fn splits<R: CubeRuntime>(sizes: &Sizes, q: &CubeTensor<R>) -> usize {
-    if is_software(&q.client)
-        && let Some(tile) = Tile::on_lanes(q, sizes.head_dim)
-    {
-        return splits_of_cores(sizes, tile, *CORES);
+pub(super) fn splits<R: Engine>(sizes: &Sizes, q: &CubeTensor<R>) -> usize {
+    if is_software(&q.client) {
+        return splits_of_cores(sizes, Tile::on_software(q, sizes.head_dim), *CORES);
     }
     splits_of(sizes, q.client.properties().hardware.num_streaming_multiprocessors.unwrap_or(PROCESSORS))
 }

@@ -20,7 +20,7 @@ pub enum Units {
     /// The same on a software adapter: nothing is staged, and of what the threads of a plane all need each reads a part, and hands it to
     /// the others.
     Lanes {
-        /// Threads of a plane.
+        /// Threads of a plane; 1 where they cannot hand on anything.
         lanes: usize,
     },
     /// Matrix units, on operands of the tensors' 16-bit type, with `f32` sums.

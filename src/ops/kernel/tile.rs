@@ -138,7 +138,8 @@ impl Elements {
     }
 }
 
-/// How a product is cut on devices whose lanes have registers of their own: what a workgroup computes, and what a thread of it.
+/// How a product is cut on devices whose lanes have registers of their own, and on software adapters whose lanes cannot hand each other
+/// anything: what a workgroup computes, and what a thread of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Tile {
     /// Rows of the output that a workgroup computes.
@@ -377,6 +378,16 @@ mod tests {
                 16,
                 "{tile:?}: {across} threads along a line, {together} lines together"
             );
+        }
+    }
+
+    /// What the shader of software adapters takes for granted.
+    #[test]
+    fn threads_of_a_direct_tile_are_whole_subgroups_in_one_dimension() {
+        for tile in DirectTile::LANES.into_iter().flat_map(DirectTile::all) {
+            assert_eq!(tile.threads_m.min(tile.threads_n), 1, "{tile:?}");
+            assert!(tile.threads().is_multiple_of(tile.lanes), "{tile:?}");
+            assert!(tile.lines.is_multiple_of(4) && tile.columns.is_multiple_of(4), "{tile:?}");
         }
     }
 

@@ -8,7 +8,7 @@ use crate::ops::cube::{is_software, matrix_units};
 use crate::ops::kernel::{
     BAND, Cut, DirectTile, Element, Elements, Layout, MAX_WORKGROUPS, MatrixTile, Tile,
 };
-use crate::ops::lanes::lanes;
+use crate::ops::lanes::shuffling_lanes;
 
 /// Cuts on matrices that are worth timing, and others.
 const MOST_CUTS: [usize; 2] = [5, 4];
@@ -17,7 +17,7 @@ const MOST_CUTS: [usize; 2] = [5, 4];
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct Device {
     /// Lanes of a software adapter's subgroups, where these hand each other what they have read.
-    direct: Option<u32>,
+    direct_lanes: Option<u32>,
     /// How many workgroups keep it busy.
     pub(super) busy: u32,
     /// The size of its matrices of `f16` with `f32` sums, and the lanes of a subgroup.
@@ -26,15 +26,14 @@ pub(in crate::ops) struct Device {
     shared_bytes: u32,
 }
 
-const GPU: Device = Device { direct: None, busy: 128, matrices: None, shared_bytes: 16 << 10 };
-const SOFTWARE: Device = Device { direct: Some(8), busy: 4, matrices: None, shared_bytes: 16 << 10 };
+const GPU: Device = Device { direct_lanes: None, busy: 128, matrices: None, shared_bytes: 16 << 10 };
+const SOFTWARE: Device = Device { direct_lanes: Some(8), busy: 4, matrices: None, shared_bytes: 16 << 10 };
 
 impl Device {
     pub(in crate::ops) fn of(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice) -> Self {
         let most_lanes = client.properties().hardware.plane_size_max;
-        let direct = is_software(client).then(|| lanes(client, device)).flatten();
-        let direct = direct.filter(|lanes| DirectTile::LANES.contains(lanes));
-        let device = if direct.is_some() { SOFTWARE } else { GPU };
+        let direct_lanes = is_software(client).then(|| shuffling_lanes(client, device)).flatten();
+        let device = if direct_lanes.is_some() { SOFTWARE } else { GPU };
         let units = matrix_units(client, DType::F16);
         // naga 29's MSL turns row-major matrices round, and knows no sums of another type than the operands'.
         let size = MatrixTile::SIZES
@@ -43,13 +42,13 @@ impl Device {
         let lanes = MatrixTile::LANES.into_iter().find(|&lanes| most_lanes <= lanes);
         let matrices = size.map(|size| [size, lanes.unwrap_or(MatrixTile::LANES[2])]);
         let shared_bytes = client.properties().hardware.max_shared_memory_size as u32;
-        Self { direct, matrices, shared_bytes, ..device }
+        Self { direct_lanes, matrices, shared_bytes, ..device }
     }
 
     /// Of a product's cuts those that are worth timing: beside matrices, of a GPU's others the cheapest alone.
     pub(super) fn worth_timing(self, mut cuts: Vec<Cut>) -> Vec<Cut> {
         let n_matrices = cuts.iter().filter(|cut| matches!(cut, Cut::Matrices(_))).count();
-        if n_matrices > 0 && self.direct.is_none() {
+        if n_matrices > 0 && self.direct_lanes.is_none() {
             cuts.truncate(n_matrices + 1);
         }
         cuts
@@ -73,7 +72,7 @@ impl Device {
 
     /// The cuts for its threads.
     fn tiles(self) -> Vec<Cut> {
-        match self.direct {
+        match self.direct_lanes {
             Some(lanes) => DirectTile::all(lanes).map(Cut::Direct).to_vec(),
             None => Tile::ALL.map(Cut::Registers).to_vec(),
         }

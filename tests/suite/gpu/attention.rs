@@ -15,7 +15,7 @@ use orpo_wgpu::ops::notes;
 
 use super::on::{BURNS_ERROR, Gpu, GpuDevice, GpuRuntime, adapter, stored_types};
 use crate::gpu::product::matrix_sizes;
-use crate::support::{Numbers, assert_close, has_matrices, left_out, left_out_without_matrices};
+use crate::support::{Numbers, assert_close, has_matrices, left_out_without_matrices};
 
 /// Sums of up to some hundred products of numbers around one, in another order than the reference's.
 const ATOL: f32 = 1e-5;
@@ -242,15 +242,15 @@ fn compare(case: &Case, cut: Option<Cut>, device: &GpuDevice) {
     }
 }
 
-/// The tile for software adapters, which devices have whose planes are of one size.
-fn tile_of_lanes(head_dim: usize, device: &GpuDevice) -> Option<Tile> {
+/// The tile for software adapters; on them, one whose threads hand each other what they read.
+fn tile_of_software(head_dim: usize, device: &GpuDevice) -> Tile {
     let like = Tensor::<Gpu, 1>::zeros([1], device).into_primitive().tensor();
-    let tile = Tile::on_lanes(&like, head_dim);
-    if tile.is_none() {
-        let lanes = like.client.properties().hardware.plane_size_max;
-        assert!(lanes > 16, "a software adapter's threads hand each other what they read");
-        left_out("attention's tile for software adapters takes planes of one size alone");
-    }
+    let tile = Tile::on_software(&like, head_dim);
+    let is_software = like.client.properties().hardware.plane_size_max <= 16;
+    assert!(
+        !is_software || tile != Tile::of_lanes(1, head_dim),
+        "a software adapter's shuffles come out wrong"
+    );
     tile
 }
 
@@ -290,7 +290,7 @@ fn masks_of_every_kind() {
         let case = Case::new(4, 2, 32, visible);
         compare(&case, None, &device);
         // Each kind of device would never see what is meant for the other.
-        for tile in tile_of_lanes(32, &device).into_iter().chain([Tile::GPU]) {
+        for tile in [tile_of_software(32, &device), Tile::of_lanes(1, 32), Tile::GPU] {
             compare(&case, Some((tile, 1 + i % 3)), &device);
         }
     }
@@ -300,9 +300,7 @@ fn masks_of_every_kind() {
 #[test]
 fn long_walks() {
     let Some(device) = adapter() else { return };
-    if let Some(tile) = tile_of_lanes(16, &device) {
-        compare(&Case::new(3, 1, 16, causal(0, 2000)), Some((tile, 1)), &device);
-    }
+    compare(&Case::new(3, 1, 16, causal(0, 2000)), Some((tile_of_software(16, &device), 1)), &device);
     compare(&Case::new(3, 1, 16, causal(0, 2000)), None, &device);
 }
 
@@ -313,10 +311,8 @@ fn from_halves() {
         compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21], [9, 12, 30]])).stored(dtype), None, &device);
         compare(&Case::new(2, 1, 128, causal(0, 40)).stored(dtype), None, &device);
         // Without splits the kernel itself stores `dk` and `dv` in 16 bits.
-        if let Some(tile) = tile_of_lanes(64, &device) {
-            let case = Case::new(4, 1, 64, pairs(&[[40, 33, 21]])).stored(dtype);
-            compare(&case, Some((tile, 1)), &device);
-        }
+        let whole = Some((tile_of_software(64, &device), 1));
+        compare(&Case::new(4, 1, 64, pairs(&[[40, 33, 21]])).stored(dtype), whole, &device);
     }
 }
 

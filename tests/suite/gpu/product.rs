@@ -150,8 +150,10 @@ fn every_variant_multiplies() {
 fn every_mix_of_quads_multiplies() {
     let Some(device) = adapter() else { return };
     let elements = Elements::F32;
-    let cuts: Vec<_> =
-        [Cut::Registers(Tile::ALL[2])].into_iter().chain(direct_cuts(&device).into_iter().nth(2)).collect();
+    let cuts: Vec<_> = [Cut::Registers(Tile::ALL[2])]
+        .into_iter()
+        .chain(direct_cuts(&device).into_iter().skip(2).take(2))
+        .collect();
     for (layout, cut) in Layout::ALL.into_iter().flat_map(|layout| cuts.iter().map(move |&cut| (layout, cut)))
     {
         for [m, n, depth] in (0..8).map(|i| [40 + i % 2, 68 + i / 2 % 2, 36 + i / 4]) {
