@@ -1,5 +1,5 @@
 // Whether lora_linear_direct.wgsl, and attention on software adapters, may hand entries from lane to lane: every thread of some
-// subgroups asks each of its lanes for its number. Also shows that subgroups have as many lanes as is said.
+// subgroups asks each of its lanes for its number. Also shows that subgroups have as many lanes as is said, or more.
 
 const WORKGROUP_SIZE = {{ workgroup_size }}u;
 

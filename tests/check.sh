@@ -41,8 +41,10 @@ else
     [ -z "${CI:-}" ]
 fi
 cargo test --locked ${cuda:-} -- --skip cuda::
-# Mesa's software adapter with subgroups of four lanes, as on processors without AVX.
-LP_NATIVE_VECTOR_WIDTH=128 "$suite" --exact gpu::attention::narrow_heads gpu::product::every_variant_multiplies
+# Mesa's software adapter with subgroups of four lanes, as on processors without AVX. Its cache does not know how wide its vectors are.
+MESA_SHADER_CACHE_DISABLE=true LP_NATIVE_VECTOR_WIDTH=128 "$suite" --exact gpu::attention::narrow_heads \
+    gpu::product::every_variant_multiplies | tee target/four_lanes.log
+grep "test result: ok. 2 passed" target/four_lanes.log >/dev/null
 if command -v apt-get >/dev/null; then
     wait $! || { cat target/matrices.log; exit 1; }
     cat target/matrices.log

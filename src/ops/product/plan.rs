@@ -33,7 +33,7 @@ impl Device {
     pub(in crate::ops) fn of(client: &ComputeClient<WgpuRuntime>, device: &WgpuDevice) -> Self {
         let most_lanes = client.properties().hardware.plane_size_max;
         let direct_lanes = is_software(client).then(|| shuffling_lanes(client, device)).flatten();
-        let device = if direct_lanes.is_some() { SOFTWARE } else { GPU };
+        let device = if is_software(client) { SOFTWARE } else { GPU };
         let units = matrix_units(client, DType::F16);
         // naga 29's MSL turns row-major matrices round, and knows no sums of another type than the operands'.
         let size = MatrixTile::SIZES
