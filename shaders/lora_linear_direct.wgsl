@@ -43,28 +43,15 @@ fn {{ matrix }}_quad(line: u32, entry: u32, lines: u32, length: u32) -> vec4f {
 // Quad `i` of the blocks of 4 x 4 that {{ part }}_lhs has from line `line` and entry `k` of the depth on.
 fn {{ part }}_lhs_read(line: u32, i: u32, k: u32, depth: u32) -> vec4f {
 #if lhs_rows
-    return {{ part }}_lhs_quad(line + i, k, params.m, depth);
+    let quad = {{ part }}_lhs_quad(line + i, k, params.m, depth);
+    return select(vec4f(), quad, k + vec4u(0u, 1u, 2u, 3u) < vec4u(depth));
 #else
-    return {{ part }}_lhs_quad(k + i % 4u, line + i / 4u * 4u, depth, params.m);
+    let quad = {{ part }}_lhs_quad(k + i % 4u, line + i / 4u * 4u, depth, params.m);
+    return select(vec4f(), quad, k + i % 4u < depth);
 #endif
 }
 
-// Of such a block, by its quads, the lines as columns.
-fn {{ part }}_lhs_block(quads: mat4x4f, k: u32, depth: u32) -> mat4x4f {
-#if lhs_rows
-    let block = quads;
-#else
-    let block = transpose(quads);
-#endif
-    let is_inside = k + vec4u(0u, 1u, 2u, 3u) < vec4u(depth);
-    return mat4x4f(
-#for c in 0 1 2 3
-        select(vec4f(), block[{{ c }}], is_inside),
-#endfor
-    );
-}
-
-// Quad `i` of the blocks of 4 x 4 that {{ part }}_rhs has from line `line` and entry `k` of the depth on.
+// The same of {{ part }}_rhs.
 fn {{ part }}_rhs_read(line: u32, i: u32, k: u32, depth: u32) -> vec4f {
 #if rhs_rows
     return {{ part }}_rhs_quad(line + i, k, params.n, depth);
@@ -73,8 +60,18 @@ fn {{ part }}_rhs_read(line: u32, i: u32, k: u32, depth: u32) -> vec4f {
 #endif
 }
 
-// Of such a block, by its quads, the lines as rows.
-fn {{ part }}_rhs_block(quads: mat4x4f) -> mat4x4f {
+#endfor
+// A block of the left operand by its quads, with lines as columns.
+fn lhs_block(quads: mat4x4f) -> mat4x4f {
+#if lhs_rows
+    return quads;
+#else
+    return transpose(quads);
+#endif
+}
+
+// A block of the right operand by its quads, with lines as rows.
+fn rhs_block(quads: mat4x4f) -> mat4x4f {
 #if rhs_rows
     return transpose(quads);
 #else
@@ -82,7 +79,6 @@ fn {{ part }}_rhs_block(quads: mat4x4f) -> mat4x4f {
 #endif
 }
 
-#endfor
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(
     @builtin(workgroup_id) group: vec3u,
@@ -94,8 +90,8 @@ fn main(
     if (first_m >= params.m) {
         return;
     }
-    let line_m = first_m + thread / THREADS_N * 4u;
-    let line_n = first_n + thread % THREADS_N * 4u;
+    let line_lhs = first_m + thread / THREADS_N * 4u;
+    let line_rhs = first_n + thread % THREADS_N * 4u;
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}
     var sums_{{ i }}_{{ j }} = mat4x4f();
@@ -111,53 +107,32 @@ fn main(
     let main_scale = params.scale;
 #for part in prologue main
     for (var k = first_{{ part }}; k < last_{{ part }}; k += 4u) {
-#if shares_lhs
         let read = array<vec4f, READS>(
 #for i in {{ reads }}
-            {{ part }}_lhs_read(line_m, {{ i }}u * LANES + lane, k, {{ part }}_depth),
+            {{ part }}_{{ shared }}_read(line_{{ shared }}, {{ i }}u * LANES + lane, k, {{ part }}_depth),
 #endfor
         );
-#for j in {{ quads_n }}
-        let rhs_{{ j }} = {{ part }}_rhs_block(mat4x4f(
+#for j in {{ quads_own }}
+        let own_{{ j }} = {{ own }}_block(mat4x4f(
 #for c in 0 1 2 3
-            {{ part }}_rhs_read(line_n + {{ j }}u * THREADS_N * 4u, {{ c }}u, k, {{ part }}_depth),
+            {{ part }}_{{ own }}_read(line_{{ own }} + {{ j }}u * WORKGROUP_SIZE * 4u, {{ c }}u, k, {{ part }}_depth),
 #endfor
         ));
 #endfor
-#for i in {{ quads_m }}
-        let lhs_{{ i }} = {{ part }}_lhs_block(mat4x4f(
+#for i in {{ quads_shared }}
+        let shared_{{ i }} = {{ shared }}_block(mat4x4f(
 #for c in 0 1 2 3
             subgroupShuffle(read[({{ i }}u * 4u + {{ c }}u) / LANES], ({{ i }}u * 4u + {{ c }}u) % LANES),
 #endfor
-        ), k, {{ part }}_depth);
-#for j in {{ quads_n }}
-        sums_{{ i }}_{{ j }} += rhs_{{ j }} * lhs_{{ i }};
-#endfor
-#endfor
-#else
-        let read = array<vec4f, READS>(
-#for j in {{ reads }}
-            {{ part }}_rhs_read(line_n, {{ j }}u * LANES + lane, k, {{ part }}_depth),
-#endfor
-        );
-#for i in {{ quads_m }}
-        let lhs_{{ i }} = {{ part }}_lhs_block(mat4x4f(
-#for c in 0 1 2 3
-            {{ part }}_lhs_read(line_m + {{ i }}u * THREADS_M * 4u, {{ c }}u, k, {{ part }}_depth),
-#endfor
-        ), k, {{ part }}_depth);
-#endfor
-#for j in {{ quads_n }}
-        let rhs_{{ j }} = {{ part }}_rhs_block(mat4x4f(
-#for c in 0 1 2 3
-            subgroupShuffle(read[({{ j }}u * 4u + {{ c }}u) / LANES], ({{ j }}u * 4u + {{ c }}u) % LANES),
-#endfor
         ));
-#for i in {{ quads_m }}
-        sums_{{ i }}_{{ j }} += rhs_{{ j }} * lhs_{{ i }};
-#endfor
-#endfor
+#for j in {{ quads_own }}
+#if shares_lhs
+        sums_{{ i }}_{{ j }} += own_{{ j }} * shared_{{ i }};
+#else
+        sums_{{ j }}_{{ i }} += shared_{{ i }} * own_{{ j }};
 #endif
+#endfor
+#endfor
     }
 #for i in {{ quads_m }}
 #for j in {{ quads_n }}
@@ -169,8 +144,8 @@ fn main(
 #for j in {{ quads_n }}
 #for c in 0 1 2 3
     {
-        let line = line_m + {{ i }}u * THREADS_M * 4u + {{ c }}u;
-        let entry = line_n + {{ j }}u * THREADS_N * 4u;
+        let line = line_lhs + {{ i }}u * THREADS_M * 4u + {{ c }}u;
+        let entry = line_rhs + {{ j }}u * THREADS_N * 4u;
         store(line, entry, group.z, sums_{{ i }}_{{ j }}[{{ c }}] + addend_quad(line, entry, group.z));
     }
 #endfor

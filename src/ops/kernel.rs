@@ -204,6 +204,10 @@ impl Shader {
                             ("quads_n", list(tile.columns / 4)),
                             ("reads", list(tile.reads())),
                             ("n_reads", tile.reads().to_string()),
+                            ("shared", if tile.shares_lhs() { "lhs" } else { "rhs" }.to_owned()),
+                            ("own", if tile.shares_lhs() { "rhs" } else { "lhs" }.to_owned()),
+                            ("quads_shared", list(tile.shared_and_own()[0] / 4)),
+                            ("quads_own", list(tile.shared_and_own()[1] / 4)),
                         ]);
                         flags.extend(tile.shares_lhs().then_some("shares_lhs"));
                         concat!(

@@ -220,18 +220,18 @@ impl DirectTile {
     }
 
     /// Lines of a thread that the others have too, and those that it alone has.
-    fn lines(self) -> [u32; 2] {
+    pub(super) fn shared_and_own(self) -> [u32; 2] {
         if self.shares_lhs() { [self.lines, self.columns] } else { [self.columns, self.lines] }
     }
 
     /// Quads that a thread reads of the lines that all have, for four entries of the depth.
     pub(super) fn reads(self) -> u32 {
-        self.lines()[0].div_ceil(self.lanes)
+        self.shared_and_own()[0].div_ceil(self.lanes)
     }
 
     /// Loads of a thread for four entries of the depth.
     pub(in crate::ops) fn loads(self) -> u32 {
-        self.reads() + self.lines()[1]
+        self.reads() + self.shared_and_own()[1]
     }
 
     /// Threads of a workgroup.
