@@ -111,7 +111,7 @@ pub trait Engine: CubeRuntime {
         tensor(orpo_loss::launch_backward(input(stats), pairs, beta, grad_scale))
     }
 
-    /// Whether the threads of a plane of `lanes` hand each other numbers as they should.
+    /// Whether the threads of a plane of `lanes` hand each other numbers by shuffles as they should; CUDA's do.
     fn shuffles(_client: &ComputeClient<Self>, _lanes: u32) -> bool {
         true
     }

@@ -215,5 +215,8 @@ mod tests {
         for (extents, i) in [([512, 1024], 0), ([512, 8], 3), ([8, 1024], 2), ([1, 4096], 4)] {
             assert_eq!(direct(extents), Cut::Direct(DirectTile::all(8)[i]), "{extents:?}");
         }
+        let without_shuffles = Device { direct_lanes: None, ..SOFTWARE };
+        let cuts = without_shuffles.cuts(Layout::RowsRows, Elements::F32, [512, 1024], false);
+        assert!(cuts.iter().all(|cut| matches!(cut, Cut::Registers(_))), "{cuts:?}");
     }
 }

@@ -9,6 +9,7 @@ use burn::tensor::{FloatDType, Tensor, TensorData, TensorPrimitive};
 use burn_cubecl::tensor::CubeTensor;
 use burn_wgpu::{Wgpu, WgpuDevice, WgpuRuntime};
 use half::f16;
+use orpo_wgpu::ops::engine::Engine as _;
 use orpo_wgpu::ops::kernel::{
     self, BAND, Cut, DirectTile, Element, Elements, Layout, MatrixTile, Quads, Shader, Tile,
 };
@@ -115,6 +116,20 @@ fn direct_cuts(device: &WgpuDevice) -> Vec<Cut> {
     assert!(hardware.plane_size_max > 16, "a software adapter's subgroups are of one size");
     left_out("the products for software adapters take subgroups of one size alone");
     Vec::new()
+}
+
+/// A software adapter has its tiles by this, and lanes that are not there make no right answer.
+#[test]
+fn shuffles_are_tried() {
+    let Some(device) = adapter() else { return };
+    let client = WgpuRuntime::client(&device);
+    let lanes = client.properties().hardware.plane_size_max;
+    if lanes > 16 {
+        left_out("only a software adapter's shuffles are tried");
+        return;
+    }
+    assert!(WgpuRuntime::shuffles(&client, lanes));
+    assert!(!WgpuRuntime::shuffles(&client, 2 * lanes));
 }
 
 /// A launch takes the variants that suit its device, so that a software adapter would never see those meant for GPUs.
