@@ -315,7 +315,7 @@ impl Tile {
     }
 
     /// The tile of software adapters with planes of so many threads, or 1. Registers spill to the first-level cache there, which is less
-    /// dear than to load more often. With twice as many lines a thread is up to a fourth faster, and takes the driver four times as long
+    /// dear than to load more often. With twice as many lines a thread is up to a third faster, and takes the driver four times as long
     /// to compile; more than four quads of a head are as bad.
     pub fn of_lanes(lanes: usize, head_dim: usize) -> Self {
         let threads_n = head_dim.div_ceil(16).next_power_of_two().max(lanes).max(8);
