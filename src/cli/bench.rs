@@ -287,10 +287,13 @@ fn print_memory(
             size(bytes_before)
         ),
     }
+    let embedding = match memory.embedding {
+        0 => "the embedding none, as it is in the computer's own memory".to_owned(),
+        n => format!("embedding {}", bytes(n)),
+    };
     say!(
-        "  predicted: weights {}, embedding {}, adapters {}, gradients {}, kept for backward {}, one layer {}, scratch {}, head {}",
+        "  predicted: weights {}, {embedding}, adapters {}, gradients {}, kept for backward {}, one layer {}, scratch {}, head {}",
         bytes(memory.weights),
-        bytes(memory.embedding),
         bytes(memory.adapters),
         bytes(memory.gradients),
         bytes(memory.kept),

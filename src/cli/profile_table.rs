@@ -39,9 +39,9 @@ impl Step {
 
 /// Lays the kernels of a step out by time, with the share of the device's limits where they are known.
 pub fn table(entries: &[Entry], step: Step, limits: Option<Limits>) -> Table {
-    let (step_s, of_the_step) = match step {
-        Step::Timed(seconds) => (seconds, "of the step"),
-        Step::Profiled(seconds) => (seconds, "of the profiled step"),
+    let (step_s, the_step, of_the_step) = match step {
+        Step::Timed(seconds) => (seconds, "the step", "of the step"),
+        Step::Profiled(seconds) => (seconds, "the profiled step", "of the profiled step"),
     };
     let mut table = new_table();
     table.load_style(presets::UTF8_BORDERS_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
@@ -72,14 +72,12 @@ pub fn table(entries: &[Entry], step: Step, limits: Option<Limits>) -> Table {
         table.add_row(row);
     }
     let rest = (step_s - seen_s).max(0.0);
-    let mut row = vec![
-        "everything else, the host included".to_owned(),
-        String::new(),
-        format!("{:.2}", 1e3 * rest),
-        share(rest, step_s),
-    ];
-    row.resize(n_columns, String::new());
-    table.add_row(row);
+    for (name, seconds) in [("everything else, the host included", rest), (the_step, step_s)] {
+        let mut row =
+            vec![name.to_owned(), String::new(), format!("{:.2}", 1e3 * seconds), share(seconds, step_s)];
+        row.resize(n_columns, String::new());
+        table.add_row(row);
+    }
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -94,11 +92,14 @@ mod tests {
     #[test]
     fn shares_are_of_the_step_that_they_are_said_to_be_of() {
         let entry = Entry { name: "kernel", calls: 1, seconds: 0.5, flops: 1, bytes: 1 };
-        for (step, of, share) in
-            [(Step::Timed(1.0), "of the step", "50 %"), (Step::Profiled(2.0), "of the profiled step", "25 %")]
-        {
+        for (step, name, ms, share) in [
+            (Step::Timed(1.0), "the step", "1000.00", "50 %"),
+            (Step::Profiled(2.0), "the profiled step", "2000.00", "25 %"),
+        ] {
             let printed = table(std::slice::from_ref(&entry), step, None).to_string();
-            assert!(printed.contains(of) && printed.contains(share), "{printed}");
+            assert!(printed.contains(&format!("of {name}")) && printed.contains(share), "{printed}");
+            let has_total = |line: &str| [name, ms, "100 %"].iter().all(|cell| line.contains(cell));
+            assert!(printed.lines().any(has_total), "{printed}");
         }
     }
 
