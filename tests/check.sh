@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check of the project: format, lints, tests (the shaders' on a software Vulkan adapter where there is no GPU), documentation.
-# Installs what they need beyond a Rust toolchain, which on Debian and Ubuntu is that adapter.
+# Installs what they need beyond a Rust toolchain: on Debian and Ubuntu that adapter, and below target what of CUDA compiles kernels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,6 +39,22 @@ if command -v apt-get >/dev/null; then
 else
     echo "LEFT OUT: the tests on a software adapter with cooperative matrices, which need Debian or Ubuntu" >&2
     [ -z "${CI:-}" ]
+fi
+# CUDA's compiler, for the kernels of GPUs that are not here, and the headers that it reads.
+if [ -n "${cuda:-}" ] && [ -z "${CUDA_PATH:-}" ]; then
+    if [ "$(uname -sm)" = "Linux x86_64" ] && python3 -m pip --version >/dev/null; then
+        if [ ! -e target/cuda/complete ]; then
+            rm -rf target/cuda
+            python3 -m pip install --quiet --target target/cuda nvidia-cuda-{nvrtc,runtime,nvcc}-cu12"==12.8.*"
+            cp -r target/cuda/nvidia/cuda_*/include target/cuda
+            touch target/cuda/complete
+        fi
+        export CUDA_PATH=$PWD/target/cuda
+        export LD_LIBRARY_PATH=$CUDA_PATH/nvidia/cuda_nvrtc/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+    else
+        echo "LEFT OUT: the kernels of NVIDIA's GPUs, whose compiler pip installs on Linux on x86-64" >&2
+        [ -z "${CI:-}" ]
+    fi
 fi
 cargo test --locked ${cuda:-} -- --skip cuda::
 # Mesa's software adapter with subgroups of four lanes, as on processors without AVX. Its cache does not know how wide its vectors are.

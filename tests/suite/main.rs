@@ -8,6 +8,8 @@ mod chat;
 mod checkpoints;
 mod configuration;
 mod convergence;
+#[cfg(all(feature = "cuda", target_os = "linux"))]
+mod cuda_compiler;
 mod demo;
 mod device;
 mod fp16;
