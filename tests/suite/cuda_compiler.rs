@@ -74,6 +74,11 @@ fn check(capability: u32, in_cudas_language: &[(&str, bool)]) {
 }
 
 #[test]
+fn volta_compiles_everything() {
+    check(70, &[("attention_mma", false), ("lora_linear_warpgroup", false)]);
+}
+
+#[test]
 fn turing_compiles_everything() {
     check(75, &[("attention_mma", false), ("lora_linear_warpgroup", false)]);
 }

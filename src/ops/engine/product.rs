@@ -180,7 +180,7 @@ fn route<R: Engine>(lhs: &CubeTensor<R>, rhs: &CubeTensor<R>, rest: &Rest<R>) ->
         static NOTED: Once = Once::new();
         NOTED.call_once(|| notes::note("the GPU's warpgroups get a product wrong, so slower units make it"));
     }
-    let rule = Route::CUBEK[0];
+    let rule = Route::UNTIMED;
     let is_rule_right = || tune::comes_out_right::<Routes<R>>(&lhs.device, kind.sample(), rule);
     match tune::verdict::<Routes<R>>(&lhs.device, kind) {
         // Of what warpgroups should have made nothing was timed.

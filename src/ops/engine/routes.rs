@@ -78,7 +78,7 @@ impl RouteKind {
 pub enum Instruction {
     /// Cooperative matrices, of whose layout the compiler knows.
     Cmma,
-    /// Matrices in registers, whose layout the kernel knows; CUDA's alone.
+    /// Matrices in registers, whose layout the kernel knows; CUDA's alone, from Turing on.
     Mma,
 }
 
@@ -121,22 +121,20 @@ pub enum Route {
 }
 
 impl Route {
-    /// cubek's, the one that is taken unless timed first.
-    pub const CUBEK: [Self; 10] = {
-        use Instruction::{Cmma, Mma};
-        [
-            Self::Simple { instruction: Cmma, multi_rows: true },
-            Self::Simple { instruction: Mma, multi_rows: true },
-            Self::Simple { instruction: Cmma, multi_rows: false },
-            Self::Simple { instruction: Mma, multi_rows: false },
-            Self::DoubleBuffered { instruction: Cmma, specialized: false },
-            Self::DoubleBuffered { instruction: Mma, specialized: false },
-            Self::DoubleBuffered { instruction: Cmma, specialized: true },
-            Self::DoubleBuffered { instruction: Mma, specialized: true },
-            Self::Ordered { instruction: Cmma },
-            Self::Ordered { instruction: Mma },
-        ]
-    };
+    /// What is taken unless another was timed to be faster.
+    pub const UNTIMED: Self = Self::Simple { instruction: Instruction::Cmma, multi_rows: true };
+
+    /// cubek's, by what multiplies.
+    fn of_cubek(instructions: &[Instruction]) -> Vec<Self> {
+        let routines: [fn(Instruction) -> Self; 5] = [
+            |instruction| Self::Simple { instruction, multi_rows: true },
+            |instruction| Self::Simple { instruction, multi_rows: false },
+            |instruction| Self::DoubleBuffered { instruction, specialized: false },
+            |instruction| Self::DoubleBuffered { instruction, specialized: true },
+            |instruction| Self::Ordered { instruction },
+        ];
+        routines.iter().flat_map(|routine| instructions.iter().map(|&by| routine(by))).collect()
+    }
 
     /// Launches the product of two operands; `false` where there is no kernel for it on this device.
     #[must_use]
@@ -228,8 +226,13 @@ impl<R: Engine> Tunable for Routes<R> {
         let client = &R::client(device);
         // Where there are warpgroups cubek's routines are not worth their compilation: of Llama-3-8B's products on an H100 the fastest of
         // them made 200 TFLOP/s.
-        let is_own = warpgroup::columns(client, kind, kind.m).is_some();
-        if is_own || !has_matrices(client, kind.dtype) { Vec::new() } else { Route::CUBEK.to_vec() }
+        if warpgroup::columns(client, kind, kind.m).is_some() || !has_matrices(client, kind.dtype) {
+            return Vec::new();
+        }
+        // CubeCL lists no shapes for Turing, of which cubek takes one all the same; loads of matrices it does list. A GPU without those,
+        // a Volta, has no such shapes either.
+        let has_mma = !client.properties().features.matmul.ldmatrix.is_empty();
+        Route::of_cubek(if has_mma { &[Instruction::Cmma, Instruction::Mma] } else { &[Instruction::Cmma] })
     }
 
     fn depth(kind: RouteKind) -> usize {
