@@ -40,22 +40,18 @@ else
     echo "LEFT OUT: the tests on a software adapter with cooperative matrices, which need Debian or Ubuntu" >&2
     [ -z "${CI:-}" ]
 fi
-# CUDA's compiler, for the kernels of GPUs that are not here, and the headers that it reads.
-if [ -n "${cuda:-}" ] && [ -z "${CUDA_PATH:-}" ]; then
-    if [ "$(uname -sm)" = "Linux x86_64" ] && python3 -m pip --version >/dev/null; then
-        if [ ! -e target/cuda/complete ]; then
-            rm -rf target/cuda
-            python3 -m pip install --quiet --target target/cuda nvidia-cuda-{nvrtc,runtime,nvcc}-cu12"==12.8.*"
-            cp -r target/cuda/nvidia/cuda_*/include target/cuda
-            touch target/cuda/complete
-        fi
-        export CUDA_PATH=$PWD/target/cuda
-        export LD_LIBRARY_PATH=$CUDA_PATH/nvidia/cuda_nvrtc/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+# CUDA's compiler, for the kernels of GPUs that are not here, and the headers that it reads; 12.8 knows Volta as well as Blackwell.
+if [ -n "${cuda:-}" ] && [ ! -e target/cuda-12.8/include ]; then
+    rm -rf target/cuda-12.8
+    if [ "$(uname -sm)" = "Linux x86_64" ] && python3 -m pip install --quiet -t target/cuda-12.8 \
+        "nvidia-cuda-nvrtc-cu12==12.8.*" "nvidia-cuda-runtime-cu12==12.8.*" "nvidia-cuda-nvcc-cu12==12.8.*"; then
+        cp -r target/cuda-12.8/nvidia/cuda_*/include target/cuda-12.8
     else
         echo "LEFT OUT: the kernels of NVIDIA's GPUs, whose compiler pip installs on Linux on x86-64" >&2
         [ -z "${CI:-}" ]
     fi
 fi
+[ ! -e target/cuda-12.8/include ] || export ORPO_WGPU_NEED_NVRTC=1
 cargo test --locked ${cuda:-} -- --skip cuda::
 # Mesa's software adapter with subgroups of four lanes, as on processors without AVX. Its cache does not know how wide its vectors are.
 MESA_SHADER_CACHE_DISABLE=true LP_NATIVE_VECTOR_WIDTH=128 "$suite" --exact gpu::attention::narrow_heads \

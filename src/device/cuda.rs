@@ -83,8 +83,9 @@ mod found {
 
     const DRIVER: &str = "install NVIDIA's driver; on Debian `apt-get install nvidia-driver`, on Ubuntu \
                           `ubuntu-drivers install`; --device wgpu and cpu need none";
-    const TOOLKIT: &str = "install CUDA 12 or 13, of which its NVRTC and header files are used, or these alone with pip, as README's section \
-                           on CUDA tells; where it is not in /usr/local/cuda, CUDA_PATH names its folder and LD_LIBRARY_PATH that of NVRTC";
+    const TOOLKIT: &str = "install CUDA 12 or, but for Volta, 13, of which NVRTC and header files are used, or these alone with pip, as \
+                           README tells under CUDA; where it is not in /usr/local/cuda, CUDA_PATH names its folder and LD_LIBRARY_PATH \
+                           that of NVRTC";
 
     /// Of CUDA's parts for the runtime and, for tensor cores, for its compiler.
     const HEADERS: [&str; 3] = ["cuda_runtime.h", "cuda_fp16.h", "crt/mma.h"];
