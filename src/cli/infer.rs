@@ -39,7 +39,7 @@ pub struct InferArgs {
     /// A Hugging Face model folder [default: the demo inside this program]
     #[arg(long)]
     model_id_or_path: Option<PathBuf>,
-    /// A PEFT adapter folder, a run (its newest checkpoint), or `none` [default: none; for the demo its newest one below output/demo]
+    /// A PEFT adapter folder, a run or a folder of runs (the newest checkpoint), or `none` [default: none; for the demo its newest one below output/demo]
     #[arg(long)]
     adapters: Option<PathBuf>,
     /// Answer every prompt of this file: one a line, or JSONL as for training (query or messages is enough)

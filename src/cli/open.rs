@@ -195,12 +195,21 @@ impl OpenModel {
     }
 }
 
-/// The folder itself if it holds an adapter, else the newest checkpoint of the run that it is. Of another folder, loading says what is
-/// missing.
+/// The folder itself if it holds an adapter, else the newest checkpoint of the run that it is, or of the runs in it, as in `--output_dir`,
+/// which has a folder for each model. Of another folder, loading says what is missing.
 pub fn adapter_in(folder: &Path) -> PathBuf {
+    let inside = |folder: &PathBuf| {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    };
+    let newest = || {
+        let folder = folder.to_owned();
+        let models = inside(&folder);
+        let runs: Vec<PathBuf> = models.iter().flat_map(inside).collect();
+        newest_checkpoint([folder]).or_else(|| newest_checkpoint(models)).or_else(|| newest_checkpoint(runs))
+    };
     let is_adapter = folder.join(lora::ADAPTER_FILE).exists();
-    let newest = if is_adapter { None } else { newest_checkpoint([folder.to_owned()]) };
-    newest.unwrap_or_else(|| folder.to_owned())
+    (!is_adapter).then(newest).flatten().unwrap_or_else(|| folder.to_owned())
 }
 
 fn check_folder(folder: &Path) -> Result<()> {
@@ -276,6 +285,20 @@ mod tests {
                     && is_named("meta-llama/Meta-Llama-3-8B", &path("model"))
             );
             assert!(is_named(&path("model"), &cached), "by a link before");
+        }
+    }
+
+    #[test]
+    fn an_adapter_is_found_in_what_holds_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = folder.path().join("Llama/v0-20260101-000000/checkpoint-3");
+        assert_eq!(adapter_in(folder.path()), folder.path(), "there is none");
+        std::fs::create_dir_all(&checkpoint).unwrap();
+        for file in [lora::ADAPTER_CONFIG_FILE, lora::ADAPTER_FILE] {
+            std::fs::write(checkpoint.join(file), "").unwrap();
+        }
+        for holder in checkpoint.ancestors().take(4) {
+            assert_eq!(adapter_in(holder), checkpoint, "{}", holder.display());
         }
     }
 

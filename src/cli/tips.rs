@@ -3,9 +3,10 @@
 
 use std::ffi::OsString;
 
+use clap::CommandFactory;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use super::command;
+use super::{Cli, command};
 use crate::config::{other_names, value_problem};
 use crate::data::spelling::edits;
 
@@ -23,16 +24,19 @@ pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error
         _ => Vec::new(),
     };
     let tip = match usage.kind() {
-        ErrorKind::InvalidSubcommand => word(ContextKind::InvalidSubcommand)
-            .and_then(|word| other_names::our_command(&word))
-            .map(str::to_owned),
+        ErrorKind::InvalidSubcommand => {
+            let ours = word(ContextKind::InvalidSubcommand).and_then(|word| other_names::our_command(&word));
+            let has_similar = usage.get(ContextKind::SuggestedSubcommand).is_some();
+            ours.map(str::to_owned).or_else(|| (!has_similar).then(all_commands))
+        }
         ErrorKind::UnknownArgument => {
             let (flag, similar) = (word(ContextKind::InvalidArg), word(ContextKind::SuggestedArg));
             let tip = flag.as_deref().and_then(|flag| flag_tip(flag, args));
             let is_far = |similar: &str| !is_similar(flag.as_deref().unwrap_or_default(), similar);
             if tip.is_some() || similar.as_deref().is_some_and(is_far) {
-                forget_similar(&mut usage, args);
+                usage.remove(ContextKind::SuggestedArg);
             }
+            show_options(&mut usage, args);
             tip
         }
         _ => None,
@@ -45,6 +49,12 @@ pub(super) fn with_tip(mut usage: clap::Error, args: &[OsString]) -> clap::Error
         usage.insert(ContextKind::Suggested, ContextValue::StyledStrs(tips));
     }
     usage
+}
+
+fn all_commands() -> String {
+    let command = Cli::command();
+    let names: Vec<&str> = command.get_subcommands().map(clap::Command::get_name).collect();
+    format!("the commands are {}", names.join(", "))
 }
 
 /// Of flags after the first that are unknown as well: clap ends with that.
@@ -143,9 +153,8 @@ fn is_similar(flag: &str, found: &str) -> bool {
     found.starts_with(&flag) || 3 * edits(&flag, &found) <= flag.len()
 }
 
-/// Takes clap's own idea out of the error, of which the usage speaks as well.
-fn forget_similar(usage: &mut clap::Error, args: &[OsString]) {
-    usage.remove(ContextKind::SuggestedArg);
+/// Gives the error the usage of its subcommand: clap's names a similar flag alone, as if that were needed.
+fn show_options(usage: &mut clap::Error, args: &[OsString]) {
     let mut command = command();
     command.build();
     if let Some(name) = args.iter().skip(1).find(|arg| command.find_subcommand(arg).is_some())
@@ -191,6 +200,7 @@ mod tests {
             (&["chat"], "tip: here this is `infer`\n"),
             (&["export"], "tip: a checkpoint is a PEFT adapter as it is; "),
             (&["tain"], "tip: a similar subcommand exists: 'train'"),
+            (&["frobnicate"], "tip: the commands are train, plan, infer, bench, devices\n"),
         ] {
             let message = usage(args);
             assert!(message.contains(tip), "{args:?}: {message}");
@@ -274,6 +284,13 @@ mod tests {
     fn what_is_far_from_every_flag_has_no_tip() {
         let message = usage(&["train", "--lora_zero", "1"]);
         assert!(!message.contains("tip:"), "{message}");
-        assert!(message.contains("Usage: orpo-wgpu train [OPTIONS]"), "{message}");
+    }
+
+    #[test]
+    fn usage_names_no_flag_as_needed() {
+        for flag in ["--betta", "--lora_zero", "--load_in_4bit"] {
+            let message = usage(&["train", flag, "1"]);
+            assert!(message.contains("Usage: orpo-wgpu train [OPTIONS]\n"), "{flag}: {message}");
+        }
     }
 }
