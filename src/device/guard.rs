@@ -77,12 +77,20 @@ pub fn guard<T>(step: &str, choice: &DeviceChoice, work: impl FnOnce() -> Result
 }
 
 /// Says what the guarded work of this thread is at, for the error that it may end with: `step 12`.
+///
+/// # Panics
+/// If the device's own thread has panicked, with its message: that launched something no more, and the numbers of what follows would be
+/// anything. The guard makes an error of it.
 pub fn doing(what: impl Into<String>) {
     let thread = thread::current().id();
+    let mut watches = watches();
     // The innermost comes last.
-    if let Some(watch) = watches().running.iter_mut().rev().find(|watch| watch.thread == thread) {
-        watch.doing = Some(what.into());
+    let Some(watch) = watches.running.iter_mut().rev().find(|watch| watch.thread == thread) else { return };
+    if let Some(message) = watch.device_panics.first().cloned() {
+        drop(watches);
+        panic!("{message}");
     }
+    watch.doing = Some(what.into());
 }
 
 fn watches() -> MutexGuard<'static, Watches> {
@@ -315,6 +323,27 @@ mod tests {
         assert!(error.to_string().contains(says), "{error}");
         let error = fails("wgpu error: Validation Error");
         assert!(error.to_string().contains("step 12 (pairs.jsonl:3) failed: wgpu error"), "{error}");
+    }
+
+    #[test]
+    fn work_ends_with_the_step_in_which_a_device_thread_panicked() {
+        let device = burn_wgpu::WgpuDevice::IntegratedGpu(78);
+        let id = device.id();
+        let choice = DeviceChoice::Wgpu { device, adapter: Box::new(super::super::Adapter::unknown()) };
+        let mut reached = 0;
+        let error = guard("training", &choice, || {
+            for step in 1..=3 {
+                doing(format!("step {step}"));
+                reached = step;
+                let name = format!("DSD-{}-{}", id.type_id, id.index_id);
+                let device_thread = thread::Builder::new().name(name);
+                let device_thread = device_thread.spawn(move || assert!(step < 2, "no room on the disk"));
+                let _ = device_thread.unwrap().join();
+            }
+            Ok(())
+        });
+        assert_eq!(reached, 2);
+        assert!(error.unwrap_err().to_string().ends_with("step 2 failed: no room on the disk"));
     }
 
     /// The message is that of CUDA's `CUDA_ERROR_ILLEGAL_ADDRESS`.
