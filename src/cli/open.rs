@@ -198,18 +198,21 @@ impl OpenModel {
 /// The folder itself if it holds an adapter, else the newest checkpoint of the run that it is, or of the runs in it, as in `--output_dir`,
 /// which has a folder for each model. Of another folder, loading says what is missing.
 pub fn adapter_in(folder: &Path) -> PathBuf {
+    if folder.join(lora::ADAPTER_FILE).exists() {
+        return folder.to_owned();
+    }
     let inside = |folder: &PathBuf| {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect::<Vec<_>>()
     };
-    let newest = || {
-        let folder = folder.to_owned();
-        let models = inside(&folder);
-        let runs: Vec<PathBuf> = models.iter().flat_map(inside).collect();
-        newest_checkpoint([folder]).or_else(|| newest_checkpoint(models)).or_else(|| newest_checkpoint(runs))
-    };
-    let is_adapter = folder.join(lora::ADAPTER_FILE).exists();
-    (!is_adapter).then(newest).flatten().unwrap_or_else(|| folder.to_owned())
+    let mut folders = vec![folder.to_owned()];
+    for _ in ["a run", "a model's runs", "all runs"] {
+        let within = folders.iter().flat_map(inside).collect();
+        if let Some(newest) = newest_checkpoint(std::mem::replace(&mut folders, within)) {
+            return newest;
+        }
+    }
+    folder.to_owned()
 }
 
 fn check_folder(folder: &Path) -> Result<()> {
