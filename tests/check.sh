@@ -22,11 +22,11 @@ for component in rustfmt clippy; do
 done
 
 set -x
-cargo fmt --check
-cargo clippy --locked --all-targets -- -D warnings
+cargo fmt --all --check
+cargo clippy --locked --workspace --all-targets -- -D warnings
 # With CUDA compiled in where there is any, so that dependencies are built once; the tests under cuda:: need an NVIDIA GPU.
 [ "$(uname)" = Darwin ] || cuda="--features cuda"
-cargo clippy --locked --all-targets ${cuda:-} -- -D warnings
+cargo clippy --locked --workspace --all-targets ${cuda:-} -- -D warnings
 suite=$(cargo test --locked ${cuda:-} --no-run --test suite --message-format=json | grep -o '"executable":"[^"]*/suite-[^"]*"' | cut -d '"' -f 4)
 if command -v apt-get >/dev/null; then
     # Beside the other tests, as a process has its driver compile shaders on one core.

@@ -9,7 +9,7 @@ mod checkpoints;
 mod configuration;
 mod convergence;
 #[cfg(all(feature = "cuda", target_os = "linux"))]
-mod cuda_compiler;
+mod cuda_on_cpu;
 mod demo;
 mod device;
 mod fp16;

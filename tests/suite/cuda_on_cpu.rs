@@ -1,12 +1,14 @@
-//! What NVRTC makes of the kernels for GPUs that are not here: the driver of `tests/fixtures/cuda_driver.rs` takes them, and runs none.
+//! What NVRTC makes of the kernels for GPUs that are not here, run on the processor by the driver of `tests/fixtures/cuda_driver`.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use burn::cubecl::Runtime;
+use burn::cubecl;
 use burn::cubecl::cuda::CudaRuntime;
-use burn::tensor::DType;
+use burn::cubecl::prelude::*;
+use burn::tensor::{DType, Tensor};
 use burn_cuda::{Cuda, CudaDevice};
 use orpo_wgpu::config::TrainArgs;
 use orpo_wgpu::data::batch::{Batch, LossCompat, pack};
@@ -32,27 +34,15 @@ type Engine = Routes<CudaRuntime>;
 /// Where `tests/check.sh` puts CUDA's compiler; of its version, as every compute capability that is tested is one of its.
 const CUDA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/cuda-12.8");
 
-/// The driver as cargo has built it.
-///
-/// # Panics
-/// If it has not, or not since the source changed: a test alone has no examples built.
-fn driver() -> PathBuf {
-    let built =
-        Path::new(env!("CARGO_BIN_EXE_orpo-wgpu")).with_file_name("examples").join("libcuda_driver.so");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cuda_driver.rs");
-    let changed = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-    let is_new = changed(&built).is_some_and(|built| Some(built) >= changed(&source));
-    assert!(is_new, "build {}: `cargo build --features cuda --example cuda_driver`", built.display());
-    built
-}
-
-/// Lets [`everything_is_launched`] run on a GPU of this compute capability, and gives the kernels that were launched.
+/// Lets tests of this program run on a GPU of this compute capability, whose kernels run or are only compiled, and gives the kernels
+/// that were launched.
 ///
 /// `None` leaves the test out.
 ///
 /// # Panics
-/// If there is no compiler and `ORPO_WGPU_NEED_NVRTC=1` says that there has to be.
-fn launched(capability: u32) -> Option<Vec<String>> {
+/// If there is no compiler and `ORPO_WGPU_NEED_NVRTC=1` says that there has to be, or if a test fails.
+#[track_caller]
+fn launched(capability: u32, runs: bool, tests: &[&str]) -> Option<BTreeSet<String>> {
     if !Path::new(CUDA).join("include").exists() {
         let why =
             format!("there is no CUDA in {CUDA}, whose NVRTC compiles the kernels; tests/check.sh gets it");
@@ -61,32 +51,42 @@ fn launched(capability: u32) -> Option<Vec<String>> {
         left_out(&why);
         return None;
     }
+    let program = std::env::current_exe().unwrap();
     let folder = tempfile::tempdir().unwrap();
     // The name that cudarc asks for first, and NVRTC's.
     for name in ["libcuda.so", "libcuda.so.1"] {
-        fs::copy(driver(), folder.path().join(name)).unwrap();
+        fs::copy(program.with_file_name("libcuda_driver.so"), folder.path().join(name)).unwrap();
     }
     let libraries = [folder.path().to_owned(), Path::new(CUDA).join("nvidia/cuda_nvrtc/lib")];
     let launches = folder.path().join("launches");
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "cuda_compiler::everything_is_launched", "--ignored", "--nocapture"])
+    let output = Command::new(program)
+        .args(["--include-ignored", "--nocapture", "--exact"])
+        .args(tests)
         .env("CUDA_PATH", CUDA)
         .env("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap())
         .env("ORPO_WGPU_CAPABILITY", capability.to_string())
+        .env("ORPO_WGPU_RUNS_KERNELS", if runs { "1" } else { "0" })
         .env("ORPO_WGPU_LAUNCHES", &launches)
         .output()
         .unwrap();
     let said =
         [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
-    assert!(output.status.success() && said.contains("1 passed"), "compute capability {capability}: {said}");
+    let have_passed = said.contains(&format!("test result: ok. {} passed", tests.len()));
+    assert!(output.status.success() && have_passed, "compute capability {capability}: {said}");
     Some(fs::read_to_string(launches).unwrap().lines().map(str::to_owned).collect())
+}
+
+/// Runs tests of kernels on the processor, as on a GPU of this compute capability.
+#[track_caller]
+fn run(capability: u32, tests: &[&str]) {
+    launched(capability, true, tests);
 }
 
 /// Which kernels are for GPUs of which capabilities: attention in CUDA's language, products in it, and what its products of a small
 /// rank begin with.
 #[track_caller]
 fn check(capability: u32) {
-    let Some(kernels) = launched(capability) else { return };
+    let Some(kernels) = launched(capability, false, &["cuda_on_cpu::everything_is_launched"]) else { return };
     for (name, is_launched) in [
         ("attention_mma", capability >= 80),
         ("lora_linear_warpgroup", capability == 90),
@@ -128,8 +128,102 @@ fn blackwell_for_games() {
     check(120);
 }
 
+/// What matrices in CUDA's language, and products on warpgroups, give is what the reference gives.
 #[test]
-#[ignore = "the tests beside it start it, with a driver that runs nothing"]
+fn values_on_matrices() {
+    run(80, &["cuda::attention::on_matrices"]);
+    run(90, &["cuda::routes::warpgroups_pass_their_trial"]);
+}
+
+#[test]
+fn values_of_training_are_those_of_trl() {
+    run(
+        86,
+        &[
+            "cuda::training::forward_is_that_of_transformers",
+            "cuda::training::first_gradients_are_those_of_trl",
+        ],
+    );
+}
+
+/// Otherwise it would not show that a kernel has one too few.
+#[test]
+fn a_missing_barrier_shows() {
+    run(80, &["cuda_on_cpu::what_others_wrote_is_read"]);
+}
+
+#[test]
+fn a_place_outside_of_memory_is_refused() {
+    run(80, &["cuda_on_cpu::a_write_outside_of_memory"]);
+}
+
+/// Each thread gives what the last but its own number wrote.
+#[cube(launch_unchecked)]
+fn turned(out: &mut Array<f32>, #[comptime] waits: bool) {
+    let mut values = SharedMemory::<f32>::new(THREADS as usize);
+    values[UNIT_POS as usize] = UNIT_POS as f32;
+    if comptime!(waits) {
+        sync_cube();
+    }
+    out[ABSOLUTE_POS] = values[(THREADS - 1 - UNIT_POS) as usize];
+}
+
+#[cube(launch_unchecked)]
+fn far_away(out: &mut Array<f32>) {
+    out[ABSOLUTE_POS + (1 << 29)] = 1.0;
+}
+
+const THREADS: u32 = 64;
+
+#[test]
+#[ignore = "a test beside it starts it, on the driver that has no GPU"]
+fn what_others_wrote_is_read() {
+    let turn = |waits: bool| {
+        let out = Tensor::<Cuda, 1>::zeros([2 * THREADS as usize], &CudaDevice::default());
+        let places = out.clone().into_primitive().tensor();
+        #[expect(unsafe_code, reason = "a checked launch would hide what the test looks for")]
+        // SAFETY: there is a place for each thread.
+        unsafe {
+            turned::launch_unchecked::<CudaRuntime>(
+                &places.client.clone(),
+                CubeCount::new_1d(2),
+                CubeDim::new_1d(THREADS),
+                places.into_array_arg(),
+                waits,
+            );
+        }
+        out.into_data().to_vec::<f32>().unwrap()
+    };
+    let want: Vec<f32> = (0..2 * THREADS).map(|i| (THREADS - 1 - i % THREADS) as f32).collect();
+    assert_eq!(turn(true), want);
+    // In each workgroup the half that is read before it is written is no number: the warps take turns one way, then the other.
+    let (without, half) = (turn(false), THREADS as usize / 2);
+    let is_wrong = |values: &[f32]| values.iter().all(|value| value.is_nan());
+    assert!(is_wrong(&without[..half]) && without[half..2 * half] == want[half..2 * half], "{without:?}");
+    assert!(is_wrong(&without[3 * half..]) && without[2 * half..3 * half] == want[..half], "{without:?}");
+}
+
+#[test]
+#[ignore = "a test beside it starts it, on the driver that has no GPU"]
+fn a_write_outside_of_memory() {
+    let out = Tensor::<Cuda, 1>::zeros([THREADS as usize], &CudaDevice::default()).into_primitive().tensor();
+    let client = out.client.clone();
+    #[expect(unsafe_code, reason = "a checked launch would hide what the test looks for")]
+    // SAFETY: the driver refuses the places.
+    unsafe {
+        far_away::launch_unchecked::<CudaRuntime>(
+            &client,
+            CubeCount::new_single(),
+            CubeDim::new_1d(THREADS),
+            out.into_array_arg(),
+        );
+    }
+    let launched = pollster::block_on(client.sync());
+    assert!(launched.is_err(), "{launched:?}");
+}
+
+#[test]
+#[ignore = "the tests beside it start it, on the driver that has no GPU"]
 fn everything_is_launched() {
     let gpus = device::gpus().unwrap();
     assert_eq!(gpus[0].name, "no GPU", "the driver is a GPU's");
@@ -155,7 +249,7 @@ fn everything_is_launched() {
     ways_of_making_a_product(bf16.unwrap_or(DType::F16), n_ways, &device);
 }
 
-/// Nothing comes out right without a GPU, so that steps have tried matrix units and taken others. From here on they take what they tried.
+/// Nothing comes out right where nothing runs, so that steps have tried matrix units and taken others. From here on they take what they tried.
 fn take_what_was_tried() {
     let mut table = Engine::table().lock().unwrap();
     assert!(!table.is_empty(), "products on matrix units were tried");
