@@ -215,6 +215,25 @@ mod tests {
     }
 
     #[test]
+    fn what_is_true_or_false_stands_alone_for_true() {
+        let mut command = command();
+        command.build();
+        for subcommand in command.get_subcommands() {
+            for flag in subcommand.get_arguments().filter(|flag| !flag.is_positional()) {
+                let values: Vec<_> =
+                    flag.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
+                let fewest = flag.get_num_args().map_or(1, |n| n.min_values());
+                assert!(
+                    values != ["true", "false"] || fewest == 0,
+                    "{} {}",
+                    subcommand.get_name(),
+                    flag.get_id()
+                );
+            }
+        }
+    }
+
+    #[test]
     fn a_flag_has_one_default_in_every_subcommand() {
         let command = command();
         let train = command.find_subcommand("train").unwrap();

@@ -75,7 +75,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().quantization_bit, help_heading = "Model")]
     pub quantization_bit: u32,
     /// Store lm_head in int8 as well, where the linear layers are quantised
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().quantize_lm_head, help_heading = "Model")]
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().quantize_lm_head, help_heading = "Model")]
     pub quantize_lm_head: bool,
 
     /// Data sets: files, folders or registry names, separated by commas; NAME#500 samples 500 rows [default: the demo's pairs]
@@ -88,7 +88,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().dataset_test_ratio, help_heading = "Data")]
     pub dataset_test_ratio: f64,
     /// Shuffle the rows; false keeps the file's order
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().dataset_shuffle, help_heading = "Data")]
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().dataset_shuffle, help_heading = "Data")]
     pub dataset_shuffle: bool,
     /// Other names of the columns, as JSON: {"question":"query"}; {"input":""} leaves one out
     #[arg(long, value_parser = parse_columns, help_heading = "Data")]
@@ -106,7 +106,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().truncation_strategy, help_heading = "Data")]
     pub truncation_strategy: String,
     /// A row that cannot be used is an error
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().strict, help_heading = "Data")]
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().strict, help_heading = "Data")]
     pub strict: bool,
 
     /// Weight of the odds-ratio term
@@ -152,7 +152,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().max_grad_norm, help_heading = "Training")]
     pub max_grad_norm: f64,
     /// Run layers again in backward, but those whose activations a GPU has room for; false keeps everything
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().gradient_checkpointing, help_heading = "Training")]
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().gradient_checkpointing, help_heading = "Training")]
     pub gradient_checkpointing: bool,
     /// Print what each kernel costs, for one step after the first
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().profile, help_heading = "Training")]
@@ -183,7 +183,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_os_t = Self::default().output_dir, help_heading = "Output")]
     pub output_dir: PathBuf,
     /// Write into {output_dir}/{model_type}/v{N}-{time} instead of into the folder itself
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().add_output_dir_suffix, help_heading = "Output")]
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().add_output_dir_suffix, help_heading = "Output")]
     pub add_output_dir_suffix: bool,
     /// Write over a run that {output_dir} itself holds
     #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().overwrite_output_dir, help_heading = "Output")]
@@ -195,7 +195,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = Self::default().report_to, help_heading = "Output")]
     pub report_to: String,
     /// Taken for the sake of ms-swift's commands; nothing is asked of a hub
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = Self::default().check_model_is_latest, help_heading = "Output")]
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = Self::default().check_model_is_latest, help_heading = "Output")]
     pub check_model_is_latest: bool,
 
     /// Names of the settings that the user gave, by flag or by `--config`: of those that were not, a value is only a default.

@@ -52,7 +52,7 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = TrainArgs::default().lora_rank)]
     lora_rank: usize,
     /// Run each layer again in backward instead of keeping its activations
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainArgs::default().gradient_checkpointing)]
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = TrainArgs::default().gradient_checkpointing)]
     gradient_checkpointing: bool,
     /// Steps that are timed, after one to warm up
     #[arg(long, default_value_t = 5)]

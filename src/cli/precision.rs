@@ -18,7 +18,7 @@ pub(super) struct PrecisionArgs {
     #[arg(long, default_value_t = TrainArgs::default().quantization_bit)]
     pub(super) quantization_bit: u32,
     /// Store lm_head in int8 as well, where the linear layers are quantised
-    #[arg(long, action = clap::ArgAction::Set, default_value_t = TrainArgs::default().quantize_lm_head)]
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true", default_value_t = TrainArgs::default().quantize_lm_head)]
     pub(super) quantize_lm_head: bool,
 }
 
