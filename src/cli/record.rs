@@ -115,7 +115,7 @@ fn texts(args: &TrainArgs, open: &OpenModel, lora_config: &LoraConfig) -> Checkp
     let card = format!(
         "---\nbase_model: {base_model}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- orpo\n- lora\n---\n\n\
          # ORPO adapter for {base_model}\n\n\
-         LoRA of rank {} (alpha {}) on {}, trained with [orpo-wgpu](https://crates.io/crates/orpo-wgpu): beta {}, \
+         LoRA of rank {} (alpha {}) on {}, trained with orpo-wgpu: beta {}, \
          learning rate {:e}, loss `{}`. The settings are in `args.json`.\n\n\
          ```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n\
          model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(\"{base_model}\"), \".\")\n```\n",

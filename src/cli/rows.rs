@@ -124,6 +124,11 @@ impl Data {
             note!("note: answers of {} cut to --max_length {}", counted(n_cut, "row"), args.max_length);
         }
         note_left_out(&skipped);
+        let n_used = train.len() + val.len();
+        if skipped.len() > n_used {
+            let (lost, all) = (thousands(skipped.len()), thousands(skipped.len() + n_used));
+            note!("note: most rows are left out: {lost} of {all}");
+        }
         if n_copies > 0 {
             let rows = counted(n_copies, "row");
             note!(

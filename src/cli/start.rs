@@ -99,7 +99,7 @@ fn checkpoint_of(folder: &Path) -> Result<PathBuf> {
     }
     if !folder.is_dir() {
         return Err(Error::file(folder, "there is no such folder")
-            .with_hint("--resume_from_checkpoint takes a run's folder, or one of the checkpoints in it"));
+            .with_hint("--resume_from_checkpoint takes a run's folder, as output/DIR/v0-…, or one of the checkpoints in it"));
     }
     newest_checkpoint([folder.to_owned()]).ok_or_else(|| {
         Error::file(folder, "holds no checkpoint to resume from").with_hint(

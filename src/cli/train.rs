@@ -90,7 +90,9 @@ pub(super) fn check_output(args: &TrainArgs) -> Result<()> {
         return Ok(());
     }
     let resume = match newest_checkpoint([folder.clone()]) {
-        Some(_) => format!("--resume_from_checkpoint {} goes on from it, ", pasted(folder)),
+        Some(_) => {
+            format!("--resume_from_checkpoint {} goes on from it with the same flags, ", pasted(folder))
+        }
         None => String::new(),
     };
     Err(Error::config(format!("--output_dir {} holds a run, whose files would be replaced", folder.display())).with_hint(

@@ -10,11 +10,13 @@ use serde_json::{Value, json};
 use super::loss_scale::{LossScale, MAX_SCALE, MIN_SCALE};
 use super::optim::AdamW;
 use super::plan::Plan;
+use super::run_folder::ARGS_FILE;
 use crate::data::draw::Shuffle;
 use crate::error::{Error, Result};
 use crate::lora;
 use crate::model::Llama;
 use crate::model::load::Checkpoint;
+use crate::shell::pasted;
 
 /// Where a checkpoint's run was.
 pub(super) const STATE_FILE: &str = "trainer_state.json";
@@ -137,8 +139,15 @@ impl<B: Backend> TrainerState<B> {
             false => differing,
         };
         if !differing.is_empty() {
+            let hint = format!(
+                "--config {} --resume_from_checkpoint {} goes on with that run's flags, where its data are as they were; --adapters {} begins anew \
+                 from its adapter",
+                pasted(&checkpoint.join(ARGS_FILE)),
+                pasted(checkpoint),
+                pasted(checkpoint)
+            );
             return Err(Error::file(&path, format!("belongs to another run: {}", differing.join(", ")))
-                .with_hint("resume with the data and the flags of the first run (its args.json), or start anew with --adapters"));
+                .with_hint(hint));
         }
         let Some(global_step) = state["global_step"].as_u64() else {
             return Err(Error::file(&path, "has no global_step"));

@@ -127,7 +127,7 @@ fn a_run_is_not_written_over_without_a_word() {
     assert_eq!(code, Some(2), "{message}");
     for says in [
         "--output_dir out holds a run, whose files would be replaced",
-        "hint: --resume_from_checkpoint out goes on from it, another --output_dir or --add_output_dir_suffix true leaves",
+        "hint: --resume_from_checkpoint out goes on from it with the same flags, another --output_dir or --add_output_dir_suffix true leaves",
         "--overwrite_output_dir true writes over it",
     ] {
         assert!(message.contains(says), "no `{says}` in {message}");
@@ -268,7 +268,12 @@ fn a_run_goes_on_with_its_own_rows_alone() {
     fs::write(workplace.path("pairs.jsonl"), lines.join("\n")).unwrap();
     let output = resume("out/checkpoint-1");
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-    assert!(stderr(&output).contains("belongs to another run: its rows were others"), "{}", stderr(&output));
+    for says in [
+        "belongs to another run: its rows were others",
+        "hint: --config out/checkpoint-1/args.json --resume_from_checkpoint out/checkpoint-1 goes on",
+    ] {
+        assert!(stderr(&output).contains(says), "no `{says}` in {}", stderr(&output));
+    }
     let n_rows = lines.len();
     fs::write(workplace.path("pairs.jsonl"), lines[1..].join("\n")).unwrap();
     let message = stderr(&resume("out/checkpoint-1"));

@@ -98,7 +98,9 @@ pub(in crate::data) fn advice(
     let has = |column: &str| object.contains_key(column);
     let is_list =
         ["messages", CONVERSATIONS, "chosen"].iter().any(|c| object.get(*c).is_some_and(Value::is_array));
-    if has_form(&object) || is_list {
+    // The names are right where a column is there and says nothing.
+    let is_empty = |columns: &[&str]| first(&object, columns).is_some_and(|c| !is_filled(&object, c));
+    if has_form(&object) || is_list || [&QUERIES[..], &CHOSEN, &REJECTED].into_iter().any(is_empty) {
         return None;
     }
     let example = [("question", SWIFT.query), ("good", SWIFT.response), ("bad", SWIFT.rejected_response)];
@@ -391,6 +393,7 @@ mod tests {
             format!(r#"{says} '{{"bad":"rejected_response","frage":"query","good":"response"}}'"#)
         );
         assert_eq!(advised(json!({"query": "q", "response": "c", "rejected_response": "c"}), &[]), None);
+        assert_eq!(advised(json!({"prompt": "q", "chosen": "c", "rejected": null}), &[]), None);
         assert_eq!(
             columns_flag(&BTreeMap::from([("it's".to_owned(), "query".to_owned())]), &[]),
             r#"--columns '{"it'\''s":"query"}'"#
