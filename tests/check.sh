@@ -24,7 +24,7 @@ done
 set -x
 cargo fmt --all --check
 cargo clippy --locked --workspace --all-targets -- -D warnings
-# With CUDA compiled in where there is any, so that dependencies are built once; the tests under cuda:: need an NVIDIA GPU.
+# With CUDA compiled in where there is any, so that dependencies are built once; the tests under cuda:: need an NVIDIA GPU, or cuda_on_cpu.sh.
 [ "$(uname)" = Darwin ] || cuda="--features cuda"
 cargo clippy --locked --workspace --all-targets ${cuda:-} -- -D warnings
 suite=$(cargo test --locked ${cuda:-} --no-run --test suite --message-format=json | grep -o '"executable":"[^"]*/suite-[^"]*"' | cut -d '"' -f 4)

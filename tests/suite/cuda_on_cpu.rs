@@ -72,14 +72,17 @@ fn launched(capability: u32, runs: bool, tests: &[&str]) -> Option<BTreeSet<Stri
     let said =
         [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
     let have_passed = said.contains(&format!("test result: ok. {} passed", tests.len()));
-    assert!(output.status.success() && have_passed, "compute capability {capability}: {said}");
+    // The driver tells of what it does not know, which then counts as wrong and not as a failure.
+    let is_whole = !said.contains("LEFT OUT") && !said.contains(" is not known");
+    assert!(output.status.success() && have_passed && is_whole, "compute capability {capability}: {said}");
     Some(fs::read_to_string(launches).unwrap().lines().map(str::to_owned).collect())
 }
 
-/// Runs tests of kernels on the processor, as on a GPU of this compute capability.
+/// Runs tests of kernels on the processor, as on a GPU of this compute capability, with this kernel among them.
 #[track_caller]
-fn run(capability: u32, tests: &[&str]) {
-    launched(capability, true, tests);
+fn run(capability: u32, kernel: &str, tests: &[&str]) {
+    let Some(kernels) = launched(capability, true, tests) else { return };
+    assert!(kernels.iter().any(|launched| launched.starts_with(kernel)), "{kernel}: {kernels:?}");
 }
 
 /// Which kernels are for GPUs of which capabilities: attention in CUDA's language, products in it, and what its products of a small
@@ -128,17 +131,26 @@ fn blackwell_for_games() {
     check(120);
 }
 
-/// What matrices in CUDA's language, and products on warpgroups, give is what the reference gives.
 #[test]
-fn values_on_matrices() {
-    run(80, &["cuda::attention::on_matrices"]);
-    run(90, &["cuda::routes::warpgroups_pass_their_trial"]);
+fn values_of_attention_on_matrices() {
+    run(80, "attention_mma", &["cuda::attention::on_matrices"]);
+}
+
+#[test]
+fn values_of_attention_on_warpgroups() {
+    run(90, "attention_mma", &["cuda::attention::on_matrices"]);
+}
+
+#[test]
+fn values_of_products_on_warpgroups() {
+    run(90, "lora_linear_warpgroup", &["cuda::routes::warpgroups_pass_their_trial"]);
 }
 
 #[test]
 fn values_of_training_are_those_of_trl() {
     run(
         86,
+        "forward",
         &[
             "cuda::training::forward_is_that_of_transformers",
             "cuda::training::first_gradients_are_those_of_trl",
@@ -149,12 +161,12 @@ fn values_of_training_are_those_of_trl() {
 /// Otherwise it would not show that a kernel has one too few.
 #[test]
 fn a_missing_barrier_shows() {
-    run(80, &["cuda_on_cpu::what_others_wrote_is_read"]);
+    run(80, "turned", &["cuda_on_cpu::what_others_wrote_is_read"]);
 }
 
 #[test]
 fn a_place_outside_of_memory_is_refused() {
-    run(80, &["cuda_on_cpu::a_write_outside_of_memory"]);
+    run(80, "far_away", &["cuda_on_cpu::a_write_outside_of_memory"]);
 }
 
 /// Each thread gives what the last but its own number wrote.
@@ -196,11 +208,11 @@ fn what_others_wrote_is_read() {
     };
     let want: Vec<f32> = (0..2 * THREADS).map(|i| (THREADS - 1 - i % THREADS) as f32).collect();
     assert_eq!(turn(true), want);
-    // In each workgroup the half that is read before it is written is no number: the warps take turns one way, then the other.
+    // The half that is read before it is written is no number: of one workgroup the first, of the other the last.
     let (without, half) = (turn(false), THREADS as usize / 2);
-    let is_wrong = |values: &[f32]| values.iter().all(|value| value.is_nan());
-    assert!(is_wrong(&without[..half]) && without[half..2 * half] == want[half..2 * half], "{without:?}");
-    assert!(is_wrong(&without[3 * half..]) && without[2 * half..3 * half] == want[..half], "{without:?}");
+    let is_right: Vec<bool> = without.chunks(half).zip(want.chunks(half)).map(|(a, b)| a == b).collect();
+    assert_eq!(without.iter().filter(|value| value.is_nan()).count(), 2 * half, "{without:?}");
+    assert!(is_right == [true, false, false, true] || is_right == [false, true, true, false], "{without:?}");
 }
 
 #[test]
@@ -219,7 +231,8 @@ fn a_write_outside_of_memory() {
         );
     }
     let launched = pollster::block_on(client.sync());
-    assert!(launched.is_err(), "{launched:?}");
+    let says = format!("{launched:?}");
+    assert!(launched.is_err() && says.contains("ILLEGAL_ADDRESS"), "{says}");
 }
 
 #[test]
