@@ -27,7 +27,7 @@ const MAY_NAME: [(&str, &[&str]); 17] = [
     ("model", &["ops"]),
     ("ops", &["left_out"]),
     ("shell", &[]),
-    ("train", &["data", "lock", "lora", "model", "ops"]),
+    ("train", &["data", "lock", "lora", "model", "ops", "shell"]),
     ("words", &[]),
 ];
 
