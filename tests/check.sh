@@ -62,4 +62,4 @@ if command -v apt-get >/dev/null; then
     cat target/matrices.log
     grep "test result: ok. 11 passed" target/matrices.log
 fi
-RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace --document-private-items
