@@ -127,7 +127,7 @@ impl Data {
         let n_used = train.len() + val.len();
         if skipped.len() > n_used {
             let (lost, all) = (thousands(skipped.len()), thousands(skipped.len() + n_used));
-            note!("note: most rows are left out: {lost} of {all}");
+            note!("note: {lost} of {all} rows are left out, which is most of them");
         }
         if n_copies > 0 {
             let rows = counted(n_copies, "row");

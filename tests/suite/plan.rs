@@ -180,6 +180,8 @@ fn a_folder_needs_no_weights_and_its_rows_are_measured() {
     let says =
         format!("data     {} pairs to train on, 0 to evaluate on, {left_out} rows left out", 7 - left_out);
     assert!(left_out > 0 && printed.contains(&says), "{printed}");
+    let lost = format!("note: {left_out} of 7 rows are left out, which is most of them");
+    assert!(stderr(&output).contains(&lost), "{}", stderr(&output));
 }
 
 /// Without a tokenizer rows are counted, and those that cannot be used are no less named.
