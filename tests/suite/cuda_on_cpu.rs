@@ -169,6 +169,12 @@ fn a_place_outside_of_memory_is_refused() {
     run(80, "far_away", &["cuda_on_cpu::a_write_outside_of_memory"]);
 }
 
+/// It would otherwise keep the tests for ever.
+#[test]
+fn a_loop_without_end_is_ended() {
+    run(80, "waiting", &["cuda_on_cpu::a_wait_for_what_nobody_writes"]);
+}
+
 /// Each thread gives what the last but its own number wrote.
 #[cube(launch_unchecked)]
 fn turned(out: &mut Array<f32>, #[comptime] waits: bool) {
@@ -178,6 +184,13 @@ fn turned(out: &mut Array<f32>, #[comptime] waits: bool) {
         sync_cube();
     }
     out[ABSOLUTE_POS] = values[(THREADS - 1 - UNIT_POS) as usize];
+}
+
+#[cube(launch_unchecked)]
+fn waiting(out: &mut Array<f32>) {
+    while out[0] == 0.0 {
+        sync_cube();
+    }
 }
 
 #[cube(launch_unchecked)]
@@ -215,24 +228,36 @@ fn what_others_wrote_is_read() {
     assert!(is_right == [true, false, false, true] || is_right == [false, true, true, false], "{without:?}");
 }
 
+/// What a kernel of one workgroup ends with, for a tensor of zeros.
+fn end_of(
+    launch: impl FnOnce(&ComputeClient<CudaRuntime>, CubeCount, CubeDim, ArrayArg<CudaRuntime>),
+) -> String {
+    let out = Tensor::<Cuda, 1>::zeros([THREADS as usize], &CudaDevice::default()).into_primitive().tensor();
+    let client = out.client.clone();
+    launch(&client, CubeCount::new_single(), CubeDim::new_1d(THREADS), out.into_array_arg());
+    format!("{:?}", pollster::block_on(client.sync()))
+}
+
 #[test]
 #[ignore = "a test beside it starts it, on the driver that has no GPU"]
 fn a_write_outside_of_memory() {
-    let out = Tensor::<Cuda, 1>::zeros([THREADS as usize], &CudaDevice::default()).into_primitive().tensor();
-    let client = out.client.clone();
     #[expect(unsafe_code, reason = "a checked launch would hide what the test looks for")]
-    // SAFETY: the driver refuses the places.
-    unsafe {
-        far_away::launch_unchecked::<CudaRuntime>(
-            &client,
-            CubeCount::new_single(),
-            CubeDim::new_1d(THREADS),
-            out.into_array_arg(),
-        );
-    }
-    let launched = pollster::block_on(client.sync());
-    let says = format!("{launched:?}");
-    assert!(launched.is_err() && says.contains("ILLEGAL_ADDRESS"), "{says}");
+    let end = end_of(|client, count, dim, out| {
+        // SAFETY: the driver refuses the places.
+        unsafe { far_away::launch_unchecked::<CudaRuntime>(client, count, dim, out) };
+    });
+    assert!(end.contains("LAUNCH_FAILED"), "{end}");
+}
+
+#[test]
+#[ignore = "a test beside it starts it, on the driver that has no GPU"]
+fn a_wait_for_what_nobody_writes() {
+    #[expect(unsafe_code, reason = "a checked launch would hide what the test looks for")]
+    let end = end_of(|client, count, dim, out| {
+        // SAFETY: the place that is read is there.
+        unsafe { waiting::launch_unchecked::<CudaRuntime>(client, count, dim, out) };
+    });
+    assert!(end.contains("LAUNCH_FAILED"), "{end}");
 }
 
 #[test]
