@@ -11,10 +11,12 @@ macro_rules! note {
     ($($line:tt)*) => { $crate::cli::print_note(format_args!($($line)*)) };
 }
 
+pub mod adapter;
 pub mod advice;
 pub mod bench;
 pub mod budget;
 pub mod devices;
+pub mod export;
 pub mod infer;
 pub mod interrupts;
 pub mod keyboard;
@@ -112,6 +114,8 @@ enum Command {
     Plan(Box<TrainCommand>),
     /// Talk to a model and its adapter; without a model, to the demo and its newest adapter
     Infer(Box<infer::InferArgs>),
+    /// Merge an adapter into its model, as a folder like the model's own, for what reads no adapters
+    Export(export::ExportArgs),
     /// Time a training step on random weights, and see how far it is from what the device can do
     Bench(bench::BenchArgs),
     /// List the devices, and which one `--device auto` takes
@@ -192,6 +196,7 @@ fn run_matches(matches: &ArgMatches) -> Result<()> {
             plan::run(TrainArgs::resolve(matches, &command.config, &demo::settings())?)
         }
         (Command::Infer(args), _) => infer::run(&args),
+        (Command::Export(args), _) => export::run(&args),
         (Command::Bench(args), _) => bench::run(&args),
         (Command::Devices(args), _) => devices::run(&args),
         (Command::Train(_) | Command::Plan(_), None) => unreachable!("a parsed subcommand has matches"),
@@ -239,9 +244,12 @@ mod tests {
         let train = command.find_subcommand("train").unwrap();
         let mut n_shared = 0;
         // Measured is another length, and few steps; a model of its own and draws of its own have defaults of their own.
-        for (name, own) in
-            [("plan", &[][..]), ("infer", &["seed"]), ("bench", &["max_length", "max_steps", "model_type"])]
-        {
+        for (name, own) in [
+            ("plan", &[][..]),
+            ("infer", &["seed"]),
+            ("export", &["output_dir"]),
+            ("bench", &["max_length", "max_steps", "model_type"]),
+        ] {
             let subcommand = command.find_subcommand(name).unwrap();
             for flag in subcommand.get_arguments().filter(|flag| !own.contains(&flag.get_id().as_str())) {
                 let Some(trains) = train.get_arguments().find(|other| other.get_id() == flag.get_id()) else {

@@ -39,6 +39,9 @@ pub fn checkpoint() -> Result<Checkpoint> {
     Checkpoint::from_bytes(Arc::new(MODEL), Path::new("demo/model.safetensors"))
 }
 
+/// The files of the demo model's folder, but for its weights.
+pub const FILES: [(&str, &[u8]); 2] = [("config.json", CONFIG.as_bytes()), ("tokenizer.json", TOKENIZER)];
+
 /// The demo model's tokenizer.
 ///
 /// # Errors

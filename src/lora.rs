@@ -2,6 +2,7 @@
 //!
 //! An adapter's tensors have one order everywhere: by layer, by module in the checkpoint's order, A before B.
 
+mod merge;
 mod peft;
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
@@ -14,6 +15,7 @@ use crate::model::llama::LINEAR_NAMES;
 use crate::model::{Linear, Llama};
 use crate::ops::lora_linear::Lora;
 
+pub use merge::{Merged, merge};
 pub use peft::{
     ADAPTER_CONFIG_FILE, ADAPTER_FILE, StoredConfig, base_model, load, save, stored_config, write_safetensors,
 };

@@ -1,21 +1,19 @@
 //! `orpo-wgpu infer`: opens a model and its adapter and talks.
 
 use std::io::{IsTerminal, stderr, stdin, stdout};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
-use serde_json::Value;
 
+use super::adapter::{adapter_named, as_flags, demo_runs, trained_with};
 use super::interrupts;
 use super::keyboard::Keyboard;
-use super::open::{OpenModel, adapter_in};
+use super::open::OpenModel;
 use super::precision::PrecisionArgs;
 use super::words::noted;
 use crate::config::{self, TrainArgs};
 use crate::data::prompts::{Prompt, read_prompts};
-use crate::data::template::Template;
-use crate::demo;
 use crate::device::{self, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::infer::chat::{self, Chat, Manner};
@@ -26,9 +24,6 @@ use crate::infer::sample::SamplingConfig;
 use crate::infer::talk::{self, Piped, Prompted};
 use crate::lora;
 use crate::ops::Kernels;
-use crate::shell::quoted;
-use crate::train::checkpoints::newest_checkpoint;
-use crate::train::run_folder::ARGS_FILE;
 use crate::words::counted;
 
 /// What `orpo-wgpu infer` is told.
@@ -98,38 +93,6 @@ impl InferArgs {
             },
         }
     }
-
-    /// The adapter to load: the one named, or the demo's newest.
-    fn adapter(&self) -> Option<PathBuf> {
-        match &self.adapters {
-            Some(name) if name == Path::new("none") => None,
-            Some(folder) => Some(adapter_in(folder)),
-            None if self.model_id_or_path.is_none() => {
-                let runs = std::fs::read_dir(demo_runs());
-                newest_checkpoint(runs.into_iter().flatten().flatten().map(|run| run.path()))
-            }
-            None => None,
-        }
-    }
-}
-
-/// What the adapter's run had beside the model, by its record, and nobody has chosen here, as flags.
-fn trained_with(adapter: &Path, args: &InferArgs, template: Template) -> Option<String> {
-    let record = std::fs::read_to_string(adapter.join(ARGS_FILE)).ok()?;
-    let record: Value = serde_json::from_str(&record).ok()?;
-    let is_auto = config::template(&args.template_type).is_ok_and(|named| named.is_none());
-    let is_other = |theirs: &&str| matches!(config::template(theirs), Ok(Some(named)) if named != template);
-    let template_type = record["template_type"].as_str().filter(|theirs| is_auto && is_other(theirs));
-    let system = record["system"].as_str().filter(|theirs| args.system.is_none() && !theirs.is_empty());
-    let flags = [("template_type", template_type), ("system", system)];
-    let flags: Vec<_> =
-        flags.into_iter().filter_map(|(name, value)| Some(format!("--{name} {}", quoted(value?)))).collect();
-    (!flags.is_empty()).then(|| flags.join(" "))
-}
-
-/// Where the demo's runs are, when nothing else was said.
-fn demo_runs() -> PathBuf {
-    Path::new("output").join(demo::NAME)
 }
 
 /// Runs the subcommand.
@@ -195,7 +158,7 @@ fn run_on<B: Kernels>(
     let precision = args.precision.resolve(choice)?;
     device::self_test::<B>(device, choice, precision.dtype)?;
     device::guard("answering", choice, || {
-        let adapter = args.adapter();
+        let adapter = adapter_named(args.adapters.as_deref(), open.is_demo());
         if let Some(folder) = &adapter {
             open.check_adapter(folder)?;
         }
@@ -212,7 +175,13 @@ fn run_on<B: Kernels>(
         };
         let speed = loaded.speed().map_or_else(String::new, |speed| format!(", {speed}"));
         note!("{} with {name}, in {precision} on {choice}{speed}", open.name);
-        if let Some(flags) = adapter.as_deref().and_then(|folder| trained_with(folder, args, open.template)) {
+        let is_auto = config::template(&args.template_type).is_ok_and(|named| named.is_none());
+        let trained_with = adapter.as_deref().map_or_else(Vec::new, |folder| trained_with(folder, Some(open.template)));
+        let is_open = |(name, _): &(&str, String)| {
+            if *name == "system" { args.system.is_none() } else { is_auto }
+        };
+        let flags = as_flags(trained_with.into_iter().filter(is_open));
+        if !flags.is_empty() {
             note!("{}", noted("adapter", &format!("it was trained with {flags}, which is not given here")));
         }
         let mut chat =

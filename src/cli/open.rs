@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::progress::loading_bar;
+use super::progress::bar_of_bytes;
 use super::words::noted;
 use crate::config;
 use crate::data::template::Template;
@@ -16,10 +16,9 @@ use crate::device::size;
 use crate::error::{Error, Result};
 use crate::lora;
 use crate::model::config::TokenIds;
-use crate::model::load::{Checkpoint, load_llama};
+use crate::model::load::{Checkpoint, SINGLE_FILE, load_llama};
 use crate::model::{Llama, LlamaConfig, Precision};
 use crate::ops::Kernels;
-use crate::train::checkpoints::newest_checkpoint;
 
 /// A model whose folder has been looked at and whose weights are not loaded.
 pub struct OpenModel {
@@ -140,6 +139,33 @@ impl OpenModel {
         }
     }
 
+    /// The model's folder; none of the demo.
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.source {
+            Source::Demo => None,
+            Source::Folder(folder) => Some(folder),
+        }
+    }
+
+    /// The weights, not read yet.
+    ///
+    /// # Errors
+    /// If they are missing or damaged.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        self.folder().map_or_else(demo::checkpoint, Checkpoint::open_folder)
+    }
+
+    /// The files that they are in, by name.
+    ///
+    /// # Errors
+    /// As [`checkpoint`](Self::checkpoint).
+    pub fn weight_files(&self) -> Result<Vec<(String, Checkpoint)>> {
+        match self.folder() {
+            None => Ok(vec![(SINGLE_FILE.to_owned(), demo::checkpoint()?)]),
+            Some(folder) => Checkpoint::open_files(folder),
+        }
+    }
+
     /// Loads the weights onto a device. Matrices of the vocabulary's size come in shards of at most `shard_bytes`. A terminal sees how
     /// far it is.
     ///
@@ -152,11 +178,8 @@ impl OpenModel {
         shard_bytes: usize,
     ) -> Result<(Llama<B>, Loaded)> {
         let started = Instant::now();
-        let checkpoint = match &self.source {
-            Source::Demo => demo::checkpoint()?,
-            Source::Folder(folder) => Checkpoint::open_folder(folder)?,
-        };
-        let bar = loading_bar();
+        let checkpoint = self.checkpoint()?;
+        let bar = bar_of_bytes("loading");
         let checkpoint = checkpoint.on_read({
             let bar = bar.clone();
             move |read_bytes, total_bytes| {
@@ -193,26 +216,6 @@ impl OpenModel {
             .with_hint("tokenizer.json and config.json are of different models")),
         }
     }
-}
-
-/// The folder itself if it holds an adapter, else the newest checkpoint of the run that it is, or of the runs in it, as in `--output_dir`,
-/// which has a folder for each model. Of another folder, loading says what is missing.
-pub fn adapter_in(folder: &Path) -> PathBuf {
-    if folder.join(lora::ADAPTER_FILE).exists() {
-        return folder.to_owned();
-    }
-    let inside = |folder: &PathBuf| {
-        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-        entries.map(|entry| entry.path()).collect::<Vec<_>>()
-    };
-    let mut folders = vec![folder.to_owned()];
-    for _ in ["a run", "a model's runs", "all runs"] {
-        let within = folders.iter().flat_map(inside).collect();
-        if let Some(newest) = newest_checkpoint(std::mem::replace(&mut folders, within)) {
-            return newest;
-        }
-    }
-    folder.to_owned()
 }
 
 fn check_folder(folder: &Path) -> Result<()> {
@@ -288,20 +291,6 @@ mod tests {
                     && is_named("meta-llama/Meta-Llama-3-8B", &path("model"))
             );
             assert!(is_named(&path("model"), &cached), "by a link before");
-        }
-    }
-
-    #[test]
-    fn an_adapter_is_found_in_what_holds_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let checkpoint = folder.path().join("Llama/v0-20260101-000000/checkpoint-3");
-        assert_eq!(adapter_in(folder.path()), folder.path(), "there is none");
-        std::fs::create_dir_all(&checkpoint).unwrap();
-        for file in [lora::ADAPTER_CONFIG_FILE, lora::ADAPTER_FILE] {
-            std::fs::write(checkpoint.join(file), "").unwrap();
-        }
-        for holder in checkpoint.ancestors().take(4) {
-            assert_eq!(adapter_in(holder), checkpoint, "{}", holder.display());
         }
     }
 

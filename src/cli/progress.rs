@@ -21,10 +21,10 @@ use crate::words::{counted, first_of};
 /// Rows of a step that an error names.
 const SHOWN_ROWS: usize = 16;
 
-/// A bar of bytes, for loading; it goes away when it ends or is dropped.
-pub fn loading_bar() -> ProgressBar {
-    let style = "loading  {bar:30} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
-    ProgressBar::no_length().with_style(styled(style))
+/// A bar of bytes for what takes them; it goes away when it ends or is dropped.
+pub fn bar_of_bytes(doing: &str) -> ProgressBar {
+    let style = "{bar:30} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
+    ProgressBar::no_length().with_style(styled(&format!("{doing}  {style}")))
 }
 
 /// A bar's style from a template.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::open::adapter_in;
+use super::adapter::adapter_in;
 use crate::config::TrainArgs;
 use crate::data::tokenize::{TokenizedPair, fingerprint};
 use crate::error::{Error, Result};

@@ -198,9 +198,9 @@ mod tests {
             (&["serve"], "tip: a checkpoint is a PEFT adapter, which vLLM serves (see the README); "),
             (&["rlhf", "--beta", "1"], "tip: here this is `train`\n"),
             (&["chat"], "tip: here this is `infer`\n"),
-            (&["export"], "tip: a checkpoint is a PEFT adapter as it is; "),
+            (&["merge"], "tip: here this is `export`\n"),
             (&["tain"], "tip: a similar subcommand exists: 'train'"),
-            (&["frobnicate"], "tip: the commands are train, plan, infer, bench, devices\n"),
+            (&["frobnicate"], "tip: the commands are train, plan, infer, export, bench, devices\n"),
         ] {
             let message = usage(args);
             assert!(message.contains(tip), "{args:?}: {message}");

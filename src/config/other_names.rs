@@ -127,7 +127,7 @@ pub const NOT_HERE: &[(&str, &[&str])] = &[
         "a run ends with its last step; a large --save_total_limit keeps all checkpoints, to choose one by eval_loss in logging.jsonl",
         &["early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"],
     ),
-    ("a checkpoint is a PEFT adapter, which PEFT merges (see the README)", &["merge_adapter", "merge_lora"]),
+    ("`export` merges an adapter into its model", &["merge_adapter", "merge_lora"]),
 ];
 
 /// What a command of others is here, and what they call it.
@@ -143,10 +143,7 @@ pub const OTHER_COMMANDS: &[(&str, &[&str])] = &[
     ("here this is `bench`", &["benchmark"]),
     ("here this is `plan`", &["estimate", "estimate-memory"]),
     ("here this is `devices`", &["env", "gpus", "info"]),
-    (
-        "a checkpoint is a PEFT adapter as it is; the README says what serves or merges it",
-        &["export", "fuse", "merge", "merge-lora", "merge_lora", "merge-model"],
-    ),
+    ("here this is `export`", &["fuse", "merge", "merge-lora", "merge_lora", "merge-model"]),
 ];
 
 /// What a command of another trainer is here.

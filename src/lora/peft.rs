@@ -112,50 +112,75 @@ fn read_config(folder: &Path) -> Result<AdapterConfigFile> {
 /// # Errors
 /// If the folder or a file is missing or damaged, the adapter is of a kind that is not computed, or its tensors do not fit the model.
 pub fn load<B: Backend>(model: &mut Llama<B>, folder: &Path) -> Result<LoraConfig> {
-    let config = read_config(folder)?;
-    let weights_path = folder.join(ADAPTER_FILE);
-    let checkpoint = Checkpoint::open_file(&weights_path)?;
     let device = model.device();
     let all = target_modules(&["ALL".to_owned()])?;
-    let mut expected = Vec::new();
-    let mut found = Vec::new();
+    let linears: Vec<_> = targeted(model, &all).map(|(name, linear)| (name, linear.weight.dims())).collect();
+    let StoredAdapter { config, checkpoint, modules } = StoredAdapter::open(folder, &linears)?;
+    let mut target_modules: Vec<String> = Vec::new();
+    let mut modules = modules.into_iter().peekable();
     for (name, linear) in targeted(model, &all) {
-        let [n_out, n_in] = linear.weight.dims();
-        let names = ["lora_A", "lora_B"].map(|part| format!("base_model.model.{name}.{part}.weight"));
-        if names.iter().all(|name| checkpoint.shape(name).is_none()) {
-            continue;
-        }
-        let r = pattern_value(&config.rank_pattern, &name).unwrap_or(config.r);
-        let alpha = pattern_value(&config.alpha_pattern, &name).unwrap_or(config.lora_alpha);
-        let denominator = if config.use_rslora { (r as f64).sqrt() } else { r as f64 };
-        let [name_a, name_b] = names;
-        expected.push((name_a.clone(), vec![r, n_in]));
-        expected.push((name_b.clone(), vec![n_out, r]));
-        found.push((name, name_a, name_b, (alpha / denominator) as f32));
-    }
-    let mut fits = checkpoint.check(&expected, |_| false);
-    if fits.is_ok() && found.is_empty() {
-        fits = Err(Error::file(&weights_path, "holds no LoRA tensors of this model's layers"));
-    }
-    fits.map_err(|error| match &config.base_model_name_or_path {
-        Some(base) => {
-            error.with_hint(format!("{ADAPTER_CONFIG_FILE} names `{base}` as the model it belongs to"))
-        }
-        None => error,
-    })?;
-    let mut modules: Vec<String> = Vec::new();
-    let mut found = found.into_iter().peekable();
-    for (name, linear) in targeted(model, &all) {
-        if let Some((_, name_a, name_b, scale)) = found.next_if(|(next, ..)| *next == name) {
-            let (a, b) = (checkpoint.tensor(&name_a, &device), checkpoint.tensor(&name_b, &device));
+        if let Some(StoredModule { a, b, scale, .. }) = modules.next_if(|next| next.name == name) {
+            let (a, b) = (checkpoint.tensor(&a, &device), checkpoint.tensor(&b, &device));
             linear.lora = Some(Lora { a, b, scale });
             let module = last_name(&name).to_owned();
-            if !modules.contains(&module) {
-                modules.push(module);
+            if !target_modules.contains(&module) {
+                target_modules.push(module);
             }
         }
     }
-    Ok(LoraConfig { r: config.r, lora_alpha: config.lora_alpha, target_modules: modules })
+    Ok(LoraConfig { r: config.r, lora_alpha: config.lora_alpha, target_modules })
+}
+
+/// An adapter folder that fits a model and is not read yet.
+pub(super) struct StoredAdapter {
+    config: AdapterConfigFile,
+    pub(super) checkpoint: Checkpoint,
+    /// In the order of the model's linears.
+    pub(super) modules: Vec<StoredModule>,
+}
+
+/// A linear's part of an adapter: its full name, those of A and B, and what their product is scaled by.
+pub(super) struct StoredModule {
+    pub(super) name: String,
+    pub(super) a: String,
+    pub(super) b: String,
+    pub(super) scale: f32,
+}
+
+impl StoredAdapter {
+    /// Opens that of a model with these linears, by full name and shape `[out, in]`.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub(super) fn open(folder: &Path, linears: &[(String, [usize; 2])]) -> Result<Self> {
+        let config = read_config(folder)?;
+        let weights_path = folder.join(ADAPTER_FILE);
+        let checkpoint = Checkpoint::open_file(&weights_path)?;
+        let (mut expected, mut modules) = (Vec::new(), Vec::new());
+        for (name, [n_out, n_in]) in linears {
+            let [a, b] = ["lora_A", "lora_B"].map(|part| format!("base_model.model.{name}.{part}.weight"));
+            if [&a, &b].iter().all(|name| checkpoint.shape(name).is_none()) {
+                continue;
+            }
+            let r = pattern_value(&config.rank_pattern, name).unwrap_or(config.r);
+            let alpha = pattern_value(&config.alpha_pattern, name).unwrap_or(config.lora_alpha);
+            let denominator = if config.use_rslora { (r as f64).sqrt() } else { r as f64 };
+            expected.push((a.clone(), vec![r, *n_in]));
+            expected.push((b.clone(), vec![*n_out, r]));
+            modules.push(StoredModule { name: name.clone(), a, b, scale: (alpha / denominator) as f32 });
+        }
+        let mut fits = checkpoint.check(&expected, |_| false);
+        if fits.is_ok() && modules.is_empty() {
+            fits = Err(Error::file(&weights_path, "holds no LoRA tensors of this model's layers"));
+        }
+        fits.map_err(|error| match &config.base_model_name_or_path {
+            Some(base) => {
+                error.with_hint(format!("{ADAPTER_CONFIG_FILE} names `{base}` as the model it belongs to"))
+            }
+            None => error,
+        })?;
+        Ok(Self { config, checkpoint, modules })
+    }
 }
 
 /// The value of the first key that is the module's name or its end after a dot, as PEFT matches plain keys.

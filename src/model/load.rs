@@ -2,7 +2,7 @@
 
 mod llama;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::ops::quantize::{Storage, Weight};
 
-pub use llama::load_llama;
+pub use llama::{check_llama, load_llama};
 
 /// Tensors of a checkpoint or an adapter by name, not yet read.
 pub struct Checkpoint {
@@ -58,9 +58,29 @@ struct Reading {
 /// The most bytes that may be queued for a device: each is in host memory until it is there, once or twice.
 const MAX_QUEUED_BYTES: usize = 256 << 20;
 
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
+/// The name of the weights of a model in one file.
+pub const SINGLE_FILE: &str = "model.safetensors";
+/// The name of what says which file has which tensor of a model in several.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// A folder's index, which has each tensor's file; none of a model in one file.
+fn index(folder: &Path) -> Result<Option<(PathBuf, BTreeMap<String, String>)>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let path = folder.join(INDEX_FILE);
+    if !path.exists() {
+        if !folder.join(SINGLE_FILE).exists() {
+            return Err(Error::file(folder, format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}"))
+                .with_hint("only safetensors weights are read; convert a .bin checkpoint with transformers' save_pretrained"));
+        }
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let index: Index =
+        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("is not an index: {e}")))?;
+    Ok(Some((path, index.weight_map)))
 }
 
 impl Checkpoint {
@@ -73,27 +93,14 @@ impl Checkpoint {
     /// # Errors
     /// If there are no such files, or one of them is damaged.
     pub fn open_folder(folder: &Path) -> Result<Self> {
-        let index_path = folder.join("model.safetensors.index.json");
-        let single = folder.join("model.safetensors");
-        if !index_path.exists() {
-            if !single.exists() {
-                return Err(Error::file(folder, "holds neither model.safetensors nor model.safetensors.index.json")
-                    .with_hint("only safetensors weights are read; convert a .bin checkpoint with transformers' save_pretrained"));
-            }
-            return Self::open_file(&single);
-        }
-        let text = std::fs::read_to_string(&index_path).map_err(Error::io("read", &index_path))?;
-        let index: Index = serde_json::from_str(&text)
-            .map_err(|e| Error::file(&index_path, format!("is not an index: {e}")))?;
-        let mut files: Vec<&String> = index.weight_map.values().collect();
-        files.sort();
-        files.dedup();
+        let Some((index_path, weight_map)) = index(folder)? else {
+            return Self::open_file(&folder.join(SINGLE_FILE));
+        };
         let mut tensors = BTreeMap::new();
-        for file in files {
-            tensors.extend(Self::open_file(&folder.join(file))?.tensors);
+        for (_, file) in Self::open_files(folder)? {
+            tensors.extend(file.tensors);
         }
-        let missing: Vec<String> = index
-            .weight_map
+        let missing: Vec<String> = weight_map
             .iter()
             .filter(|(name, _)| !tensors.contains_key(*name))
             .map(|(name, file)| format!("`{name}` is not in {file}, where the index says it is"))
@@ -102,6 +109,18 @@ impl Checkpoint {
             return Err(Error::Tensors { path: index_path, problems: missing, hint: None });
         }
         Ok(Self::new(folder, tensors))
+    }
+
+    /// Opens the same files one by one, each with its name.
+    ///
+    /// # Errors
+    /// See [`open_folder`](Self::open_folder), which sees more.
+    pub fn open_files(folder: &Path) -> Result<Vec<(String, Self)>> {
+        let files: BTreeSet<String> = match index(folder)? {
+            Some((_, weight_map)) => weight_map.into_values().collect(),
+            None => [SINGLE_FILE.to_owned()].into(),
+        };
+        files.into_iter().map(|name| Ok((name.clone(), Self::open_file(&folder.join(name))?))).collect()
     }
 
     /// Opens one safetensors file.
@@ -148,6 +167,41 @@ impl Checkpoint {
         self.tensors.get(name).map(|t| t.shape.as_slice())
     }
 
+    /// How a tensor is stored.
+    ///
+    /// # Panics
+    /// If it is not there.
+    pub fn dtype(&self, name: &str) -> Dtype {
+        self.tensors[name].dtype
+    }
+
+    /// A tensor as it is stored.
+    ///
+    /// # Panics
+    /// If it is not there.
+    pub fn bytes(&self, name: &str) -> &[u8] {
+        let tensor = &self.tensors[name];
+        &(*tensor.bytes).as_ref()[tensor.range.clone()]
+    }
+
+    /// A tensor that [`check`](Self::check) has seen, in `f32`.
+    ///
+    /// # Panics
+    /// If it is not there.
+    pub fn floats(&self, name: &str) -> Vec<f32> {
+        let tensor = &self.tensors[name];
+        tensor.floats(0..tensor.shape.iter().product()).0
+    }
+
+    /// A matrix that [`check`](Self::check) has seen as it would be stored after `change` of each row, by its number, `[columns]` in `f32`;
+    /// and how many of its values are no finite numbers then, as those beyond what its type holds.
+    ///
+    /// # Panics
+    /// If it is not there or no matrix.
+    pub fn changed(&self, name: &str, change: impl Fn(usize, &mut [f32]) + Sync) -> (Vec<u8>, usize) {
+        self.tensors[name].changed(change)
+    }
+
     /// Checks names, shapes and dtypes of everything that is expected, and that nothing else is there.
     ///
     /// # Errors
@@ -166,8 +220,7 @@ impl Checkpoint {
                 Some(_) => {}
             }
         }
-        let known: std::collections::BTreeSet<&str> =
-            expected.iter().map(|(name, _)| name.as_str()).collect();
+        let known: BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
         for name in self.names().filter(|name| !known.contains(name) && !ignored(name)) {
             problems.push(format!("`{name}` {:?} is not part of the model", self.tensors[name].shape));
         }

@@ -103,7 +103,27 @@ impl StoredTensor {
         blocks.map(|(values, stored)| convert(stored, self.dtype, values)).reduce(Lost::default, Lost::add)
     }
 
-    fn stored(&self, elements: Range<usize>) -> &[u8] {
+    /// The values of a matrix in the type that they are stored in, after `change` of each row, `[columns]` in `f32`; and how many are no
+    /// finite numbers then, as those beyond what the type holds.
+    pub(super) fn changed(&self, change: impl Fn(usize, &mut [f32]) + Sync) -> (Vec<u8>, usize) {
+        let n_columns = self.shape[1];
+        let stored = self.stored(0..self.shape.iter().product());
+        let mut changed = vec![0; stored.len()];
+        let rows =
+            changed.par_chunks_mut(n_columns * self.width()).zip(stored.par_chunks(n_columns * self.width()));
+        let not_finite = rows.enumerate().map_init(
+            || vec![0.0; n_columns],
+            |values, (row, (changed, stored))| {
+                widen(stored, self.dtype, values);
+                change(row, values);
+                store(values, self.dtype, changed)
+            },
+        );
+        let not_finite = not_finite.sum();
+        (changed, not_finite)
+    }
+
+    pub(super) fn stored(&self, elements: Range<usize>) -> &[u8] {
         let stored = &(*self.bytes).as_ref()[self.range.clone()];
         &stored[elements.start * self.width()..elements.end * self.width()]
     }
@@ -119,6 +139,30 @@ fn widen(stored: &[u8], dtype: Dtype, values: &mut [f32]) {
             values.iter_mut().zip(quads).for_each(|(v, b)| *v = f32::from_le_bytes(b));
         }
     }
+}
+
+/// The reverse of [`widen`], rounded to the nearest; and how many are no finite numbers in that type.
+fn store(values: &[f32], dtype: Dtype, stored: &mut [u8]) -> usize {
+    let mut not_finite = 0;
+    let mut keep = |bytes: &mut [u8], kept: &[u8], is_finite: bool| {
+        bytes.copy_from_slice(kept);
+        not_finite += usize::from(!is_finite);
+    };
+    let width = dtype.bitsize() / 8;
+    for (value, bytes) in values.iter().zip(stored.chunks_exact_mut(width)) {
+        match dtype {
+            Dtype::F16 => {
+                let half = f16::from_f32(*value);
+                keep(bytes, &half.to_le_bytes(), half.is_finite());
+            }
+            Dtype::BF16 => {
+                let half = bf16::from_f32(*value);
+                keep(bytes, &half.to_le_bytes(), half.is_finite());
+            }
+            _ => keep(bytes, &value.to_le_bytes(), value.is_finite()),
+        }
+    }
+    not_finite
 }
 
 /// Converts at most [`BLOCK`] values.

@@ -91,6 +91,30 @@ impl Case {
         (model, config)
     }
 
+    /// Logits and log-probabilities of a sequence, as those of transformers' model without an adapter, `base`, or with PEFT's `adapter`:
+    /// log-probabilities to `atol`, and logits to five times that.
+    pub(crate) fn check_forward<B: Kernels>(&self, kind: &str, model: &Llama<B>, atol: f32) {
+        let forward = &self.golden["forward"];
+        let ids: Vec<u32> = floats(&forward["ids"]).iter().map(|&id| id as u32).collect();
+        let layout = AttentionLayout::causal(&model.config, 0, ids.len(), &model.device());
+        let logits = model.lm_head.logits(model.forward(&ids, &layout));
+        let [n_rows, vocab] = logits.dims();
+        let logps = burn::tensor::activation::log_softmax(logits.clone(), 1);
+        let all = values(logps);
+        let logps: Vec<f32> =
+            ids[1..].iter().enumerate().map(|(row, &id)| all[row * vocab + id as usize]).collect();
+        let last = values(logits.slice([n_rows - 2..n_rows, 0..vocab]));
+        let what = format!("{} {kind}", self.folder.display());
+        assert_close(&logps, &floats(&forward[kind]["logps"]), atol, 1e-5, &format!("{what} logps"));
+        assert_close(
+            &last,
+            &floats(&forward[kind]["last_logits"]),
+            5.0 * atol,
+            1e-4,
+            &format!("{what} logits"),
+        );
+    }
+
     pub(crate) fn settings(&self, compat: LossCompat) -> TrainSettings {
         let max_steps = self.flag("max_steps");
         let kind = match self.flags["lr_scheduler_type"].as_str() {
@@ -162,35 +186,8 @@ fn rows_become_the_ids_that_trl_saw() {
 pub(crate) fn check_forward<B: Kernels>(device: &B::Device) {
     for name in CASES {
         let case = Case::open(name);
-        let forward = &case.golden["forward"];
-        let ids: Vec<u32> = floats(&forward["ids"]).iter().map(|&id| id as u32).collect();
-        for (kind, model) in [
-            ("base", case.model::<B>(Precision::dense(DType::F32), device)),
-            ("adapter", case.adapted::<B>(device).0),
-        ] {
-            let layout = AttentionLayout::causal(&model.config, 0, ids.len(), device);
-            let logits = model.lm_head.logits(model.forward(&ids, &layout));
-            let [n_rows, vocab] = logits.dims();
-            let logps = burn::tensor::activation::log_softmax(logits.clone(), 1);
-            let all = values(logps);
-            let logps: Vec<f32> =
-                ids[1..].iter().enumerate().map(|(row, &id)| all[row * vocab + id as usize]).collect();
-            let last = values(logits.slice([n_rows - 2..n_rows, 0..vocab]));
-            assert_close(
-                &logps,
-                &floats(&forward[kind]["logps"]),
-                2e-5,
-                1e-5,
-                &format!("{name} {kind} logps"),
-            );
-            assert_close(
-                &last,
-                &floats(&forward[kind]["last_logits"]),
-                1e-4,
-                1e-4,
-                &format!("{name} {kind} logits"),
-            );
-        }
+        case.check_forward("base", &case.model::<B>(Precision::dense(DType::F32), device), 2e-5);
+        case.check_forward("adapter", &case.adapted::<B>(device).0, 2e-5);
     }
 }
 

@@ -21,6 +21,46 @@ fn layer_tensors(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
+/// Which tensors of a checkpoint make a model.
+struct Tensors {
+    embed: &'static str,
+    head: &'static str,
+    /// Names and shapes, these two among them.
+    all: Vec<(String, Vec<usize>)>,
+}
+
+impl Tensors {
+    /// # Errors
+    /// If some are missing, misshapen or none of a model's.
+    fn of(checkpoint: &Checkpoint, config: &LlamaConfig) -> Result<Self> {
+        const EMBED: &str = "model.embed_tokens.weight";
+        const HEAD: &str = "lm_head.weight";
+        let tied = config.tie_word_embeddings;
+        let embed = if tied && checkpoint.shape(EMBED).is_none() && checkpoint.shape(HEAD).is_some() {
+            HEAD
+        } else {
+            EMBED
+        };
+        let head = if tied { embed } else { HEAD };
+        let mut all = layer_tensors(config);
+        all.push((embed.to_owned(), vec![config.vocab_size, config.hidden_size]));
+        if !tied {
+            all.push((head.to_owned(), vec![config.vocab_size, config.hidden_size]));
+        }
+        // Old conversions store the rotary frequencies, which follow from the configuration.
+        checkpoint.check(&all, |name| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD))?;
+        Ok(Self { embed, head, all })
+    }
+}
+
+/// Checks that a checkpoint is a model of this shape, without reading it.
+///
+/// # Errors
+/// If tensors are missing, extra or misshapen: all of them in one error.
+pub fn check_llama(checkpoint: &Checkpoint, config: &LlamaConfig) -> Result<()> {
+    Tensors::of(checkpoint, config).map(drop)
+}
+
 /// Loads a Llama model. Matrices that are not to be stored dense are quantised on the device, at most 32 MiB at a time. Those of the
 /// vocabulary's size are split into shards of at most `shard_bytes`.
 ///
@@ -36,25 +76,10 @@ pub fn load_llama<B: Kernels>(
     shard_bytes: usize,
     device: &B::Device,
 ) -> Result<Llama<B>> {
-    const EMBED: &str = "model.embed_tokens.weight";
-    const HEAD: &str = "lm_head.weight";
-    let tied = config.tie_word_embeddings;
-    let embed = if tied && checkpoint.shape(EMBED).is_none() && checkpoint.shape(HEAD).is_some() {
-        HEAD
-    } else {
-        EMBED
-    };
-    let head = if tied { embed } else { HEAD };
-    let mut expected = layer_tensors(config);
-    expected.push((embed.to_owned(), vec![config.vocab_size, config.hidden_size]));
-    if !tied {
-        expected.push((head.to_owned(), vec![config.vocab_size, config.hidden_size]));
-    }
-    // Old conversions store the rotary frequencies, which follow from the configuration.
-    checkpoint.check(&expected, |name| name.ends_with("rotary_emb.inv_freq") || (tied && name == HEAD))?;
+    let Tensors { embed, head, all } = Tensors::of(checkpoint, config)?;
     // An embedding of its own stays in its file.
-    let is_read = |name: &&str| tied || *name != embed;
-    checkpoint.expect_to_read(expected.iter().map(|(name, _)| name.as_str()).filter(is_read));
+    let is_read = |name: &&str| config.tie_word_embeddings || *name != embed;
+    checkpoint.expect_to_read(all.iter().map(|(name, _)| name.as_str()).filter(is_read));
 
     let Precision { dtype, linears, head: head_storage } = precision;
     let shard = |rows, _| checkpoint.weight(head, rows, head_storage, dtype, device);
