@@ -123,7 +123,9 @@ fn only_the_launch_knows_how_shaders_are_launched() {
     }
 }
 
-/// Flags of other programs in the README: cargo's, `hf download`'s, TensorBoard's, uv's, vLLM's, llama.cpp's, `benches/peers.py`'s.
+const READMES: [&str; 3] = ["README.md", "benches/README.md", "tests/README.md"];
+
+/// Flags of other programs in them: cargo's, `hf download`'s, TensorBoard's, uv's, vLLM's, llama.cpp's, `benches/peers.py`'s.
 const NOT_OURS: [&str; 19] = [
     "base",
     "bench",
@@ -147,16 +149,45 @@ const NOT_OURS: [&str; 19] = [
 ];
 
 #[test]
-fn every_flag_of_the_readme_exists() {
-    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+fn every_flag_of_a_readme_exists() {
     let command = orpo_wgpu::cli::command();
     let known: BTreeSet<String> = command
         .get_subcommands()
         .flat_map(|c| c.get_arguments().filter_map(|a| a.get_long().map(str::to_owned)).collect::<Vec<_>>())
         .chain(NOT_OURS.map(str::to_owned))
         .collect();
-    let words = readme.split(|c: char| c.is_whitespace() || "`(),;:".contains(c));
-    for flag in words.filter_map(|word| word.strip_prefix("--")).filter(|flag| !flag.is_empty()) {
-        assert!(known.contains(flag), "the README shows --{flag}, which is no flag");
+    for readme in READMES {
+        let text = fs::read_to_string(root().join(readme)).unwrap();
+        let words = text.split(|c: char| c.is_whitespace() || "`(),;:".contains(c));
+        for flag in words.filter_map(|word| word.strip_prefix("--")).filter(|flag| !flag.is_empty()) {
+            assert!(known.contains(flag), "{readme} shows --{flag}, which is no flag");
+        }
+    }
+}
+
+/// The last part of the address of each heading, as GitHub makes it.
+fn anchors(markdown: &str) -> BTreeSet<String> {
+    let headings = markdown.lines().filter_map(|line| line.strip_prefix('#'));
+    headings
+        .map(|heading| heading.trim_start_matches('#').trim().to_lowercase().replace(' ', "-"))
+        .map(|heading| heading.chars().filter(|&c| c.is_alphanumeric() || "-_".contains(c)).collect())
+        .collect()
+}
+
+#[test]
+fn every_link_of_a_readme_leads_somewhere() {
+    for readme in READMES {
+        let path = root().join(readme);
+        let text = fs::read_to_string(&path).unwrap();
+        let links = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        let mut n_links = 0;
+        for link in links.filter(|link| !link.starts_with("https://")) {
+            let (file, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let file = if file.is_empty() { path.clone() } else { path.with_file_name(file) };
+            let there = fs::read_to_string(&file).unwrap_or_else(|e| panic!("{readme}: {link}: {e}"));
+            assert!(anchor.is_empty() || anchors(&there).contains(anchor), "{readme}: {link} leads nowhere");
+            n_links += 1;
+        }
+        assert!(n_links > 0, "{readme} has no links");
     }
 }
