@@ -16,6 +16,7 @@ pub mod advice;
 pub mod bench;
 pub mod budget;
 pub mod devices;
+pub mod eval;
 pub mod export;
 pub mod infer;
 pub mod interrupts;
@@ -114,6 +115,8 @@ enum Command {
     Plan(Box<TrainCommand>),
     /// Talk to a model and its adapter; without a model, to the demo and its newest adapter
     Infer(Box<infer::InferArgs>),
+    /// Compute what a run logs of its held-out rows, of an adapter that there is; nothing is written
+    Eval(Box<TrainCommand>),
     /// Merge an adapter into its model, as a folder like the model's own, for what reads no adapters
     Export(export::ExportArgs),
     /// Time a training step on random weights, and see how far it is from what the device can do
@@ -136,7 +139,7 @@ pub fn command() -> clap::Command {
     // A flag that is given again wins, so that one can be added to a command that is repeated.
     let command =
         Cli::command().mut_subcommands(|command| with_dashed_aliases(command).args_override_self(true));
-    ["train", "plan"].into_iter().fold(command, |command, name| {
+    ["train", "plan", "eval"].into_iter().fold(command, |command, name| {
         command.mut_subcommand(name, |subcommand| subcommand.after_help(demo_settings()))
     })
 }
@@ -195,11 +198,16 @@ fn run_matches(matches: &ArgMatches) -> Result<()> {
         (Command::Plan(command), Some((_, matches))) => {
             plan::run(TrainArgs::resolve(matches, &command.config, &demo::settings())?)
         }
+        (Command::Eval(command), Some((_, matches))) => {
+            eval::run(TrainArgs::resolve(matches, &command.config, &demo::settings())?)
+        }
         (Command::Infer(args), _) => infer::run(&args),
         (Command::Export(args), _) => export::run(&args),
         (Command::Bench(args), _) => bench::run(&args),
         (Command::Devices(args), _) => devices::run(&args),
-        (Command::Train(_) | Command::Plan(_), None) => unreachable!("a parsed subcommand has matches"),
+        (Command::Train(_) | Command::Plan(_) | Command::Eval(_), None) => {
+            unreachable!("a parsed subcommand has matches")
+        }
     }
 }
 
@@ -212,7 +220,7 @@ mod tests {
 
     #[test]
     fn help_tells_of_the_demo_s_own_defaults() {
-        for name in ["train", "plan"] {
+        for name in ["train", "plan", "eval"] {
             let help = command().find_subcommand_mut(name).unwrap().render_help().to_string();
             let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
             assert!(help.contains("--learning_rate 0.002 --batch_size 8"), "{name}: {help}");
@@ -246,6 +254,7 @@ mod tests {
         // Measured is another length, and few steps; a model of its own and draws of its own have defaults of their own.
         for (name, own) in [
             ("plan", &[][..]),
+            ("eval", &[]),
             ("infer", &["seed"]),
             ("export", &["output_dir"]),
             ("bench", &["max_length", "max_steps", "model_type"]),

@@ -402,32 +402,67 @@ impl<B: Kernels> Training<'_, B> {
         Ok(())
     }
 
-    /// Metrics of the validation rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss; none
-    /// without rows, and of a run that is interrupted meanwhile.
+    /// Metrics of the validation rows; none without rows, and of a run that is interrupted meanwhile.
     fn evaluate(&mut self, step: usize) -> Result<Option<StepMetrics>> {
         let Self { data: TrainData { val: rows, .. }, settings, .. } = *self;
         if rows.is_empty() {
             return Ok(None);
         }
         self.observer.before_evaluation(step);
-        let mut metrics = Vec::with_capacity(rows.len());
-        let indices: Vec<usize> = (0..rows.len()).collect();
-        for indices in indices.chunks(settings.plan.batch_size) {
-            if self.observer.is_interrupted() && step < settings.schedule.max_steps {
-                return Ok(None);
-            }
-            let stats = evaluate(self.model, upload(self.model, rows, indices, settings.loss_compat));
-            let batch = StepMetrics::from_stats(&read(stats)?, settings.beta);
-            check_finite(step, "eval_loss", batch.loss, rows, indices)?;
-            metrics.extend(vec![batch; indices.len()]);
-        }
-        Ok(Some(StepMetrics::mean(&metrics)))
+        let &TrainSettings { beta, loss_compat, ref plan, .. } = settings;
+        let evaluation = Evaluation { beta, loss_compat, batch_size: plan.batch_size, step };
+        let may_go_on = |_| step == settings.schedule.max_steps || !self.observer.is_interrupted();
+        evaluation.run(self.model, rows, &may_go_on)
     }
 
     fn save(&mut self, step: usize) -> Result<()> {
         let loss_scale = self.loss_scale.map(|(_, loss_scale)| loss_scale);
         let position = Position { step, plan: &self.settings.plan, rows: self.fingerprint, loss_scale };
         self.run.save(self.model, self.lora_config, &self.optimizer, position)
+    }
+}
+
+/// How rows are evaluated; names as in [`TrainSettings`].
+#[derive(Debug, Clone, Copy)]
+pub struct Evaluation {
+    /// Weight of the odds-ratio term.
+    pub beta: f32,
+    /// Whose loss is computed.
+    pub loss_compat: LossCompat,
+    /// Pairs that are computed at a time.
+    pub batch_size: usize,
+    /// Steps that the model was trained for, which an error names.
+    pub step: usize,
+}
+
+impl Evaluation {
+    /// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss.
+    ///
+    /// `may_go_on` is asked before each batch, with the number of rows that are done; where it says no there are no metrics.
+    ///
+    /// # Errors
+    /// If a loss is not finite, or the device fails.
+    ///
+    /// # Panics
+    /// If there are no rows.
+    pub fn run<B: Kernels>(
+        &self,
+        model: &Llama<B>,
+        rows: &[TokenizedPair],
+        may_go_on: &dyn Fn(usize) -> bool,
+    ) -> Result<Option<StepMetrics>> {
+        let mut metrics = Vec::with_capacity(rows.len());
+        let indices: Vec<usize> = (0..rows.len()).collect();
+        for indices in indices.chunks(self.batch_size) {
+            if !may_go_on(metrics.len()) {
+                return Ok(None);
+            }
+            let stats = evaluate(model, upload(model, rows, indices, self.loss_compat));
+            let batch = StepMetrics::from_stats(&read(stats)?, self.beta);
+            check_finite(self.step, "eval_loss", batch.loss, rows, indices)?;
+            metrics.extend(vec![batch; indices.len()]);
+        }
+        Ok(Some(StepMetrics::mean(&metrics)))
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::words::noted;
 use crate::config;
 use crate::data::template::Template;
 use crate::demo;
@@ -61,6 +62,17 @@ pub fn trained_with(adapter: &Path, template: Option<Template>) -> Vec<(&'static
     let system = record["system"].as_str().filter(|theirs| !theirs.is_empty());
     let flags = [("template_type", template_type), ("system", system)];
     flags.into_iter().filter_map(|(name, value)| Some((name, value?.to_owned()))).collect()
+}
+
+/// Says how the adapter's run wrote conversations, where that is another way than this model's chat format and system prompt, and nobody
+/// has chosen these: `template_type` is `AUTO`, and no system prompt is given.
+pub fn note_trained_otherwise(adapter: &Path, template: Template, template_type: &str, system: Option<&str>) {
+    let is_auto = config::template(template_type).is_ok_and(|named| named.is_none());
+    let is_open = |(name, _): &(&str, String)| if *name == "system" { system.is_none() } else { is_auto };
+    let flags = as_flags(trained_with(adapter, Some(template)).into_iter().filter(is_open));
+    if !flags.is_empty() {
+        note!("{}", noted("adapter", &format!("it was trained with {flags}, which is not given here")));
+    }
 }
 
 /// Flags as they are pasted: `--system 'Be brief.'`

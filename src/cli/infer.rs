@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
-use super::adapter::{adapter_named, as_flags, demo_runs, trained_with};
+use super::adapter::{adapter_named, demo_runs, note_trained_otherwise};
 use super::interrupts;
 use super::keyboard::Keyboard;
 use super::open::OpenModel;
 use super::precision::PrecisionArgs;
 use super::words::noted;
-use crate::config::{self, TrainArgs};
+use crate::config::TrainArgs;
 use crate::data::prompts::{Prompt, read_prompts};
 use crate::device::{self, DeviceChoice};
 use crate::error::{Error, Result};
@@ -175,14 +175,8 @@ fn run_on<B: Kernels>(
         };
         let speed = loaded.speed().map_or_else(String::new, |speed| format!(", {speed}"));
         note!("{} with {name}, in {precision} on {choice}{speed}", open.name);
-        let is_auto = config::template(&args.template_type).is_ok_and(|named| named.is_none());
-        let trained_with = adapter.as_deref().map_or_else(Vec::new, |folder| trained_with(folder, Some(open.template)));
-        let is_open = |(name, _): &(&str, String)| {
-            if *name == "system" { args.system.is_none() } else { is_auto }
-        };
-        let flags = as_flags(trained_with.into_iter().filter(is_open));
-        if !flags.is_empty() {
-            note!("{}", noted("adapter", &format!("it was trained with {flags}, which is not given here")));
+        if let Some(folder) = &adapter {
+            note_trained_otherwise(folder, open.template, &args.template_type, args.system.as_deref());
         }
         let mut chat =
             Chat::new(&model, &open.tokenizer, open.template, args.system.clone(), &args.generation())?;

@@ -53,7 +53,8 @@ pub fn answers<B: Kernels>(
         .collect()
 }
 
-fn table(header: &[&str]) -> Table {
+/// A table with lines between its parts, as wide as the terminal.
+pub fn table(header: &[&str]) -> Table {
     let mut table = new_table();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(header);

@@ -27,6 +27,12 @@ pub fn bar_of_bytes(doing: &str) -> ProgressBar {
     ProgressBar::no_length().with_style(styled(&format!("{doing}  {style}")))
 }
 
+/// A bar of rows for what takes them; it goes away as that of bytes does.
+pub fn bar_of_rows(doing: &str, n_rows: usize) -> ProgressBar {
+    let style = format!("{doing}  {{bar:30}} {{pos}}/{{len}} rows  {{eta}} left");
+    ProgressBar::new(n_rows as u64).with_style(styled(&style))
+}
+
 /// A bar's style from a template.
 fn styled(template: &str) -> ProgressStyle {
     // The templates are constants, and the default style serves as well should one ever be wrong.

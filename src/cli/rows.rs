@@ -43,8 +43,6 @@ impl Data {
     /// # Errors
     /// If a file cannot be read, a row cannot be used and that is an error, or no row is left to train on.
     pub fn load(args: &TrainArgs, open: &OpenModel) -> Result<Self> {
-        let strictness = strictness(args);
-        let truncation: TruncationStrategy = args.truncation_strategy.parse()?;
         if args.dataset.is_empty() && args.model_id_or_path.is_some() {
             return Err(Error::config("--dataset is missing: what is the model to learn from?").with_hint(
                 "a JSONL file with rows of query, response, rejected_response; --dataset demo takes the demo's pairs",
@@ -80,55 +78,24 @@ impl Data {
         }
         let unheld = val.is_empty().then(|| notes::none_held_out(args.dataset_test_ratio, n_rows)).flatten();
         let (n_train, n_malformed) = (train.len(), skipped.len());
-        let mut tokenize = |rows: &[Row]| -> Result<Vec<TokenizedPair>> {
-            let system = args.system.as_deref();
-            let (pairs, left_out) = tokenize_rows(
-                rows,
-                &open.tokenizer,
-                open.template,
-                args.max_length,
-                truncation,
-                system,
-                strictness,
-            )?;
-            skipped.extend(left_out);
-            open.check_ids(pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).chain(&p.rejected)))?;
-            Ok(pairs)
-        };
-        let train = tokenize(&train)?;
+        let train = tokenize(args, open, &train, &mut skipped)?;
         if train.is_empty() {
             // The error itself tells of those that tokenizing left out.
             note_left_out(&skipped[..n_malformed]);
             return Err(nothing_to_train_on(args, n_train, &skipped[n_malformed..]));
         }
         let n_val = val.len();
-        let val = tokenize(&val)?;
+        let val = tokenize(args, open, &val, &mut skipped)?;
         if val.is_empty() && !args.val_dataset.is_empty() {
-            // The error itself tells of those that tokenizing left out of these.
-            note_left_out(&skipped[..skipped.len() - n_val]);
-            let why = dataset::summarize(&skipped[skipped.len() - n_val..]);
-            let problem = format!("none of its rows can be evaluated on: {why}");
-            return Err(Error::file(args.val_dataset.join(" "), problem).with_hint(TOO_LONG));
+            return Err(nothing_to_evaluate_on(args, n_val, &skipped));
         }
         let none_left = || {
             let rows = counted(n_val, "row");
             format!("note: nothing is evaluated, as none of the {rows} held out can be used")
         };
         let unheld = if val.is_empty() && n_val > 0 { Some(none_left()) } else { unheld };
-        let end = open.template.renderer(&open.tokenizer)?.end_of_answer();
-        let is_cut = |pair: &&TokenizedPair| {
-            [&pair.chosen, &pair.rejected].iter().any(|answer| answer.last() != Some(&end))
-        };
-        let n_cut = train.iter().chain(&val).filter(is_cut).count();
-        if n_cut > 0 {
-            note!("note: answers of {} cut to --max_length {}", counted(n_cut, "row"), args.max_length);
-        }
-        note_left_out(&skipped);
-        let n_used = train.len() + val.len();
-        if skipped.len() > n_used {
-            let (lost, all) = (thousands(skipped.len()), thousands(skipped.len() + n_used));
-            note!("note: {lost} of {all} rows are left out, which is most of them");
-        }
+        let data = Self { train, val, skipped };
+        data.note_lost(args, open)?;
         if n_copies > 0 {
             let rows = counted(n_copies, "row");
             note!(
@@ -138,7 +105,54 @@ impl Data {
         if let Some(unheld) = unheld {
             note!("{unheld}");
         }
-        Ok(Self { train, val, skipped })
+        Ok(data)
+    }
+
+    /// Reads and tokenizes the rows that a run with these settings evaluates on, and none to train on.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), and if no row is left to evaluate on.
+    pub fn load_to_evaluate(args: &TrainArgs, open: &OpenModel) -> Result<Self> {
+        if args.val_dataset.is_empty() {
+            let Self { val, skipped, .. } = Self::load(args, open)?;
+            if val.is_empty() {
+                return Err(Error::config("no row is held out to evaluate on")
+                    .with_hint("--val_dataset FILE names rows, --dataset_test_ratio a share of --dataset"));
+            }
+            return Ok(Self { train: Vec::new(), val, skipped });
+        }
+        let Dataset { rows, mut skipped, unused } = load(args, &args.val_dataset, demo::held_out)?;
+        renames::check_used(&[&unused])?;
+        notes::tell(args, &args.val_dataset, &rows, &unused.columns);
+        if let Some(note) = notes::unused_system(args, rows.iter()) {
+            note!("{note}");
+        }
+        let val = tokenize(args, open, &rows, &mut skipped)?;
+        if val.is_empty() {
+            return Err(nothing_to_evaluate_on(args, rows.len(), &skipped));
+        }
+        let data = Self { train: Vec::new(), val, skipped };
+        data.note_lost(args, open)?;
+        Ok(data)
+    }
+
+    /// Says which rows are cut, and which are left out.
+    fn note_lost(&self, args: &TrainArgs, open: &OpenModel) -> Result<()> {
+        let end = open.template.renderer(&open.tokenizer)?.end_of_answer();
+        let is_cut = |pair: &&TokenizedPair| {
+            [&pair.chosen, &pair.rejected].iter().any(|answer| answer.last() != Some(&end))
+        };
+        let n_cut = self.train.iter().chain(&self.val).filter(is_cut).count();
+        if n_cut > 0 {
+            note!("note: answers of {} cut to --max_length {}", counted(n_cut, "row"), args.max_length);
+        }
+        note_left_out(&self.skipped);
+        let (n_lost, n_used) = (self.skipped.len(), self.train.len() + self.val.len());
+        if n_lost > n_used {
+            let (lost, all) = (thousands(n_lost), thousands(n_lost + n_used));
+            note!("note: {lost} of {all} rows are left out, which is most of them");
+        }
+        Ok(())
     }
 
     /// Lists all rows that are left out in a run's folder, and says so. Where there are none, a list that an earlier run left there goes.
@@ -163,6 +177,39 @@ impl Data {
             Ok(())
         }
     }
+}
+
+/// Rows as token ids that the model has; those that cannot be used are added to `skipped`.
+fn tokenize(
+    args: &TrainArgs,
+    open: &OpenModel,
+    rows: &[Row],
+    skipped: &mut Vec<Skipped>,
+) -> Result<Vec<TokenizedPair>> {
+    let truncation: TruncationStrategy = args.truncation_strategy.parse()?;
+    let system = args.system.as_deref();
+    let (pairs, left_out) = tokenize_rows(
+        rows,
+        &open.tokenizer,
+        open.template,
+        args.max_length,
+        truncation,
+        system,
+        strictness(args),
+    )?;
+    skipped.extend(left_out);
+    open.check_ids(pairs.iter().flat_map(|p| p.prompt.iter().chain(&p.chosen).chain(&p.rejected)))?;
+    Ok(pairs)
+}
+
+/// Why there is no row of `--val_dataset` to evaluate on: tokenizing left all `n_rows` out, the last ones of those `skipped`, or there was
+/// none.
+fn nothing_to_evaluate_on(args: &TrainArgs, n_rows: usize, skipped: &[Skipped]) -> Error {
+    let (before, of_these) = skipped.split_at(skipped.len() - n_rows);
+    // The error itself tells of these.
+    note_left_out(before);
+    let problem = format!("none of its rows can be evaluated on: {}", dataset::summarize(of_these));
+    Error::file(args.val_dataset.join(" "), problem).with_hint(TOO_LONG)
 }
 
 /// Why there is no row to train on: `n_train` there were, of which tokenizing left some out, or none beside those that are held out.

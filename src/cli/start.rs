@@ -14,6 +14,22 @@ use crate::train::TrainSettings;
 use crate::train::checkpoints::newest_checkpoint;
 use crate::train::trainer_state::TrainerState;
 
+/// Checks that a model that is named is one that can be loaded.
+///
+/// # Errors
+/// If it has a name alone.
+pub(super) fn check_model(args: &TrainArgs) -> Result<()> {
+    match (&args.model_type, &args.model_id_or_path) {
+        (Some(name), None) => Err(Error::config(format!(
+            "--model_type `{name}` names a model, and nothing is downloaded"
+        ))
+        .with_hint(
+            "fetch the model and pass its folder as --model_id_or_path; without both, the demo is taken",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// The same settings, where `--resume_from_checkpoint` and `--adapters` are checkpoints instead of the runs that they are the newest
 /// of.
 ///

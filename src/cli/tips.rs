@@ -200,7 +200,7 @@ mod tests {
             (&["chat"], "tip: here this is `infer`\n"),
             (&["merge"], "tip: here this is `export`\n"),
             (&["tain"], "tip: a similar subcommand exists: 'train'"),
-            (&["frobnicate"], "tip: the commands are train, plan, infer, export, bench, devices\n"),
+            (&["frobnicate"], "tip: the commands are train, plan, infer, eval, export, bench, devices\n"),
         ] {
             let message = usage(args);
             assert!(message.contains(tip), "{args:?}: {message}");

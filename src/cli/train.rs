@@ -15,7 +15,9 @@ use super::precision;
 use super::progress::Progress;
 use super::record::{create_folder, run_folder};
 use super::rows::{Data, is_demo_data, lengths, note_positions, plan_of};
-use super::start::{adapter_of, goes_on_in, ranks, resume_state, start_adapter, with_checkpoint};
+use super::start::{
+    adapter_of, check_model, goes_on_in, ranks, resume_state, start_adapter, with_checkpoint,
+};
 use super::tune;
 use super::words::noted;
 use crate::config::TrainArgs;
@@ -44,10 +46,7 @@ const SHORT_RUN: usize = 10;
 /// # Errors
 /// Everything that a user's settings, files and device can be wrong in.
 pub fn run(args: TrainArgs) -> Result<()> {
-    if let (Some(name), None) = (&args.model_type, &args.model_id_or_path) {
-        return Err(Error::config(format!("--model_type `{name}` names a model, and nothing is downloaded"))
-            .with_hint("fetch the model and pass its folder as --model_id_or_path; without both, the demo is trained"));
-    }
+    check_model(&args)?;
     let args = with_checkpoint(args)?;
     check_output(&args)?;
     let open = OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;

@@ -139,7 +139,7 @@ pub const OTHER_COMMANDS: &[(&str, &[&str])] = &[
         "a checkpoint is a PEFT adapter, which vLLM serves (see the README); `infer` answers in the terminal",
         &["api", "app", "deploy", "serve", "webchat", "webui"],
     ),
-    ("here this is `train`, with --val_dataset", &["eval", "evaluate"]),
+    ("here this is `eval`", &["evaluate", "test"]),
     ("here this is `bench`", &["benchmark"]),
     ("here this is `plan`", &["estimate", "estimate-memory"]),
     ("here this is `devices`", &["env", "gpus", "info"]),

@@ -12,6 +12,7 @@ mod convergence;
 mod cuda_on_cpu;
 mod demo;
 mod device;
+mod eval;
 mod export;
 mod fp16;
 mod goldens;
