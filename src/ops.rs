@@ -228,7 +228,27 @@ pub trait Kernels: Backend {
     }
 }
 
-impl Kernels for Flex {}
+impl Kernels for Flex {
+    fn attention_forward(
+        q: Tensor<Self, 3>,
+        k: Tensor<Self, 3>,
+        v: Tensor<Self, 3>,
+        mask: &AttentionMask<Self>,
+    ) -> AttentionOutput<Self> {
+        attention::attention_forward_by_head(&q, &k, &v, mask)
+    }
+
+    fn attention_backward(
+        dout: Tensor<Self, 2>,
+        q: Tensor<Self, 3>,
+        k: Tensor<Self, 3>,
+        v: Tensor<Self, 3>,
+        output: AttentionOutput<Self>,
+        mask: &AttentionMask<Self>,
+    ) -> [Tensor<Self, 3>; 3] {
+        attention::attention_backward_by_head(&dout, &q, &k, &v, &output, mask)
+    }
+}
 
 /// The tensor in another float type; itself where it has it.
 pub(crate) fn cast<B: Backend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {

@@ -11,6 +11,7 @@
 
 mod backward;
 mod bounds;
+mod by_head;
 mod forward;
 mod lanes;
 pub mod launch;
@@ -29,6 +30,7 @@ use burn::tensor::{DType, Tensor};
 
 use super::Kernels;
 
+pub(super) use by_head::{attention_backward_by_head, attention_forward_by_head};
 pub use mask::{AttentionMask, Visible};
 pub use mma::{MmaLaunch, MmaPass, OWNED as MMA_OWNED};
 pub use reference::{AdditiveMask, attention_reference};

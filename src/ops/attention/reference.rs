@@ -48,7 +48,8 @@ pub(in crate::ops) fn attention_forward_reference<B: Backend>(
     mask: &AttentionMask<B>,
 ) -> AttentionOutput<B> {
     let parts = blocks(&mask.visible, CHUNK_ROWS).into_iter().map(|block| {
-        let Scores { values, heads } = Scores::new(&q, &k, block.mask(&mask.visible, &k.device()), &block);
+        let Scores { values, heads, .. } =
+            Scores::new(&q, &k, block.mask(&mask.visible, &k.device()), &block);
         let max = values.clone().max_dim(2);
         let exps = (values - max.clone()).exp();
         let sum = exps.clone().sum_dim(2);
@@ -77,19 +78,19 @@ pub(in crate::ops) fn attention_backward_reference<B: Backend>(
     let mut dq = Vec::new();
     let (mut dk, mut dv) = (to_f32(k.zeros_like()), to_f32(v.zeros_like()));
     for block in blocks(&mask.visible, CHUNK_ROWS) {
-        let Scores { values, heads } = Scores::new(&q, &k, block.mask(&mask.visible, &k.device()), &block);
+        let Scores { values, q, heads } = Scores::new(&q, &k, block.mask(&mask.visible, &k.device()), &block);
         let rows = |t: &Tensor<B, 3>| heads.by_head(t.clone().slice([block.rows.clone()]));
         let weights = (values - rows(&lse)).exp();
         let dout = rows(&dout);
         let dweights = dout.clone().matmul(by_head(&v, &block.keys).swap_dims(1, 2));
-        let dscores = weights.clone() * (dweights - rows(&delta)) * scale;
-        dq.push(heads.to_rows(dscores.clone().matmul(by_head(&k, &block.keys))));
+        let dscores = weights.clone() * (dweights - rows(&delta));
+        dq.push(heads.to_rows(dscores.clone().matmul(by_head(&k, &block.keys)) * scale));
         let add = |to: &mut Tensor<B, 3>, part: Tensor<B, 3>| {
             let sum = to.clone().slice([block.keys.clone()]) + part.swap_dims(0, 1);
             *to = to.clone().slice_assign([block.keys.clone()], sum);
         };
         add(&mut dv, weights.swap_dims(1, 2).matmul(dout));
-        add(&mut dk, dscores.swap_dims(1, 2).matmul(rows(&to_f32(q.clone()))));
+        add(&mut dk, dscores.swap_dims(1, 2).matmul(q));
     }
     let dq = Tensor::cat(dq, 0).reshape(q.dims());
     [dq, dk, dv].map(|t| cast(t, dtype))
@@ -156,6 +157,8 @@ impl Heads {
 /// Masked, scaled scores of a block, `[kv_heads, group · rows, keys]`.
 struct Scores<B: Backend> {
     values: Tensor<B, 3>,
+    /// What they are products of, with the scale in it: `[kv_heads, group · rows, head_dim]`.
+    q: Tensor<B, 3>,
     heads: Heads,
 }
 
@@ -164,10 +167,12 @@ impl<B: Backend> Scores<B> {
         let ([_, heads, head_dim], kv_heads) = (q.dims(), k.dims()[1]);
         let heads = Heads { kv_heads, group: heads / kv_heads };
         let (n_rows, n_keys) = (block.rows.len(), block.keys.len());
-        let q = heads.by_head(to_f32(q.clone().slice([block.rows.clone()])));
-        let scores = q.matmul(by_head(k, &block.keys).swap_dims(1, 2)) * scale(head_dim);
-        let scores = scores.reshape([kv_heads, heads.group, n_rows, n_keys]) + mask.unsqueeze::<4>();
-        Self { values: scores.reshape([kv_heads, heads.group * n_rows, n_keys]), heads }
+        let q = heads.by_head(to_f32(q.clone().slice([block.rows.clone()]))) * scale(head_dim);
+        let scores = q.clone().matmul(by_head(k, &block.keys).swap_dims(1, 2));
+        // As one line a head: burn's CPU adds what each line takes in whole vectors, and a matrix to each of several value by value.
+        let scores = scores.reshape([kv_heads * heads.group, n_rows * n_keys]);
+        let scores = scores + mask.reshape([1, n_rows * n_keys]);
+        Self { values: scores.reshape([kv_heads, heads.group * n_rows, n_keys]), q, heads }
     }
 }
 
