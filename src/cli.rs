@@ -49,6 +49,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{TrainArgs, with_dashed_aliases};
@@ -199,7 +200,9 @@ fn run_matches(matches: &ArgMatches) -> Result<()> {
             plan::run(TrainArgs::resolve(matches, &command.config, &demo::settings())?)
         }
         (Command::Eval(command), Some((_, matches))) => {
-            eval::run(TrainArgs::resolve(matches, &command.config, &demo::settings())?)
+            let args = TrainArgs::resolve(matches, &command.config, &demo::settings())?;
+            let is_named = matches.value_source("adapters") == Some(ValueSource::CommandLine);
+            eval::run(&args, is_named, &command.config)
         }
         (Command::Infer(args), _) => infer::run(&args),
         (Command::Export(args), _) => export::run(&args),

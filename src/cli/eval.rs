@@ -1,18 +1,18 @@
 //! `orpo-wgpu eval`: what a run logs of the rows that it holds out, of an adapter that there is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn_flex::Flex;
 use burn_wgpu::Wgpu;
 
-use super::adapter::{adapter_named, note_trained_otherwise};
+use super::adapter::{adapter_in, adapter_named, note_trained_otherwise};
 use super::open::OpenModel;
 use super::outcome::table;
 use super::precision;
 use super::progress::bar_of_rows;
 use super::rows::Data;
-use super::start::{adapter_of, check_model, with_checkpoint};
+use super::start::check_model;
 use super::words::noted;
 use crate::config::TrainArgs;
 use crate::data::tokenize::TokenizedPair;
@@ -22,17 +22,21 @@ use crate::lora;
 use crate::model::Precision;
 use crate::ops::Kernels;
 use crate::train::Evaluation;
+use crate::train::run_folder::ARGS_FILE;
 use crate::words::counted;
 
-/// Runs the subcommand, which takes the flags of `train`.
+/// Runs the subcommand, which takes the flags of `train` and looks at those that tell of model, rows and loss. `is_named` says whether
+/// `--adapters` is a flag, and not a setting of `configs`.
 ///
 /// # Errors
 /// Everything that a user's settings, files and device can be wrong in.
-pub fn run(args: TrainArgs) -> Result<()> {
-    check_model(&args)?;
-    let args = &with_checkpoint(args)?;
+pub fn run(args: &TrainArgs, is_named: bool, configs: &[PathBuf]) -> Result<()> {
+    check_model(args)?;
     let open = &OpenModel::open(args.model_id_or_path.as_deref(), &args.template_type)?;
-    let adapter = adapter_named(adapter_of(args), open.is_demo());
+    let adapter = match run_of(configs).filter(|_| !is_named) {
+        Some(run) => Some(adapter_of_run(run)?),
+        None => adapter_named(args.adapters.as_deref(), open.is_demo()),
+    };
     adapter.as_deref().map_or(Ok(()), |folder| open.check_adapter(folder))?;
     let selected = device::select(&args.device)?;
     if let Some(note) = &selected.note {
@@ -54,6 +58,22 @@ pub fn run(args: TrainArgs) -> Result<()> {
         ),
         other => other,
     })
+}
+
+/// The folder of the run whose record is among these files. Such a record tells what the run began from.
+fn run_of(configs: &[PathBuf]) -> Option<&Path> {
+    let record = configs.iter().rfind(|config| config.file_name().is_some_and(|name| name == ARGS_FILE))?;
+    record.parent().map(|folder| if folder == Path::new("") { Path::new(".") } else { folder })
+}
+
+/// A run's newest checkpoint, or the checkpoint that the folder is.
+fn adapter_of_run(run: &Path) -> Result<PathBuf> {
+    let adapter = adapter_in(run);
+    if adapter.join(lora::ADAPTER_FILE).exists() {
+        return Ok(adapter);
+    }
+    Err(Error::file(run, "holds no checkpoint to evaluate")
+        .with_hint("--adapters names one, or with `none` takes the model by itself"))
 }
 
 /// What is evaluated, whatever it is computed with.
@@ -89,6 +109,13 @@ impl Evaluated<'_> {
         let metrics = evaluation.run(&model, rows, &|n_done| {
             bar.set_position(n_done as u64);
             true
+        });
+        let metrics = metrics.map_err(|error| match error {
+            Error::NonFinite { value, rows, .. } => {
+                Error::file(&with, format!("gives a loss of {value} on {rows}"))
+                    .with_hint("its run has diverged, or these rows overflow fp16, where --dtype fp32 may do")
+            }
+            other => other,
         })?;
         bar.finish_and_clear();
         let mut table = table(&["validation rows", &counted(rows.len(), "row")]);

@@ -1,10 +1,11 @@
 //! `orpo-wgpu export`: a model's folder with an adapter in its weights.
 
-use std::fs;
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use super::adapter::{adapter_named, as_flags, demo_runs, trained_with};
+use super::interrupts;
 use super::open::OpenModel;
 use super::outcome::program;
 use super::progress::bar_of_bytes;
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::lora::{self, Merged};
 use crate::model::load::{INDEX_FILE, check_llama};
 use crate::shell::pasted;
-use crate::train::run_folder::{check_writable, put_in_place};
+use crate::train::run_folder::check_writable;
 use crate::words::counted;
 
 /// What `orpo-wgpu export` is told.
@@ -52,16 +53,21 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         Some(folder) => folder.clone(),
         None => beside(&adapter)?,
     };
-    let partial = with_name(&place, |name| format!(".{name}.partial"))?;
     check_new(&place)?;
-    let merged = write(&open, &adapter, &partial).and_then(|merged| {
-        put_in_place(&partial, &place)?;
-        Ok(merged)
+    // Before anything is written: the whole model, with all that is missing.
+    check_llama(&open.checkpoint()?, &open.config)?;
+    let partial = new_partial(&place)?;
+    interrupts::end_after({
+        let partial = partial.clone();
+        move || {
+            remove(&partial);
+            note!("interrupted: nothing is exported");
+        }
     });
-    let Merged { n_matrices, bytes } = merged.inspect_err(|_| {
-        // The first error is the one to report; a folder that cannot be removed either tells nothing new.
-        let _ = fs::remove_dir_all(&partial);
-    })?;
+    let merged = write(&open, &adapter, &partial).and_then(|merged| {
+        fs::rename(&partial, &place).map_err(Error::io("create", &place)).map(|()| merged)
+    });
+    let Merged { n_matrices, bytes } = merged.inspect_err(|_| remove(&partial))?;
     say!(
         "{} of {} merged into {}: {}",
         counted(n_matrices, "linear layer"),
@@ -94,34 +100,53 @@ fn with_name(path: &Path, name: impl Fn(&str) -> String) -> Result<PathBuf> {
     Ok(path.with_file_name(name(&last.to_string_lossy())))
 }
 
-/// Checks that a folder is not there, or empty, and can be made.
+/// Checks that there is nothing of this name, and that a folder can be made there.
 fn check_new(folder: &Path) -> Result<()> {
-    let is_empty = match fs::read_dir(folder) {
-        Ok(mut entries) => entries.next().is_none(),
-        Err(error) => error.kind() == ErrorKind::NotFound,
-    };
-    if !is_empty {
-        return Err(Error::file(folder, "is there already")
-            .with_hint("remove it, or name a new folder with --output_dir"));
+    // A link to nowhere is there as well, and an empty folder may be one that something else is waiting for.
+    match folder.symlink_metadata() {
+        Ok(_) => {
+            return Err(Error::file(folder, "is there already").with_hint(
+                "name a folder that is not there with --output_dir; it may be within one that is",
+            ));
+        }
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io("create", folder)(error)),
+        Err(_) => {}
     }
-    check_writable(folder)
+    check_writable(above(folder))
+        .map_err(|error| error.with_hint("--output_dir names a folder in another place"))
 }
 
-/// Writes the model's files into a folder, of which something may be left of an earlier try.
+fn above(folder: &Path) -> &Path {
+    folder.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."))
+}
+
+/// Makes a folder of no other's beside the one that is to be, for what is not whole yet.
+fn new_partial(place: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(above(place)).map_err(Error::io("create", above(place)))?;
+    let mut number = std::process::id();
+    loop {
+        let partial = with_name(place, |name| format!(".{name}.{number}.partial"))?;
+        match fs::create_dir(&partial) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => number = number.wrapping_add(1),
+            made => return made.map_err(Error::io("create", &partial)).map(|()| partial),
+        }
+    }
+}
+
+/// Removes what is not whole, into which something may be written meanwhile.
+fn remove(partial: &Path) {
+    // A folder that cannot be removed tells nothing that what ended the work does not.
+    while fs::remove_dir_all(partial).is_err_and(|error| error.kind() == ErrorKind::DirectoryNotEmpty) {}
+}
+
+/// Writes the model's files into a folder.
 fn write(open: &OpenModel, adapter: &Path, folder: &Path) -> Result<Merged> {
-    // Before anything is written: the whole of it, with all that is missing.
-    check_llama(&open.checkpoint()?, &open.config)?;
     let files = open.weight_files()?;
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", folder)(error)),
-        _ => fs::create_dir_all(folder).map_err(Error::io("create", folder)),
-    }?;
     match open.folder() {
         Some(model) => copy_settings(model, folder)?,
-        None => demo::FILES.iter().try_for_each(|(name, content)| {
-            let path = folder.join(name);
-            fs::write(&path, content).map_err(Error::io("write", &path))
-        })?,
+        None => {
+            demo::FILES.iter().try_for_each(|(name, content)| write_whole(&folder.join(name), content))?
+        }
     }
     let bar = bar_of_bytes("merging");
     let on_written = |written, all| {
@@ -143,10 +168,18 @@ fn copy_settings(model: &Path, folder: &Path) -> Result<()> {
         }
         // Not with the permissions it has, which may be to read alone.
         let content = fs::read(&from).map_err(Error::io("read", &from))?;
-        let to = folder.join(name);
-        fs::write(&to, content).map_err(Error::io("write", &to))?;
+        write_whole(&folder.join(name), &content)?;
     }
     Ok(())
+}
+
+/// Writes a file, and has it reach the disk: the folder has its name once all of it is there.
+fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
+    let written = File::create_new(path).and_then(|mut file| {
+        file.write_all(content)?;
+        file.sync_all()
+    });
+    written.map_err(Error::io("write", path))
 }
 
 /// Whether a file of this name belongs to the model whatever its weights. So does the index of those, as tensors keep names and sizes.
@@ -156,7 +189,9 @@ fn is_setting(name: &str) -> bool {
     let is_legal = ["LICENSE", "LICENCE", "NOTICE", "USE_POLICY"]
         .iter()
         .any(|start| name.to_uppercase().starts_with(start));
-    !name.starts_with('.') && (name == INDEX_FILE || !is_index && ends || is_legal)
+    // An adapter that lies in the folder is none of the merged model's.
+    let is_other = name.starts_with('.') || name.starts_with("adapter_");
+    !is_other && (name == INDEX_FILE || !is_index && ends || is_legal)
 }
 
 #[cfg(test)]
@@ -174,6 +209,7 @@ mod tests {
             "model-00001-of-00004.safetensors",
             "pytorch_model.bin.index.json",
             "model.gguf",
+            "adapter_config.json",
             ".gitattributes",
             "README.md",
         ] {

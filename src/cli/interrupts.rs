@@ -30,6 +30,17 @@ pub fn watch_ctrl_c() -> Arc<AtomicBool> {
     is_interrupted
 }
 
+/// From here on a signal, one that [`watch`] hears, calls `clean` and ends the program.
+pub fn end_after(clean: impl Fn() + Send + 'static) {
+    unless_hangups_are_ignored(|| {
+        ctrlc::set_handler(move || {
+            clean();
+            std::process::exit(EXIT_CODE);
+        })
+        .is_ok()
+    });
+}
+
 /// A flag, and what sets it.
 fn flag(tell: impl Fn() + Send + 'static) -> (Arc<AtomicBool>, impl FnMut() + Send + 'static) {
     let is_set = Arc::new(AtomicBool::new(false));

@@ -111,21 +111,38 @@ impl Data {
     /// Reads and tokenizes the rows that a run with these settings evaluates on, and none to train on.
     ///
     /// # Errors
-    /// As [`load`](Self::load), and if no row is left to evaluate on.
+    /// As [`load`](Self::load), but of rows to evaluate on.
     pub fn load_to_evaluate(args: &TrainArgs, open: &OpenModel) -> Result<Self> {
-        if args.val_dataset.is_empty() {
-            let Self { val, skipped, .. } = Self::load(args, open)?;
-            if val.is_empty() {
-                return Err(Error::config("no row is held out to evaluate on")
-                    .with_hint("--val_dataset FILE names rows, --dataset_test_ratio a share of --dataset"));
-            }
-            return Ok(Self { train: Vec::new(), val, skipped });
+        let is_named = !args.val_dataset.is_empty();
+        let takes_demo = args.model_id_or_path.is_none() && args.dataset.is_empty();
+        if !is_named && args.dataset.is_empty() && !takes_demo {
+            return Err(Error::config("no rows to evaluate on are named").with_hint(
+                "--val_dataset FILE names them; with --config RUN/args.json they are those of the run",
+            ));
         }
-        let Dataset { rows, mut skipped, unused } = load(args, &args.val_dataset, demo::held_out)?;
-        renames::check_used(&[&unused])?;
-        notes::tell(args, &args.val_dataset, &rows, &unused.columns);
+        let learned = |args: &TrainArgs| load(args, &args.dataset, demo::pairs);
+        let (rows, mut skipped) = if is_named {
+            let Dataset { rows, skipped, unused } = load(args, &args.val_dataset, demo::held_out)?;
+            renames::check_used(&[&unused])?;
+            notes::tell(args, &args.val_dataset, &rows, &unused.columns);
+            if (takes_demo || !args.dataset.is_empty())
+                && let Some(note) = notes::learned_from(&learned(args)?.rows, &rows)
+            {
+                note!("{note}");
+            }
+            (rows, skipped)
+        } else {
+            let Dataset { rows, skipped, unused } = learned(args)?;
+            renames::check_used(&[&unused])?;
+            notes::tell(args, &args.dataset, &rows, &unused.columns);
+            (draw::split(rows, args.dataset_test_ratio, shuffle(args)).1, skipped)
+        };
         if let Some(note) = notes::unused_system(args, rows.iter()) {
             note!("{note}");
+        }
+        if rows.is_empty() {
+            return Err(Error::config("no row is held out to evaluate on")
+                .with_hint("--val_dataset FILE names rows, --dataset_test_ratio a share of --dataset"));
         }
         let val = tokenize(args, open, &rows, &mut skipped)?;
         if val.is_empty() {
@@ -202,14 +219,15 @@ fn tokenize(
     Ok(pairs)
 }
 
-/// Why there is no row of `--val_dataset` to evaluate on: tokenizing left all `n_rows` out, the last ones of those `skipped`, or there was
-/// none.
+/// Why there is no row to evaluate on: tokenizing left all `n_rows` out, the last ones of those `skipped`.
 fn nothing_to_evaluate_on(args: &TrainArgs, n_rows: usize, skipped: &[Skipped]) -> Error {
     let (before, of_these) = skipped.split_at(skipped.len() - n_rows);
     // The error itself tells of these.
     note_left_out(before);
     let problem = format!("none of its rows can be evaluated on: {}", dataset::summarize(of_these));
-    Error::file(args.val_dataset.join(" "), problem).with_hint(TOO_LONG)
+    let named = if args.val_dataset.is_empty() { &args.dataset } else { &args.val_dataset };
+    let name = if named.is_empty() { demo::NAME.to_owned() } else { named.join(" ") };
+    Error::file(name, problem).with_hint(TOO_LONG)
 }
 
 /// Why there is no row to train on: `n_train` there were, of which tokenizing left some out, or none beside those that are held out.

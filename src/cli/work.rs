@@ -21,7 +21,7 @@ use crate::train::cost::{StepFlops, StepMemory, StepShape};
 use crate::words::{counted, thousands};
 
 /// The share of the best product's rate that a step is taken to run at: norms, attention and the head come in between, and products of
-/// few tokens are slow. `bench` came to 61 to 74 % on an H100, and on two cores to 20 to 79 % by the model (README).
+/// few tokens are slow. `bench` came to 61 to 74 % on an H100, and on two cores to 49 to 79 % by the model (README).
 const RATE: f64 = 0.5;
 /// Pairs that are counted where the data set is not known.
 const PAIRS: usize = 1000;

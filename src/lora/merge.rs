@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::path::Path;
 
 use safetensors::{Dtype, View};
@@ -64,18 +64,31 @@ pub fn merge(
             };
             (name.clone(), MergedTensor { file: &file.1, name, update, unfit: &unfit, on_read })
         });
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        }
         // What a new file may be read by; the library makes one for its owner alone and puts it in this one's place.
-        let made = File::create(&path).and_then(|file| file.metadata()).map_err(Error::io("write", &path))?;
+        let made =
+            File::create_new(&path).and_then(|file| file.metadata()).map_err(Error::io("write", &path))?;
         // As transformers asks of a file.
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         safetensors::serialize_to_file(views, Some(metadata), &path)
             .map_err(|error| Error::file(&path, format!("cannot be written: {error}")))?;
-        fs::set_permissions(&path, made.permissions()).map_err(Error::io("write", &path))?;
-        if let Some(problem) = unfit.into_inner() {
-            return Err(Error::file(adapter_folder, problem).with_hint(
-                "the run that made it has diverged, or the model needs a type of more range: F16 ends at 65,504",
-            ));
+        if let Some((is_of_model, what)) = unfit.into_inner() {
+            return Err(if is_of_model {
+                Error::file(&file.0, what)
+                    .with_hint("the model's weights are damaged, or of a run that had diverged")
+            } else {
+                Error::file(adapter_folder, what).with_hint(
+                    "the run that made it has diverged, or the model needs a type of more range: F16 ends at 65,504",
+                )
+            });
         }
+        // The folder has its name once all of it is on the disk.
+        let flushed = OpenOptions::new().write(true).open(&path).and_then(|file| file.sync_all());
+        flushed
+            .and_then(|()| fs::set_permissions(&path, made.permissions()))
+            .map_err(Error::io("write", &path))?;
     }
     Ok(Merged { n_matrices: updates.len(), bytes })
 }
@@ -86,8 +99,8 @@ struct MergedTensor<'a, F> {
     name: String,
     /// What is added, and the file that it is in.
     update: Option<(&'a StoredModule, &'a Checkpoint)>,
-    /// The first problem of a tensor: what reads them takes none.
-    unfit: &'a RefCell<Option<String>>,
+    /// The first problem of a tensor, and whether it is of the model's: what reads them takes none.
+    unfit: &'a RefCell<Option<(bool, String)>>,
     on_read: F,
 }
 
@@ -112,20 +125,23 @@ impl<F: Fn(u64)> View for MergedTensor<'_, F> {
         let (a, b) = (adapter.floats(a), adapter.floats(b));
         let n_columns = self.shape()[1];
         let r = a.len() / n_columns;
-        let (merged, not_finite) = self.file.changed(&self.name, |row, values| {
+        let (merged, [before, after]) = self.file.changed(&self.name, |row, values| {
             let mut update = vec![0.0; n_columns];
             for (b, a) in b[row * r..(row + 1) * r].iter().zip(a.chunks_exact(n_columns)) {
                 update.iter_mut().zip(a).for_each(|(update, a)| *update += b * a);
             }
             values.iter_mut().zip(update).for_each(|(value, update)| *value += scale * update);
         });
-        if not_finite > 0 {
+        if before > 0 {
+            let what = format!("{before} values of `{}` are no finite numbers", self.name);
+            self.unfit.borrow_mut().get_or_insert((true, what));
+        } else if after > 0 {
+            let dtype = self.dtype();
             let what = format!(
-                "with it {not_finite} values of `{}` are no finite numbers of {:?} any more",
-                self.name,
-                self.dtype()
+                "with it {after} values of `{}` are no finite numbers of {dtype:?} any more",
+                self.name
             );
-            self.unfit.borrow_mut().get_or_insert(what);
+            self.unfit.borrow_mut().get_or_insert((false, what));
         }
         Cow::Owned(merged)
     }

@@ -219,6 +219,8 @@ fn check_kind(config: &AdapterConfigFile) -> Result<(), String> {
         Err(format!("the pattern `{key}` is a regular expression: only module names are read"))
     } else if config.r == 0 {
         Err("r is 0".to_owned())
+    } else if let Some((name, _)) = config.rank_pattern.iter().find(|(_, r)| **r == 0) {
+        Err(format!("rank_pattern has a rank of 0 for {name}"))
     } else {
         Ok(())
     }
@@ -321,6 +323,7 @@ mod tests {
             (", \"init_lora_weights\": \"pissa_niter_4\"", "which changes the base model"),
             (", \"alora_invocation_tokens\": [1, 2]", "alora_invocation_tokens is given"),
             (", \"rank_pattern\": {\"layers.[0-3]\": 4}", "is a regular expression"),
+            (", \"rank_pattern\": {\"q_proj\": 0}", "has a rank of 0 for q_proj"),
         ] {
             let error = refused(field).unwrap_err();
             assert!(error.contains(ADAPTER_CONFIG_FILE) && error.contains(says), "{field}: {error}");

@@ -5,7 +5,7 @@ mod llama;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
@@ -80,7 +80,14 @@ fn index(folder: &Path) -> Result<Option<(PathBuf, BTreeMap<String, String>)>> {
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     let index: Index =
         serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("is not an index: {e}")))?;
-    Ok(Some((path, index.weight_map)))
+    let is_within =
+        |name: &&String| Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
+    match index.weight_map.values().find(|name| !is_within(name)) {
+        None => Ok(Some((path, index.weight_map))),
+        Some(name) => {
+            Err(Error::file(&path, format!("names `{name}` for weights, which is no file within its folder")))
+        }
+    }
 }
 
 impl Checkpoint {
@@ -194,11 +201,11 @@ impl Checkpoint {
     }
 
     /// A matrix that [`check`](Self::check) has seen as it would be stored after `change` of each row, by its number, `[columns]` in `f32`;
-    /// and how many of its values are no finite numbers then, as those beyond what its type holds.
+    /// and how many of its values are no finite numbers before and after, as those beyond what its type holds.
     ///
     /// # Panics
     /// If it is not there or no matrix.
-    pub fn changed(&self, name: &str, change: impl Fn(usize, &mut [f32]) + Sync) -> (Vec<u8>, usize) {
+    pub fn changed(&self, name: &str, change: impl Fn(usize, &mut [f32]) + Sync) -> (Vec<u8>, [usize; 2]) {
         self.tensors[name].changed(change)
     }
 

@@ -104,8 +104,8 @@ impl StoredTensor {
     }
 
     /// The values of a matrix in the type that they are stored in, after `change` of each row, `[columns]` in `f32`; and how many are no
-    /// finite numbers then, as those beyond what the type holds.
-    pub(super) fn changed(&self, change: impl Fn(usize, &mut [f32]) + Sync) -> (Vec<u8>, usize) {
+    /// finite numbers before and after, as those beyond what the type holds.
+    pub(super) fn changed(&self, change: impl Fn(usize, &mut [f32]) + Sync) -> (Vec<u8>, [usize; 2]) {
         let n_columns = self.shape[1];
         let stored = self.stored(0..self.shape.iter().product());
         let mut changed = vec![0; stored.len()];
@@ -115,11 +115,12 @@ impl StoredTensor {
             || vec![0.0; n_columns],
             |values, (row, (changed, stored))| {
                 widen(stored, self.dtype, values);
+                let before = values.iter().filter(|value| !value.is_finite()).count();
                 change(row, values);
-                store(values, self.dtype, changed)
+                [before, store(values, self.dtype, changed)]
             },
         );
-        let not_finite = not_finite.sum();
+        let not_finite = not_finite.reduce(|| [0; 2], |a, b| [a[0] + b[0], a[1] + b[1]]);
         (changed, not_finite)
     }
 

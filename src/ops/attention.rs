@@ -33,7 +33,7 @@ use super::Kernels;
 pub(super) use by_head::{attention_backward_by_head, attention_forward_by_head};
 pub use mask::{AttentionMask, Visible};
 pub use mma::{MmaLaunch, MmaPass, OWNED as MMA_OWNED};
-pub use reference::{AdditiveMask, attention_reference};
+pub use reference::{AdditiveMask, CHUNK_ROWS, attention_reference};
 pub(super) use reference::{attention_backward_reference, attention_forward_reference};
 pub use tile::{MmaUnit, Tile, Units};
 

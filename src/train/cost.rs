@@ -7,7 +7,7 @@ use crate::data::batch::Batch;
 use crate::model::llama::{Keep, KeepPlan, LINEAR_NAMES};
 use crate::model::parts::MAX_SHARD_ROWS;
 use crate::model::{LlamaConfig, Precision};
-use crate::ops::attention::Visible;
+use crate::ops::attention::{CHUNK_ROWS, Visible};
 use crate::ops::quantize::Storage;
 
 /// Whose memory a step takes.
@@ -181,8 +181,12 @@ impl StepMemory {
         let rope = F32 * tokens * config.head_dim;
         let (embedding, between) = match shape.place {
             Place::Gpu => (0, 0),
-            // The reference of SwiGLU's backward has the sigmoid and both factors of `dgate` beside what it is given.
-            Place::Cpu { embedding_bytes } => (embedding_bytes, 3 * F32 * tokens * inner),
+            // The reference of SwiGLU's backward has the sigmoid and both factors of `dgate` beside what it is given. What attention's
+            // threads free stays theirs: about five tables of a chunk of rows, and a copy of what they read and write.
+            Place::Cpu { embedding_bytes } => {
+                let tables = 5 * config.num_attention_heads * CHUNK_ROWS.min(tokens);
+                (embedding_bytes, F32 * tokens * (3 * inner + tables + 4 * (q + kv)))
+            }
         };
         let in_head = Self {
             weights: layers * matrices

@@ -283,11 +283,8 @@ fn remove_folder(folder: &Path) -> Result<()> {
     }
 }
 
-/// Flushes a folder's files and renames it to its place, where it replaces what was there.
-///
-/// # Errors
-/// If a file cannot be flushed or the folder not renamed; what was there stays then.
-pub fn put_in_place(partial: &Path, place: &Path) -> Result<()> {
+/// Flushes a folder's files and renames it to its place.
+fn put_in_place(partial: &Path, place: &Path) -> Result<()> {
     for entry in fs::read_dir(partial).map_err(Error::io("read", partial))? {
         let path = entry.map_err(Error::io("read", partial))?.path();
         // Flushing needs a handle that may write, on Windows.
@@ -318,8 +315,6 @@ fn flush_folder(folder: &Path) -> Result<()> {
     if !cfg!(unix) {
         return Ok(());
     }
-    // What is above a name alone.
-    let folder = if folder == Path::new("") { Path::new(".") } else { folder };
     let opened = File::open(folder);
     match opened.and_then(|folder| folder.sync_all()) {
         // Some file systems flush no folders.

@@ -61,17 +61,15 @@ fn an_adapter_has_the_figures_that_its_run_logged() {
             after,
             "{held_out:?}"
         );
-        assert_eq!(evaluated(&workplace, &run), before, "{held_out:?}: B of a new adapter is 0");
-        assert_eq!(
-            evaluated(&workplace, &[&run[..], &["--adapters", "none"]].concat()),
-            before,
-            "{held_out:?}"
-        );
+        assert_eq!(evaluated(&workplace, &run), after, "{held_out:?}: a run's record is beside its adapter");
+        let none = evaluated(&workplace, &[&run[..], &["--adapters", "none"]].concat());
+        assert_eq!(none, before, "{held_out:?}: B of a new adapter is 0");
         let written = workplace.written();
         let merge = ["export", "--model_id_or_path", "model", "--adapters", "out", "--output_dir", "merged"];
         let merged = orpo_wgpu(&merge).current_dir(workplace.0.path()).output().unwrap();
         assert!(merged.status.success(), "{}", stderr(&merged));
-        let merged = evaluated(&workplace, &[&run[..], &["--model_id_or_path", "merged"]].concat());
+        let merged = ["--model_id_or_path", "merged", "--adapters", "none"];
+        let merged = evaluated(&workplace, &[&run[..], &merged].concat());
         for ((name, merged), (_, adapted)) in merged.iter().zip(&after) {
             let off = merged.parse::<f64>().unwrap() - adapted.parse::<f64>().unwrap();
             assert!(off.abs() < 2e-4, "{name}: {merged} merged, {adapted} with the adapter");
@@ -89,12 +87,16 @@ fn rows_that_are_named_are_enough() {
     assert_eq!(evaluated(&workplace, &[&model[..], &["--val_dataset", "pairs.jsonl"]].concat()).len(), 10);
     fs::write(workplace.path("unanswered.jsonl"), "{\"prompt\": \"Who?\", \"chosen\": \"I.\"}\n").unwrap();
     for (flags, says) in [
-        (&[][..], "--dataset is missing"),
+        (&[][..], "no rows to evaluate on are named\nhint: --val_dataset FILE names them"),
         (
             &["--dataset", "pairs.jsonl"],
             "no row is held out to evaluate on\nhint: --val_dataset FILE names rows",
         ),
         (&["--val_dataset", "pairs.jsonl", "--max_length", "4"], "none of its rows can be evaluated on: "),
+        (
+            &["--dataset", "pairs.jsonl", "--dataset_test_ratio", "0.4", "--max_length", "4"],
+            "can be evaluated on: ",
+        ),
         (&["--val_dataset", "unanswered.jsonl"], "unanswered.jsonl"),
         (&["--val_dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (&["--val_dataset", "pairs.jsonl", "--adapters", "nowhere"], "nowhere: is not an adapter folder"),
@@ -103,4 +105,40 @@ fn rows_that_are_named_are_enough() {
         let message = stderr(&output);
         assert!(!output.status.success() && message.contains(says), "{flags:?}: {message}");
     }
+}
+
+/// A run that goes on, or begins from an adapter, has that in its record.
+#[test]
+fn a_run_s_own_adapter_is_evaluated_and_not_the_one_it_began_from() {
+    let workplace = Workplace::new();
+    let held_out = ["--dataset_test_ratio", "0.4", "--learning_rate", "0.01"];
+    let train = |flags: &[&str]| {
+        let output = workplace.train(&[&held_out, flags].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+    };
+    train(&["--output_dir", "first"]);
+    fs::create_dir(workplace.path("none")).unwrap();
+    for from in ["--adapters", "--resume_from_checkpoint"] {
+        train(&[from, "first", "--max_steps", "4"]);
+        let [_, after] = logged(&workplace);
+        assert_eq!(evaluated(&workplace, &["--config", "out/args.json"]), after, "{from}");
+        let checkpoint = workplace.path("out/checkpoint-4");
+        fs::rename(&checkpoint, workplace.path("none/checkpoint-4")).unwrap();
+        let message = stderr(&eval(&workplace, &["--config", "out/args.json"]));
+        assert!(
+            message.contains("out: holds no checkpoint to evaluate\nhint: --adapters names one"),
+            "{message}"
+        );
+        let none = evaluated(&workplace, &["--config", "out/args.json", "--adapters", "none"]);
+        assert_ne!(none, after, "{from}: a folder of that name is another thing");
+        fs::remove_dir_all(workplace.path("none/checkpoint-4")).unwrap();
+    }
+}
+
+#[test]
+fn rows_that_are_learned_from_are_told_of() {
+    let workplace = Workplace::new();
+    let flags = ["--device", "cpu", "--model_id_or_path", "model", "--dataset", "pairs.jsonl"];
+    let output = eval(&workplace, &[&flags[..], &["--val_dataset", "pairs.jsonl"]].concat());
+    assert!(stderr(&output).contains("7 are trained on as well"), "{}", stderr(&output));
 }

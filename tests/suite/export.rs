@@ -12,6 +12,7 @@ use orpo_wgpu::model::load::{Checkpoint, load_llama};
 use orpo_wgpu::model::{LlamaConfig, Precision};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use serde_json::{Map, Value, json};
 
 use crate::goldens::{CASES, Case};
 use crate::workplace::{Workplace, fixture, orpo_wgpu, stderr, stdout};
@@ -79,20 +80,35 @@ fn stored_as(workplace: &Workplace, dtype: Dtype) -> PathBuf {
     path
 }
 
+/// The `gqa` case's adapter, with these settings over its own, as `adapter`.
+fn copy_adapter(workplace: &Workplace, settings: &Value) {
+    let (from, to) = (fixture("gqa/adapter"), workplace.path("adapter"));
+    fs::create_dir(&to).unwrap();
+    fs::copy(from.join("adapter_model.safetensors"), to.join("adapter_model.safetensors")).unwrap();
+    let text = fs::read_to_string(from.join("adapter_config.json")).unwrap();
+    let mut written: Map<String, Value> = serde_json::from_str(&text).unwrap();
+    assert_eq!((&written["r"], &written["lora_alpha"]), (&json!(8), &json!(32)));
+    written.extend(settings.as_object().unwrap().clone());
+    fs::write(to.join("adapter_config.json"), Value::from(written).to_string()).unwrap();
+}
+
 #[test]
 fn a_sum_is_rounded_once_to_the_type_of_the_file() {
     let adapter = Checkpoint::open_file(&fixture("gqa/adapter/adapter_model.safetensors")).unwrap();
-    let (config, scale) = (LlamaConfig::read(&fixture("gqa/model/config.json")).unwrap(), 4.0);
-    let path = fixture("gqa/adapter").display().to_string();
-    let settings = fs::read_to_string(fixture("gqa/adapter/adapter_config.json")).unwrap();
-    let settings: serde_json::Value = serde_json::from_str(&settings).unwrap();
-    assert_eq!(settings["lora_alpha"].as_f64().unwrap() / settings["r"].as_f64().unwrap(), scale);
-    for (dtype, digits) in [(Dtype::F16, 11), (Dtype::BF16, 8)] {
+    let config = LlamaConfig::read(&fixture("gqa/model/config.json")).unwrap();
+    let is_own = |name: &str| name.starts_with("model.layers.1.mlp.down_proj.");
+    for (dtype, digits, settings) in [
+        (Dtype::F16, 11, json!({})),
+        (Dtype::BF16, 8, json!({})),
+        // Rank-stabilised: by the root of the rank, which is 8.
+        (Dtype::F16, 11, json!({"use_rslora": true, "alpha_pattern": {"model.layers.1.mlp.down_proj": 64}})),
+    ] {
         let workplace = Workplace::new();
+        copy_adapter(&workplace, &settings);
         let before = Checkpoint::open_file(&stored_as(&workplace, dtype)).unwrap();
         exported(
             workplace.0.path(),
-            &["--model_id_or_path", "model", "--adapters", &path, "--output_dir", "merged"],
+            &["--model_id_or_path", "model", "--adapters", "adapter", "--output_dir", "merged"],
         );
         let after = Checkpoint::open_folder(&workplace.path("merged")).unwrap();
         assert_eq!(before.names().collect::<Vec<_>>(), after.names().collect::<Vec<_>>());
@@ -106,6 +122,11 @@ fn a_sum_is_rounded_once_to_the_type_of_the_file() {
                 continue;
             };
             n_changed += 1;
+            let scale = match settings["use_rslora"].as_bool() {
+                Some(true) if is_own(name) => 64.0 / 8f64.sqrt(),
+                Some(true) => 32.0 / 8f64.sqrt(),
+                _ => 4.0,
+            };
             let (a, b) = (adapter.floats(&a), adapter.floats(&b));
             let (was, is) = (before.floats(name), after.floats(name));
             for (i, (was, is)) in was.into_iter().zip(is).enumerate() {
@@ -163,15 +184,7 @@ fn the_demo_answers_as_with_its_adapter() {
 #[test]
 fn what_cannot_be_merged_is_told_and_nothing_is_written() {
     let workplace = Workplace::new();
-    let copied = workplace.path("adapter");
-    fs::create_dir(&copied).unwrap();
-    for name in ["adapter_model.safetensors", "adapter_config.json"] {
-        fs::copy(fixture("gqa/adapter").join(name), copied.join(name)).unwrap();
-    }
-    let settings = fs::read_to_string(copied.join("adapter_config.json")).unwrap();
-    let mut settings: serde_json::Value = serde_json::from_str(&settings).unwrap();
-    settings["lora_alpha"] = 1e9.into();
-    fs::write(copied.join("adapter_config.json"), settings.to_string()).unwrap();
+    copy_adapter(&workplace, &json!({"lora_alpha": 1e9}));
     fs::create_dir(workplace.path("full")).unwrap();
     fs::write(workplace.path("full/notes.txt"), "mine").unwrap();
     stored_as(&workplace, Dtype::F16);
@@ -186,11 +199,8 @@ fn what_cannot_be_merged_is_told_and_nothing_is_written() {
         (&["--adapters", &other], 1, "of its tensors do not fit:"),
         (&["--adapters", &adapter, "--output_dir", "full"], 1, "orpo-wgpu: full: is there already\nhint: "),
         (&["--adapters", &adapter, "--output_dir", "model"], 1, "orpo-wgpu: model: is there already\nhint: "),
-        (
-            &["--adapters", &adapter, "--output_dir", ".."],
-            2,
-            "--output_dir is .., which is the name of no new folder",
-        ),
+        (&["--adapters", &adapter, "--output_dir", ".."], 1, "orpo-wgpu: ..: is there already\nhint: "),
+        (&["--adapters", &adapter, "--output_dir", "pairs.jsonl/x"], 1, "cannot create pairs.jsonl/x: "),
         (&["--adapters", "adapter"], 1, " are no finite numbers of F16 any more\nhint: "),
     ] {
         let output = export(workplace.0.path(), &[&model, flags].concat());
@@ -200,4 +210,81 @@ fn what_cannot_be_merged_is_told_and_nothing_is_written() {
         assert_eq!(names(workplace.0.path()), before, "{flags:?}");
     }
     assert_eq!(names(&workplace.path("full")).len(), 1);
+}
+
+/// What is in a folder is the user's, whatever it is called, and so is what a link or an index leads to.
+#[test]
+fn nothing_of_the_users_is_replaced() {
+    let workplace = Workplace::new();
+    copy_adapter(&workplace, &json!({}));
+    fs::create_dir_all(workplace.path(".merged.partial")).unwrap();
+    fs::write(workplace.path(".merged.partial/notes.txt"), "mine").unwrap();
+    let model = workplace.path("model");
+    let merge = ["--model_id_or_path", "model", "--adapters", "adapter", "--output_dir"];
+    exported(workplace.0.path(), &[&merge[..], &["merged"]].concat());
+    assert_eq!(names(&workplace.path(".merged.partial")).len(), 1);
+    fs::create_dir(workplace.path("empty")).unwrap();
+    let mut there = vec!["merged", "empty"];
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("nowhere", workplace.path("link")).unwrap();
+        there.push("link");
+    }
+    let before = names(workplace.0.path());
+    for place in there {
+        let output = export(workplace.0.path(), &[&merge[..], &[place]].concat());
+        assert!(stderr(&output).contains(&format!("{place}: is there already")), "{}", stderr(&output));
+    }
+    let weights = fs::read(model.join("model.safetensors")).unwrap();
+    let absolute = model.join("model.safetensors").display().to_string();
+    for name in [absolute.as_str(), "../model/model.safetensors"] {
+        let tensors = Checkpoint::open_file(&model.join("model.safetensors")).unwrap();
+        let map: Map<String, Value> =
+            tensors.names().map(|tensor| (tensor.to_owned(), name.into())).collect();
+        fs::write(model.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string())
+            .unwrap();
+        let output = export(workplace.0.path(), &[&merge[..], &["other"]].concat());
+        let says = format!("names `{name}` for weights, which is no file within its folder");
+        assert!(stderr(&output).contains(&says), "{}", stderr(&output));
+        assert_eq!(fs::read(model.join("model.safetensors")).unwrap(), weights);
+        assert_eq!(names(workplace.0.path()), before);
+    }
+    // Within the folder it may be where it likes.
+    fs::create_dir(model.join("weights")).unwrap();
+    fs::rename(model.join("model.safetensors"), model.join("weights/all.safetensors")).unwrap();
+    let index = fs::read_to_string(model.join("model.safetensors.index.json")).unwrap();
+    let index = index.replace("../model/model.safetensors", "weights/all.safetensors");
+    fs::write(model.join("model.safetensors.index.json"), index).unwrap();
+    exported(workplace.0.path(), &[&merge[..], &["other"]].concat());
+    assert!(workplace.path("other/weights/all.safetensors").exists());
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_the_models() {
+    let workplace = Workplace::new();
+    copy_adapter(&workplace, &json!({}));
+    let path = workplace.path("model/model.safetensors");
+    let checkpoint = Checkpoint::open_file(&path).unwrap();
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    let tensors: Vec<(&str, Vec<u8>)> = checkpoint
+        .names()
+        .map(|tensor| {
+            let mut bytes = checkpoint.bytes(tensor).to_vec();
+            if tensor == name {
+                bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+            }
+            (tensor, bytes)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, bytes)| {
+        (*name, TensorView::new(Dtype::F32, checkpoint.shape(name).unwrap().to_vec(), bytes).unwrap())
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, bytes).unwrap();
+    let output = export(workplace.0.path(), &["--model_id_or_path", "model", "--adapters", "adapter"]);
+    let says =
+        format!("model.safetensors: 1 values of `{name}` are no finite numbers\nhint: the model's weights");
+    assert!(stderr(&output).contains(&says), "{}", stderr(&output));
+    assert!(!workplace.path("adapter-merged").exists());
 }

@@ -167,8 +167,13 @@ fn every_flag_of_a_readme_exists() {
 
 /// The last part of the address of each heading, as GitHub makes it.
 fn anchors(markdown: &str) -> BTreeSet<String> {
-    let headings = markdown.lines().filter_map(|line| line.strip_prefix('#'));
+    let (mut headings, mut is_code) = (Vec::new(), false);
+    for line in markdown.lines() {
+        is_code ^= line.starts_with("```");
+        headings.extend(line.strip_prefix('#').filter(|_| !is_code));
+    }
     headings
+        .into_iter()
         .map(|heading| heading.trim_start_matches('#').trim().to_lowercase().replace(' ', "-"))
         .map(|heading| heading.chars().filter(|&c| c.is_alphanumeric() || "-_".contains(c)).collect())
         .collect()

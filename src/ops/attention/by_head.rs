@@ -1,7 +1,7 @@
 //! Attention on the CPU: the reference of one key head and its query heads at a time, on all processors.
 //!
-//! burn's products use all processors by themselves, but what is done to a table of scores, one. A head's part of a table is all that a
-//! processor holds, so that together they hold what the reference would.
+//! burn's products use all processors by themselves, but what is done to a table of scores, one. A key head has its part of a table,
+//! so that together they hold no more than the reference would.
 
 use burn::tensor::Tensor;
 use burn_flex::Flex;
@@ -102,32 +102,31 @@ mod tests {
         tensor.abs().max().into_scalar()
     }
 
-    /// A pair's prompt and two answers behind it.
-    fn pair(prompt: u32, chosen: u32, rejected: u32) -> Vec<Visible> {
-        let own = |start: u32, n: u32| {
-            (start..start + n).map(move |row| Visible {
-                first: 0,
-                prefix_end: prompt,
-                own_start: start,
-                end: row + 1,
-            })
-        };
-        let shared = (0..prompt).map(|row| Visible { first: 0, prefix_end: 0, own_start: 0, end: row + 1 });
-        shared.chain(own(prompt, chosen)).chain(own(prompt + chosen, rejected)).collect()
+    /// A pair's prompt and two answers behind it, from this row on.
+    fn pair(first: u32, [prompt, chosen, rejected]: [u32; 3]) -> Vec<Visible> {
+        let end = first + prompt;
+        let sees = |prefix_end, own_start, row| Visible { first, prefix_end, own_start, end: row + 1 };
+        let own = |start: u32, n: u32| (start..start + n).map(move |row| sees(end, start, row));
+        let shared = (first..end).map(|row| sees(first, first, row));
+        shared.chain(own(end, chosen)).chain(own(end + chosen, rejected)).collect()
     }
 
     #[test]
     fn heads_by_themselves_are_those_of_all_together() {
         let device = Default::default();
-        // The second has more rows than the reference takes at a time.
-        for (kv_heads, group, head_dim, visible) in [(1, 1, 1, pair(1, 1, 1)), (3, 2, 20, pair(170, 111, 50))]
+        let cached = (0..3).map(|row| Visible { first: 0, prefix_end: 0, own_start: 0, end: 40 + row });
+        let pairs = [pair(0, [70, 11, 50]), pair(131, [5, 1, 90])].concat();
+        // More rows than the reference takes at a time, in two sequences; fewer queries than keys; a single number.
+        for (kv_heads, group, head_dim, visible) in
+            [(3, 2, 20, pairs), (2, 3, 16, cached.collect()), (1, 1, 1, pair(0, [1, 1, 1]))]
         {
-            let n = visible.len();
-            let random = |heads| {
+            let n_keys = visible.iter().map(|v| v.end).max().unwrap() as usize;
+            let random = |n: usize, heads: usize| {
                 Tensor::<Flex, 3>::random([n, heads, head_dim], Distribution::Normal(0.0, 1.0), &device)
             };
-            let (q, k, v) = (random(kv_heads * group), random(kv_heads), random(kv_heads));
-            let dout = random(kv_heads * group).reshape([n, kv_heads * group * head_dim]);
+            let (n, heads) = (visible.len(), kv_heads * group);
+            let (q, k, v) = (random(n, heads), random(n_keys, kv_heads), random(n_keys, kv_heads));
+            let dout = random(n, heads).reshape([n, heads * head_dim]);
             let mask = AttentionMask::new(visible, &device);
             let got = attention_forward_by_head(&q, &k, &v, &mask);
             let want = attention_forward_reference(q.clone(), k.clone(), v.clone(), &mask);

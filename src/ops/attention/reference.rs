@@ -9,8 +9,8 @@ use super::mask::{AttentionMask, MASKED, Visible};
 use super::{AttentionOutput, scale};
 use crate::ops::{cast, to_f32};
 
-/// The most rows that the reference makes scores of at a time.
-const CHUNK_ROWS: usize = 256;
+/// The most rows that the references make scores of at a time: few enough for a head's table of them to stay in a processor's cache.
+pub const CHUNK_ROWS: usize = 64;
 
 /// What is added to whole tables of scores, `[rows, keys]` of each sequence: 0 where a row sees a key, and what leaves nothing of the others.
 #[derive(Debug, Clone)]
@@ -40,7 +40,7 @@ pub fn attention_reference<B: Backend>(
     cast(Tensor::cat(parts.collect(), 0), q.dtype())
 }
 
-/// [`attention`](super::attention) in plain burn tensors, a few hundred rows at a time.
+/// [`attention`](super::attention) in plain burn tensors, [`CHUNK_ROWS`] at a time.
 pub(in crate::ops) fn attention_forward_reference<B: Backend>(
     q: Tensor<B, 3>,
     k: Tensor<B, 3>,
@@ -60,7 +60,7 @@ pub(in crate::ops) fn attention_forward_reference<B: Backend>(
     AttentionOutput { out: cast(Tensor::cat(outs, 0), q.dtype()), lse: Tensor::cat(lses, 0) }
 }
 
-/// [`attention_backward`](super::attention_backward) in plain burn tensors, a few hundred rows at a time.
+/// [`attention_backward`](super::attention_backward) in plain burn tensors, [`CHUNK_ROWS`] at a time.
 pub(in crate::ops) fn attention_backward_reference<B: Backend>(
     dout: Tensor<B, 2>,
     q: Tensor<B, 3>,
