@@ -1,5 +1,6 @@
 //! What the tests share: comparison, the device to test on, reproducible numbers.
 
+use std::process::Command;
 use std::sync::LazyLock;
 
 use burn::tensor::DType;
@@ -9,6 +10,16 @@ use orpo_wgpu::device::{self, DeviceChoice};
 #[path = "../../src/left_out.rs"]
 mod left_out;
 pub(crate) use left_out::left_out;
+
+/// Runs an ignored test of this program in a process of its own: where another thread goes backward meanwhile, burn's autodiff may lose
+/// gradients of a leaf that is used twice (issue 5573 of tracel-ai/burn).
+#[track_caller]
+pub(crate) fn alone(test: &str) {
+    let program = std::env::current_exe().unwrap();
+    let output = Command::new(program).args(["--ignored", "--exact", test]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("test result: ok. 1 passed"), "{said}");
+}
 
 /// Compares element by element: `|got − want| <= atol + rtol · |want|`.
 ///
