@@ -7,6 +7,7 @@ mod accumulate;
 pub mod checkpoints;
 mod checks;
 pub mod cost;
+mod evaluation;
 pub mod loss_scale;
 pub mod metrics;
 pub mod optim;
@@ -21,6 +22,8 @@ mod window;
 
 use std::time::Instant;
 
+pub use evaluation::Evaluation;
+
 use burn::tensor::Tensor;
 use serde_json::{Map, Value, json};
 
@@ -33,7 +36,6 @@ use crate::model::Llama;
 use crate::model::llama::KeepPlan;
 use crate::ops::Kernels;
 use crate::ops::adamw::grad_norm;
-use crate::ops::read::read;
 use accumulate::{accumulate, locations, read_step, upload};
 use checks::{check_finite, check_moved};
 use loss_scale::{LossScale, LossScaleConfig, MIN_SCALE};
@@ -42,7 +44,7 @@ use optim::{AdamW, AdamWConfig};
 use plan::Plan;
 use run_folder::RunFolder;
 use schedule::Schedule;
-use step::{DeviceBatch, evaluate};
+use step::DeviceBatch;
 use trainer_state::{Position, TrainerState};
 use window::Window;
 
@@ -419,50 +421,6 @@ impl<B: Kernels> Training<'_, B> {
         let loss_scale = self.loss_scale.map(|(_, loss_scale)| loss_scale);
         let position = Position { step, plan: &self.settings.plan, rows: self.fingerprint, loss_scale };
         self.run.save(self.model, self.lora_config, &self.optimizer, position)
-    }
-}
-
-/// How rows are evaluated; names as in [`TrainSettings`].
-#[derive(Debug, Clone, Copy)]
-pub struct Evaluation {
-    /// Weight of the odds-ratio term.
-    pub beta: f32,
-    /// Whose loss is computed.
-    pub loss_compat: LossCompat,
-    /// Pairs that are computed at a time.
-    pub batch_size: usize,
-    /// Steps that the model was trained for, which an error names.
-    pub step: usize,
-}
-
-impl Evaluation {
-    /// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss.
-    ///
-    /// `may_go_on` is asked before each batch, with the number of rows that are done; where it says no there are no metrics.
-    ///
-    /// # Errors
-    /// If a loss is not finite, or the device fails.
-    ///
-    /// # Panics
-    /// If there are no rows.
-    pub fn run<B: Kernels>(
-        &self,
-        model: &Llama<B>,
-        rows: &[TokenizedPair],
-        may_go_on: &dyn Fn(usize) -> bool,
-    ) -> Result<Option<StepMetrics>> {
-        let mut metrics = Vec::with_capacity(rows.len());
-        let indices: Vec<usize> = (0..rows.len()).collect();
-        for indices in indices.chunks(self.batch_size) {
-            if !may_go_on(metrics.len()) {
-                return Ok(None);
-            }
-            let stats = evaluate(model, upload(model, rows, indices, self.loss_compat));
-            let batch = StepMetrics::from_stats(&read(stats)?, self.beta);
-            check_finite(self.step, "eval_loss", batch.loss, rows, indices)?;
-            metrics.extend(vec![batch; indices.len()]);
-        }
-        Ok(Some(StepMetrics::mean(&metrics)))
     }
 }
 

@@ -145,7 +145,7 @@ fn write(open: &OpenModel, adapter: &Path, folder: &Path) -> Result<Merged> {
     match open.folder() {
         Some(model) => copy_settings(model, folder)?,
         None => {
-            demo::FILES.iter().try_for_each(|(name, content)| write_whole(&folder.join(name), content))?
+            demo::FILES.iter().try_for_each(|(name, content)| write_whole(&folder.join(name), content))?;
         }
     }
     let bar = bar_of_bytes("merging");

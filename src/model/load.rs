@@ -1,23 +1,25 @@
 //! Reading safetensors: memory-mapped, one file or many with an index, converted tensor by tensor.
 
+mod index;
 mod llama;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use half::f16;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
-use serde::Deserialize;
 
 use super::stored::{Bytes, HostMatrix, StoredTensor};
 use crate::error::{Error, Result};
 use crate::ops::Kernels;
 use crate::ops::quantize::{Storage, Weight};
+use index::index;
 
+pub use index::{INDEX_FILE, SINGLE_FILE};
 pub use llama::{check_llama, load_llama};
 
 /// Tensors of a checkpoint or an adapter by name, not yet read.
@@ -57,38 +59,6 @@ struct Reading {
 
 /// The most bytes that may be queued for a device: each is in host memory until it is there, once or twice.
 const MAX_QUEUED_BYTES: usize = 256 << 20;
-
-/// The name of the weights of a model in one file.
-pub const SINGLE_FILE: &str = "model.safetensors";
-/// The name of what says which file has which tensor of a model in several.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
-
-/// A folder's index, which has each tensor's file; none of a model in one file.
-fn index(folder: &Path) -> Result<Option<(PathBuf, BTreeMap<String, String>)>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let path = folder.join(INDEX_FILE);
-    if !path.exists() {
-        if !folder.join(SINGLE_FILE).exists() {
-            return Err(Error::file(folder, format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}"))
-                .with_hint("only safetensors weights are read; convert a .bin checkpoint with transformers' save_pretrained"));
-        }
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    let index: Index =
-        serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("is not an index: {e}")))?;
-    let is_within =
-        |name: &&String| Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
-    match index.weight_map.values().find(|name| !is_within(name)) {
-        None => Ok(Some((path, index.weight_map))),
-        Some(name) => {
-            Err(Error::file(&path, format!("names `{name}` for weights, which is no file within its folder")))
-        }
-    }
-}
 
 impl Checkpoint {
     fn new(path: &Path, tensors: BTreeMap<String, StoredTensor>) -> Self {

@@ -29,11 +29,6 @@ pub struct Visible {
 }
 
 impl Visible {
-    /// Whether the query sees a key.
-    pub fn sees(&self, key: u32) -> bool {
-        (self.first..self.prefix_end).contains(&key) || (self.own_start..self.end).contains(&key)
-    }
-
     /// How many keys the query sees.
     pub fn n_keys(&self) -> usize {
         (self.prefix_end - self.first + self.end - self.own_start) as usize

@@ -106,11 +106,12 @@ struct Block {
 impl Block {
     /// What is added to its scores, `[rows, keys]`.
     fn mask<B: Backend>(&self, visible: &[Visible], device: &B::Device) -> Tensor<B, 2> {
-        let keys = self.keys.start as u32..self.keys.end as u32;
-        let mask: Vec<f32> = visible[self.rows.clone()]
-            .iter()
-            .flat_map(|v| keys.clone().map(move |key| if v.sees(key) { 0.0 } else { MASKED }))
-            .collect();
+        let at = |key: u32| key as usize - self.keys.start;
+        let mut mask = vec![MASKED; self.rows.len() * self.keys.len()];
+        for (row, v) in mask.chunks_exact_mut(self.keys.len()).zip(&visible[self.rows.clone()]) {
+            row[at(v.first)..at(v.prefix_end)].fill(0.0);
+            row[at(v.own_start)..at(v.end)].fill(0.0);
+        }
         Tensor::from_data(TensorData::new(mask, [self.rows.len(), self.keys.len()]), device)
     }
 }
