@@ -19,6 +19,9 @@ use crate::shell::pasted;
 use crate::train::run_folder::check_writable;
 use crate::words::counted;
 
+/// How often a folder is removed that is filled meanwhile.
+const REMOVALS: usize = 10;
+
 /// What `orpo-wgpu export` is told.
 #[derive(Debug, clap::Args)]
 pub struct ExportArgs {
@@ -135,8 +138,10 @@ fn new_partial(place: &Path) -> Result<PathBuf> {
 
 /// Removes what is not whole, into which something may be written meanwhile.
 fn remove(partial: &Path) {
-    // A folder that cannot be removed tells nothing that what ended the work does not.
-    while fs::remove_dir_all(partial).is_err_and(|error| error.kind() == ErrorKind::DirectoryNotEmpty) {}
+    let is_filled =
+        || fs::remove_dir_all(partial).is_err_and(|error| error.kind() == ErrorKind::DirectoryNotEmpty);
+    // Not for ever: over NFS an open file stays until it is closed. What cannot be removed tells nothing that what ended the work does not.
+    let _ = (0..REMOVALS).find(|_| !is_filled());
 }
 
 /// Writes the model's files into a folder.
