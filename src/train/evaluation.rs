@@ -25,7 +25,8 @@ pub struct Evaluation {
 }
 
 impl Evaluation {
-    /// Metrics of the rows, every batch counting as many times as it has rows, as `Trainer.evaluate` averages the loss.
+    /// Metrics of the rows, of which there is at least one: every batch counts as many times as it has rows, as `Trainer.evaluate` averages
+    /// the loss.
     ///
     /// `may_go_on` is asked before each batch, with the number of rows that are done; where it says no there are no metrics.
     ///
@@ -33,7 +34,7 @@ impl Evaluation {
     /// If a loss is not finite, or the device fails.
     ///
     /// # Panics
-    /// If there are no rows.
+    /// If `batch_size` is 0.
     pub fn run<B: Kernels>(
         &self,
         model: &Llama<B>,
